@@ -1,0 +1,21 @@
+"""MobileNet-v2, MnasNet and relatives built by timm's EfficientNet class: inverted residuals."""
+
+from calib.families import Family
+
+FAMILY = Family(
+    name="mobilenet",
+    networks=frozenset({"EfficientNet"}),
+    modules=frozenset(
+        {
+            "DepthwiseSeparableConv", "InvertedResidual", "ConvBnAct", "SqueezeExcite", "Conv2d", "BatchNorm2d",
+            "BatchNormAct2d", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Linear", "SelectAdaptivePool2d",
+            "AdaptiveAvgPool2d", "FastAdaptiveAvgPool2d", "Flatten", "Identity", "Sequential", "DropPath",
+        }
+    ),
+    block=r"blocks\.\d+\.\d+",
+    float_layers=(
+        (r"conv_stem", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
+        (r"classifier", "the classifier: <1 % of the time, its error goes straight into the logits"),
+        (r".*\.se\.conv_(reduce|expand)", "squeeze-excite works on one pixel: no time to win, gates need precision"),
+    ),
+)  # fmt: skip

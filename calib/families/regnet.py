@@ -1,0 +1,21 @@
+"""RegNetX and RegNetY."""
+
+from calib.families import Family
+
+FAMILY = Family(
+    name="regnet",
+    networks=frozenset({"RegNet"}),
+    modules=frozenset(
+        {
+            "RegStage", "Bottleneck", "ConvNormAct", "SEModule", "Conv2d", "BatchNorm2d", "BatchNormAct2d", "ReLU",
+            "Sigmoid", "Linear", "ClassifierHead", "SelectAdaptivePool2d", "AdaptiveAvgPool2d",
+            "FastAdaptiveAvgPool2d", "Flatten", "Identity", "Sequential", "Dropout",
+        }
+    ),
+    block=r"s\d\.b\d+",
+    float_layers=(
+        (r"stem\.conv", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
+        (r"head\.fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
+        (r".*\.se\.fc\d", "squeeze-excite works on one pixel: no time to win, gates need precision"),
+    ),
+)  # fmt: skip

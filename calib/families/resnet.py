@@ -1,0 +1,19 @@
+"""ResNet and ResNeXt."""
+
+from calib.families import Family
+
+FAMILY = Family(
+    name="resnet",
+    networks=frozenset({"ResNet"}),
+    modules=frozenset(
+        {
+            "BasicBlock", "Bottleneck", "Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "AvgPool2d", "Linear",
+            "SelectAdaptivePool2d", "AdaptiveAvgPool2d", "FastAdaptiveAvgPool2d", "Flatten", "Identity", "Sequential",
+        }
+    ),
+    block=r"layer\d\.\d+",
+    float_layers=(
+        (r"conv1(\.\d+)?", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
+        (r"fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
+    ),
+)  # fmt: skip

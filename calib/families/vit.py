@@ -1,0 +1,19 @@
+"""ViT, DeiT (distilled too), DINOv2: pre-norm transformers with packed qkv."""
+
+from calib.families import Family
+
+FAMILY = Family(
+    name="vit",
+    networks=frozenset({"VisionTransformer", "VisionTransformerDistilled"}),
+    modules=frozenset(
+        {
+            "PatchEmbed", "Block", "Attention", "Mlp", "SwiGLU", "SwiGLUPacked", "GluMlp", "LayerScale", "DropPath",
+            "PatchDropout", "LayerNorm", "Linear", "Conv2d", "GELU", "SiLU", "Dropout", "Identity", "Sequential",
+        }
+    ),
+    block=r"blocks\.\d+",
+    float_layers=(
+        (r"patch_embed\.proj", "3 input channels: too few for an INT8 tensor-core kernel, and the error enters all"),
+        (r"head|head_dist|fc_norm", "the classifier: <1 % of the time, its error goes straight into the logits"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,37 @@
+"""Round to nearest: the baseline every other method is compared with.
+
+Each output channel gets the scale that maps its largest weight to 127; nothing else changes.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from calib.calibrate import Batches
+from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import QParams, qparams_from_amax
+
+
+@dataclass(frozen=True)
+class Config:
+    """Round to nearest has no options."""
+
+
+def channel_qparams(weight: Tensor) -> QParams:
+    """Narrow-range parameters per output channel of `weight` (out, ...)."""
+    return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True)
+
+
+def reduce_error(model: QuantModel, batches: Batches, config: Config) -> QuantModel:  # noqa: ARG001 - the contract
+    """`model` with a `:weight` site for every layer to be quantized."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        sites = {
+            f"{name}:weight": channel_qparams(model.net.get_submodule(name).weight)
+            for name in model.family.layers(model.net)
+        }
+    notes = (f"{len(sites)} weights rounded to nearest, one scale per output channel",)
+    record = StageRecord("rtn", asdict(config), time.perf_counter() - start, notes=notes)
+    return model.with_sites(sites).with_record(record)

@@ -1,0 +1,89 @@
+"""The network as an engine runs it: layers that quantize their input and hold integer weights.
+
+`quantized_net` is the one description of the rounding: run in torch it is the simulation, exported it is the
+ONNX graph. Both come from the two operators below, which the exporter writes as QuantizeLinear and
+DequantizeLinear, so simulation and graph cannot drift apart.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.modules import replace_module
+from calib.quant_model import QuantModel
+from calib.quantizer import QMAX, QParams, quantize
+
+
+@torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` rounded to the signed 8-bit grid of step `scale` (a tensor without dimensions)."""
+    return torch.round(x / scale).clamp_(-QMAX - 1, QMAX).mul_(scale)
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG001 - the shape depends on x alone
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("int8::dequantize", mutates_args=())
+def dequantize(q: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Integers `q` times `scale` (C,) along `axis`, in the dtype of `scale`."""
+    shape = [1] * q.ndim
+    shape[axis] = -1
+    return q.to(scale.dtype) * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+class QuantLinear(nn.Module):
+    """y = dequantize(W) quantize_dequantize(x) + b. `weight` is int8 (in, out), the layout of an ONNX MatMul."""
+
+    def __init__(self, linear: nn.Linear, input_params: QParams, weight_params: QParams) -> None:
+        super().__init__()
+        self.register_buffer("weight", quantize(linear.weight.detach(), weight_params).t().contiguous())
+        self.register_buffer("weight_scale", weight_params.scale.clone())
+        self.register_buffer("input_scale", input_params.scale.clone())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = torch.matmul(quantize_dequantize(x, self.input_scale), dequantize(self.weight, self.weight_scale, 1))
+        return y if self.bias is None else y + self.bias
+
+
+class QuantConv2d(nn.Module):
+    """A convolution with integer weights (out, in/groups, kh, kw) and a quantized input."""
+
+    def __init__(self, conv: nn.Conv2d, input_params: QParams, weight_params: QParams) -> None:
+        super().__init__()
+        self.register_buffer("weight", quantize(conv.weight.detach(), weight_params))
+        self.register_buffer("weight_scale", weight_params.scale.clone())
+        self.register_buffer("input_scale", input_params.scale.clone())
+        self.bias = conv.bias
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W')."""
+        x = quantize_dequantize(x, self.input_scale)
+        weight = dequantize(self.weight, self.weight_scale, 0)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def quantized_net(model: QuantModel) -> nn.Module:
+    """A copy of `model.net` in eval mode whose quantized layers are QuantLinear and QuantConv2d."""
+    net = copy.deepcopy(model.net).eval().requires_grad_(False)
+    for name in model.quantized_layers:
+        layer = net.get_submodule(name)
+        params = model.sites[f"{name}:input"], model.sites[f"{name}:weight"]
+        if isinstance(layer, nn.Linear):
+            replace_module(net, name, QuantLinear(layer, *params))
+        elif isinstance(layer, nn.Conv2d):
+            replace_module(net, name, QuantConv2d(layer, *params))
+        else:
+            raise TypeError(f"site '{name}' is a {type(layer).__name__}, not a Linear or Conv2d")
+    return net

@@ -1,0 +1,55 @@
+"""The noun that flows through the torch half: a float network and what has been decided about its rounding."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from calib.families import Family
+from calib.quantizer import QParams
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage did: its options, seconds, error before and after (dB SQNR, None if not measured), notes."""
+
+    stage: str
+    config: dict[str, Any]
+    seconds: float = 0.0
+    sqnr_before_db: float | None = None
+    sqnr_after_db: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for manifest and report."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class QuantModel:
+    """A network on its way to integers. Stages return a new value; `float_net` is never edited.
+
+    `sites` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
+    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there.
+    """
+
+    name: str
+    float_net: nn.Module
+    net: nn.Module
+    family: Family
+    sites: dict[str, QParams] = field(default_factory=dict)
+    history: tuple[StageRecord, ...] = ()
+
+    def with_sites(self, sites: dict[str, QParams]) -> "QuantModel":
+        """A copy with `sites` added (same names replaced)."""
+        return replace(self, sites={**self.sites, **sites})
+
+    def with_record(self, record: StageRecord) -> "QuantModel":
+        """A copy with `record` appended to the history."""
+        return replace(self, history=(*self.history, record))
+
+    @property
+    def quantized_layers(self) -> tuple[str, ...]:
+        """Names of the Linear and Conv2d layers whose input and weight both round."""
+        inputs = (site.removesuffix(":input") for site in self.sites if site.endswith(":input"))
+        return tuple(name for name in inputs if f"{name}:weight" in self.sites)
