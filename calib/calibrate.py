@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from calib.observers import Histogram, amax_from_histogram
+from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams, qparams_from_amax
 
@@ -19,8 +19,14 @@ Batches = Iterable[Tensor]
 class Config:
     """How an activation histogram becomes a scale."""
 
-    observer: str = "mse"  # max | percentile | mse
-    percentile: float = 99.999  # used by `percentile` only, % of elements that are not clipped
+    observer: str = "percentile"  # max | percentile | mse
+    percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = the family's
+
+    def __post_init__(self) -> None:
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"observer '{self.observer}' is not one of {', '.join(OBSERVERS)}")
+        if not 0 <= self.percentile <= 100:
+            raise ValueError(f"percentile {self.percentile} is not in 0..100")
 
 
 @contextmanager
@@ -51,6 +57,7 @@ def qparams_from_histogram(histogram: Histogram, config: Config) -> QParams:
 def calibrate(model: QuantModel, batches: Batches, config: Config) -> QuantModel:
     """`model` with an `:input` site for every layer to be quantized, from `batches` of (B, 3, H, W) float32."""
     start = time.perf_counter()
+    config = replace(config, percentile=config.percentile or model.family.percentile)
     with observed_inputs(model.net, model.family.layers(model.net)) as histograms, torch.inference_mode():
         for batch in batches:
             model.net(batch)

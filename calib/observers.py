@@ -16,6 +16,8 @@ from calib.quantizer import QMAX
 DROPPED_BITS = 14  # mantissa bits of float32 (23) that a bin does not tell apart
 BINS = 1 << (31 - DROPPED_BITS)
 
+OBSERVERS = ("max", "percentile", "mse")
+
 # Thresholds tried by `mse_amax`, as fractions of the maximum.
 MSE_FRACTIONS = torch.linspace(1.0, 0.02, 99, dtype=torch.float64)
 
@@ -80,11 +82,7 @@ def mse_amax(histogram: Histogram) -> float:
 
 
 def amax_from_histogram(histogram: Histogram, observer: str, percentile: float) -> float:
-    """Clipping threshold by the observer named `max`, `percentile` or `mse`."""
+    """Clipping threshold by the observer of that name, one of `OBSERVERS`."""
     if observer == "max":
         return max_amax(histogram)
-    if observer == "percentile":
-        return percentile_amax(histogram, percentile)
-    if observer == "mse":
-        return mse_amax(histogram)
-    raise ValueError(f"observer '{observer}' is not one of max, percentile, mse")
+    return percentile_amax(histogram, percentile) if observer == "percentile" else mse_amax(histogram)

@@ -53,3 +53,18 @@ class QuantModel:
         """Names of the Linear and Conv2d layers whose input and weight both round."""
         inputs = (site.removesuffix(":input") for site in self.sites if site.endswith(":input"))
         return tuple(name for name in inputs if f"{name}:weight" in self.sites)
+
+    @property
+    def float_layers(self) -> dict[str, str]:
+        """Linear and Conv2d layers that stay in FP16, with the reason."""
+        reasons = {
+            name: self.family.float_reason(name)
+            for name, module in self.net.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the outputs are logits of classes; otherwise they are features."""
+        return int(getattr(self.float_net, "num_classes", 0)) > 0

@@ -17,7 +17,8 @@ class Family:
     `networks` are the timm classes it describes, `modules` every module class that may occur inside (so that a
     variant with an unknown part is refused by name instead of being quantized wrongly), `block` a regular
     expression that matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16:
-    pairs of a regular expression over layer names and the reason.
+    pairs of a regular expression over layer names and the reason. `percentile` (%) is where activations are clipped
+    when the recipe does not say.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Family:
     modules: frozenset[str]
     block: str
     float_layers: tuple[tuple[str, str], ...]
+    percentile: float
 
     def float_reason(self, layer: str) -> str | None:
         """Why `layer` stays in FP16, or None if it is to be quantized."""

@@ -18,4 +18,5 @@ FAMILY = Family(
         (r"head\.fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
         (r".*\.se\.fc\d", "squeeze-excite works on one pixel: no time to win, gates need precision"),
     ),
+    percentile=99.99,  # as MobileNet
 )  # fmt: skip

@@ -16,4 +16,5 @@ FAMILY = Family(
         (r"conv1(\.\d+)?", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
         (r"fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
     ),
+    percentile=99.99,  # as MobileNet
 )  # fmt: skip

@@ -16,4 +16,5 @@ FAMILY = Family(
         (r"patch_embed\.proj", "3 input channels: too few for an INT8 tensor-core kernel, and the error enters all"),
         (r"head|head_dist|fc_norm", "the classifier: <1 % of the time, its error goes straight into the logits"),
     ),
+    percentile=99.9999,  # a few huge activations per image carry the signal (DINOv2-S loses 14 dB at 99.99)
 )  # fmt: skip
