@@ -15,6 +15,7 @@ from calib.quantizer import QMAX
 
 DROPPED_BITS = 14  # mantissa bits of float32 (23) that a bin does not tell apart
 BINS = 1 << (31 - DROPPED_BITS)
+CHUNK = 1 << 21  # elements counted at a time: temporaries stay small enough to be reused
 
 OBSERVERS = ("max", "percentile", "mse")
 
@@ -37,8 +38,9 @@ class Histogram:
         if not amax < float("inf"):
             raise ValueError("an observed tensor holds NaN or Inf")
         self.amax = max(self.amax, amax)
-        keys = x.view(torch.int32).bitwise_right_shift(DROPPED_BITS).bitwise_and_(BINS - 1)
-        self.counts += torch.bincount(keys.flatten(), minlength=BINS)
+        for part in x.view(-1).split(CHUNK):
+            keys = part.view(torch.int32).bitwise_right_shift(DROPPED_BITS).bitwise_and_(BINS - 1)
+            self.counts += torch.bincount(keys, minlength=BINS)
 
     def merge(self, other: "Histogram") -> "Histogram":
         """The histogram of both inputs together."""
@@ -64,8 +66,9 @@ def percentile_amax(histogram: Histogram, percentile: float) -> float:
     """Smallest bin edge that at least `percentile` % of the elements lie below, never above the maximum."""
     _, upper, count = histogram.populated()
     cumulative = count.cumsum(0)
-    index = int(torch.searchsorted(cumulative, cumulative[-1] * percentile / 100))
-    return min(float(upper[min(index, len(upper) - 1)]), histogram.amax)
+    wanted = round(float(cumulative[-1]) * percentile / 100, 3)  # without the last digits of the division
+    index = int(torch.searchsorted(cumulative, wanted))
+    return min(float(upper[index]), histogram.amax)
 
 
 def mse_amax(histogram: Histogram) -> float:

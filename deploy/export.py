@@ -131,3 +131,8 @@ def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto,
     fp32 = onnx_from_net(net, example)
     fp16 = onnx_from_net(copy.deepcopy(net).half(), example.half())
     return fp16, fp32
+
+
+def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
+    """The float network as ONNX in FP32: the reference of fidelity and speed."""
+    return onnx_from_net(net, torch.zeros(2, 3, *size))

@@ -1,4 +1,4 @@
-"""One minimal graph per mistake; the parser of TensorRT-RTX confirms what it refuses and what it lets pass."""
+"""One minimal graph per mistake; the parser of TensorRT-RTX says which of them it refuses."""
 
 import numpy as np
 import onnx
@@ -18,12 +18,12 @@ IMAGES = {"x": "float16[B,4,8,8] x", "y": "float16[B,4,8,8] y"}
 
 
 def graph(body, x="float16[B,4] x", y="float16[B,4] y", opset=21, functions="", **initializers):
-    """A model of ONNX text; every node is called after its output, DEFAULTS fill the initializers it reads."""
+    """A model of ONNX text; nodes are called after their outputs, DEFAULTS fill what nothing else defines."""
     opsets = f'["" : {opset}, "our" : 1]'
     model = onnx.parser.parse_model(
         f"<ir_version: 10, opset_import: {opsets}> g ({x}) => ({y}) {{ {body} }} {functions}"
     )
-    read = {name for node in model.graph.node for name in node.input}
+    read = {name for node in model.graph.node for name in node.input} - {i.name for i in model.graph.input}
     tensors = {name: value for name, value in DEFAULTS.items() if name in read} | initializers
     for name, value in tensors.items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
@@ -57,9 +57,12 @@ GOOD = {
         f=np.ones((4, 4), np.float16),
         zeros=np.zeros(4, np.int8),
     ),
-    "per-tensor weight": weight(1, "MatMul(x, w)", scales=HALF),
+    "per-tensor weight, where the axis means nothing": weight(0, "MatMul(x, w)", scales=HALF),
     "weight [N,K] through a Transpose": graph(
         "d = DequantizeLinear<axis = 0>(codes, scales)  w = Transpose(d)  y = MatMul(x, w)"
+    ),
+    "weight [N,K], transposed before it is dequantized": graph(
+        "t = Transpose(codes)  w = DequantizeLinear<axis = 1>(t, scales)  y = MatMul(x, w)"
     ),
     "weight on the left, scales per row": weight(0, "MatMul(w, x)", **SQUARE),
     "Gemm transB=1": weight(0, "Gemm<transB = 1>(x, w, bias)", bias=HALVES),
@@ -219,6 +222,14 @@ BAD = {
         ),
         "Gemm transB=0 on K": (
             weight(-2, "Gemm(x, w)"),
+            ["w: scales on axis 0 of the weight of y, expected 1"],
+        ),
+        "Gemm of a weight on the left": (
+            weight(1, "Gemm(w, x)", **SQUARE),
+            ["w: scales on axis 1 of the weight of y, expected 0"],
+        ),
+        "Gemm transA=1 of a weight on the left": (
+            weight(0, "Gemm<transA = 1>(w, x)", **SQUARE),
             ["w: scales on axis 0 of the weight of y, expected 1"],
         ),
         "Conv on the input channel, the axis by default": (

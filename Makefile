@@ -1,0 +1,64 @@
+# Everything a user types. `make help` lists it.
+
+MODEL ?= dinov2_s
+RECIPE ?= int8
+WEIGHTS ?= auto
+CALIB ?=
+EVAL ?=
+TARGET ?= auto
+SM ?=
+BATCH ?= 8
+MAX_BATCH ?= 32
+OUT ?= artifacts
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
+
+.PHONY: help setup engine verify doctor test test-fast lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(VENV)/.ready: requirements.txt requirements-gpu.txt
+	@echo "setting up $(VENV) with $(REQUIREMENTS) ($(if $(findstring gpu,$(REQUIREMENTS)),an NVIDIA driver is present,no NVIDIA driver found))"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d: set PYTHON=" % v)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --requirement $(REQUIREMENTS)
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	@touch $@
+
+setup: $(VENV)/.ready ## Create the virtual environment (done by the other targets)
+
+engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT=
+	@$(RUN) -m deploy engine --model "$(MODEL)" --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
+	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" \
+	  --out "$(OUT)"
+
+verify: $(VENV)/.ready ## Check a finished package again: MODEL= RECIPE= OUT=
+	@$(RUN) -m deploy verify "$(OUT)/$(MODEL)/$(RECIPE)"
+
+doctor: $(VENV)/.ready ## What is installed, which backends build and run, what is missing
+	@$(RUN) -m deploy doctor
+
+test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
+	@$(RUN) -m pytest
+
+test-fast: $(VENV)/.ready-dev ## Run the tests that need no real network
+	@$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/.ready-dev ## Style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
+	@$(RUN) -m benchmarks.engines
+
+clean: ## Remove the virtual environment, artifacts and caches
+	rm -rf $(VENV) artifacts .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""How close two networks' outputs are: fidelity of a quantized network to its float original.
+
+Outputs are rows: logits (N, classes) of a classifier, features (N, D) of a network without a head.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+MAX_SQNR_DB = 200.0  # far beyond float32, and JSON has no infinity
+NEIGHBOUR_ROWS = 1024  # nearest neighbours are searched among the first rows only: cost grows with the square
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement of a network with its reference over `count` images.
+
+    `sqnr_db`: 10 log10(|reference|^2 / |difference|^2) over all rows. `cosine`: mean over images.
+    `top1_agreement`: share of images with the same winner; the winner is the class of a classifier, and for features
+    the nearest other image by cosine (`top1_kind` says which). `kl`: mean KL(reference || network) of the class
+    probabilities in nats, None for features. `top1`, `reference_top1`: accuracy on labels, None without labels.
+    """
+
+    count: int
+    sqnr_db: float
+    cosine: float
+    top1_agreement: float
+    top1_kind: str
+    kl: float | None = None
+    top1: float | None = None
+    reference_top1: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
+    """Signal to quantization-noise ratio in dB, at most `MAX_SQNR_DB` (equal arrays have no finite one)."""
+    noise = float(((reference.astype(np.float64) - output) ** 2).sum())
+    signal = float((reference.astype(np.float64) ** 2).sum())
+    return min(float(10 * np.log10(signal / noise)), MAX_SQNR_DB) if noise > 0 else MAX_SQNR_DB
+
+
+def relative_l2(reference: np.ndarray, output: np.ndarray) -> float:
+    """|output - reference| / |reference| over all elements."""
+    reference = reference.astype(np.float64)
+    return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def nearest_neighbours(features: np.ndarray) -> np.ndarray:
+    """Index of the most similar other row (cosine) of each row of `features` (N, D)."""
+    unit = _unit(features)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return similarity.argmax(1)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def fidelity(
+    reference: np.ndarray, output: np.ndarray, classifier: bool, labels: np.ndarray | None = None
+) -> Fidelity:
+    """Compare `output` with `reference`, both (N, D); `labels` (N,) are class indices of a classifier."""
+    cosine = float((_unit(reference) * _unit(output)).sum(1).mean())
+    if not classifier:
+        rows = slice(0, NEIGHBOUR_ROWS)
+        agreement = float((nearest_neighbours(reference[rows]) == nearest_neighbours(output[rows])).mean())
+        return Fidelity(len(output), sqnr_db(reference, output), cosine, agreement, "nearest neighbour")
+    winner, reference_winner = output.argmax(1), reference.argmax(1)
+    p, q = _log_softmax(reference), _log_softmax(output)
+    return Fidelity(
+        count=len(output),
+        sqnr_db=sqnr_db(reference, output),
+        cosine=cosine,
+        top1_agreement=float((winner == reference_winner).mean()),
+        top1_kind="class",
+        kl=float((np.exp(p) * (p - q)).sum(1).mean()),
+        top1=None if labels is None else float((winner == labels).mean()),
+        reference_top1=None if labels is None else float((reference_winner == labels).mean()),
+    )

@@ -1,0 +1,234 @@
+"""What TensorRT would refuse, or accept and run slowly, told before an engine is built.
+
+A strongly typed engine takes its types from the graph, so the rules are about types, scales and axes. A rule
+maps the typed graph to findings, one line each: `name: what is wrong, what was expected`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from calib.errors import UserError
+
+MIN_OPSET = 21
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+# (operator, input, transposed by attribute) -> axis of a weight that is the operator's output channel
+OUTPUT_CHANNEL = {
+    ("Conv", 1, 0): 0,
+    ("MatMul", 0, 0): -2,
+    ("MatMul", 1, 0): -1,
+    ("Gemm", 0, 0): -2,
+    ("Gemm", 0, 1): -1,
+    ("Gemm", 1, 0): -1,
+    ("Gemm", 1, 1): -2,
+}
+
+
+def _typed(model: onnx.ModelProto) -> ir.Model:
+    """`model` with inferred types; recorded ones may be stale and are dropped first."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    return ir.from_proto(onnx.shape_inference.infer_shapes(bare, data_prop=True))
+
+
+def _nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    return (node for node in model.graph if node.op_type in op_types)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from (value for value in node.outputs if value.name)
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    """The number behind an initializer or Constant node; None if computed at run time."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _int(node: ir.Node, attribute: str, default: int) -> int:
+    return node.attributes[attribute].as_int() if attribute in node.attributes else default
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _name(dtype: ir.DataType | None) -> str:
+    return "unknown" if dtype is None else dtype.name
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """Known when the engine is built: a constant, or a constant that the graph quantizes or transposes."""
+    if value is None:
+        return False
+    node = value.producer()
+    if node is not None and node.op_type in (QUANTIZE, "Transpose"):
+        return _is_weight(node.inputs[0])
+    return _constant(value) is not None
+
+
+def opset_is_current(model: ir.Model) -> Iterator[str]:
+    """Opset 21 defines int8 Q/DQ with FP16 scales, `output_dtype` and a whole Gelu."""
+    opset = model.opset_imports.get("", 0)
+    if opset < MIN_OPSET:
+        yield f"opset: {opset}, expected {MIN_OPSET} or newer"
+
+
+def graph_is_flat(model: ir.Model) -> Iterator[str]:
+    """The other rules read one list of nodes: what they cannot see must not pass as fine."""
+    for function in model.functions.values():
+        yield f"{function.name}: a local function, expected its nodes inlined"
+    for node in model.graph:
+        if any(attribute.type in SUBGRAPHS for attribute in node.attributes.values()):
+            yield f"{node.name}: {node.op_type} with a subgraph, expected a graph without control flow"
+
+
+def floats_are_fp16(model: ir.Model) -> Iterator[str]:
+    """The types of the graph are the types of the engine: FP32 spreads to all that follows it, silently."""
+    for value in _values(model):
+        if value.dtype is None:
+            yield f"{value.name}: type cannot be inferred, expected standard ONNX operators"
+        elif _is_float(value) and value.dtype is not ir.DataType.FLOAT16:
+            yield f"{value.name}: an island of {value.dtype.name}, expected FLOAT16"
+
+
+def nothing_casts_floats(model: ir.Model) -> Iterator[str]:
+    """A Cast costs a kernel; after a DequantizeLinear it also makes the matrix product write FP32."""
+    for node in _nodes(model, "Cast", "CastLike"):
+        source = node.inputs[0]
+        assert source is not None
+        producer = source.producer()
+        if producer is not None and producer.op_type == DEQUANTIZE:
+            yield f"{node.name}: {node.op_type} after {producer.name}, expected its consumer there"
+        elif _is_float(source) and _is_float(node.outputs[0]):
+            types = f"{_name(source.dtype)} to {_name(node.outputs[0].dtype)}"
+            yield f"{node.name}: {node.op_type} from {types}, expected one float type throughout"
+
+
+def scales_are_fp16_constants(model: ir.Model) -> Iterator[str]:
+    """A run-time scale costs the INT8 kernel; what follows a DequantizeLinear has the type of its scale."""
+    for node in _nodes(model, QUANTIZE, DEQUANTIZE):
+        scale = _constant(node.inputs[1])
+        if scale is None:
+            yield f"{node.name}: scale computed at run time, expected an FP16 initializer"
+        elif scale.dtype != np.float16:
+            yield f"{node.name}: scale of {scale.dtype}, expected float16"
+        elif not (np.isfinite(scale) & (scale > 0)).all():
+            worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
+            yield f"{node.name}: scale {worst}, expected finite and above zero"
+
+
+def zero_points_are_zero(model: ir.Model) -> Iterator[str]:
+    """TensorRT rounds symmetrically to int8; a missing zero point is int8 to it and uint8 to ONNX."""
+    for node in _nodes(model, QUANTIZE, DEQUANTIZE):
+        value = _input(node, 2)
+        if value is None:
+            if node.op_type == QUANTIZE and _int(node, "output_dtype", 0) != ir.DataType.INT8:
+                yield f"{node.name}: no zero point (ONNX: uint8), expected an int8 zero or output_dtype=INT8"
+            continue
+        zero_point = _constant(value)
+        if value.dtype is not ir.DataType.INT8:
+            yield f"{node.name}: zero point of {_name(value.dtype)}, expected INT8"
+        elif zero_point is None:
+            yield f"{node.name}: zero point computed at run time, expected an int8 zero"
+        elif zero_point.any():
+            yield f"{node.name}: zero point {zero_point[zero_point != 0].flat[0]}, expected 0"
+
+
+def integers_are_int8(model: ir.Model) -> Iterator[str]:
+    """TensorRT dequantizes no int32: a bias stays an FP16 initializer. Other integers are not this tool's."""
+    for node in _nodes(model, DEQUANTIZE):
+        value = node.inputs[0]
+        assert value is not None
+        producer = value.producer()
+        quantized_here = producer is not None and producer.op_type == QUANTIZE
+        if not quantized_here and value.dtype is not ir.DataType.INT8:
+            yield f"{node.name}: dequantizes {_name(value.dtype)}, expected INT8 (a bias stays FP16)"
+
+
+def activations_have_one_scale(model: ir.Model) -> Iterator[str]:
+    """A scale per input channel cannot leave the sum of a product: TensorRT then multiplies in FP16."""
+    for node in _nodes(model, QUANTIZE, DEQUANTIZE):
+        scale = _constant(node.inputs[1])
+        if scale is not None and scale.size > 1 and not _is_weight(node.inputs[0]):
+            yield f"{node.name}: {scale.size} scales for an activation, expected one"
+
+
+def _channel_axes(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int, int]]:
+    """(consumer, `axis` as it sees it, axis of its output channel) for a weight, through Transposes."""
+    assert value.shape is not None
+    rank = len(value.shape)
+    for node, index in value.uses():
+        key = node.op_type, index, _int(node, "transB" if index else "transA", 0)
+        if node.op_type == "Transpose":
+            perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(rank)[::-1]
+            yield from _channel_axes(node.outputs[0], list(perm).index(axis))
+        elif key in OUTPUT_CHANNEL:
+            yield node, axis, OUTPUT_CHANNEL[key] % rank
+
+
+def weight_axis_is_output_channel(model: ir.Model) -> Iterator[str]:
+    """Only a scale per output channel can follow the INT8 sum: otherwise TensorRT multiplies in FP16."""
+    for node in _nodes(model, DEQUANTIZE):
+        weight, scale = node.inputs[0], _constant(node.inputs[1])
+        if scale is None or scale.size == 1 or not _is_weight(weight):
+            continue
+        assert weight is not None
+        assert weight.shape is not None
+        written = _int(node, "axis", 1) % len(weight.shape)
+        for consumer, axis, expected in _channel_axes(node.outputs[0], written):
+            if axis != expected:
+                where = f"axis {axis} of the weight of {consumer.name}"
+                yield f"{node.name}: scales on {where}, expected {expected}"
+
+
+def layer_norms_have_one_type(model: ir.Model) -> Iterator[str]:
+    """TensorRT refuses a LayerNormalization whose input, scale and bias differ in type."""
+    for node in _nodes(model, "LayerNormalization"):
+        types = [_name(value.dtype) for value in node.inputs if value is not None]
+        if len(set(types)) > 1:
+            yield f"{node.name}: input, scale and bias of {', '.join(types)}, expected one type"
+
+
+Rule = Callable[[ir.Model], Iterator[str]]
+RULES: tuple[Rule, ...] = (
+    opset_is_current,
+    graph_is_flat,
+    floats_are_fp16,
+    nothing_casts_floats,
+    scales_are_fp16_constants,
+    zero_points_are_zero,
+    integers_are_int8,
+    activations_have_one_scale,
+    weight_axis_is_output_channel,
+    layer_norms_have_one_type,
+)
+
+
+def check_strongly_typed(model: onnx.ModelProto) -> tuple[str, ...]:
+    """All findings of all rules on `model` (unchanged); empty if TensorRT runs it as written."""
+    typed = _typed(model)
+    return tuple(finding for rule in RULES for finding in rule(typed))
+
+
+def require_strongly_typed(model: onnx.ModelProto) -> None:
+    """Raise UserError with the number of findings and the first three, if there is any."""
+    findings = check_strongly_typed(model)
+    if findings:
+        count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
+        more = f"; and {len(findings) - 3} more" if len(findings) > 3 else ""
+        raise UserError(
+            f"the ONNX graph does not make a strongly typed INT8/FP16 engine, {count}: "
+            f"{'; '.join(findings[:3])}{more}. Export it again in FP16 with symmetric int8"
+        )

@@ -1,0 +1,83 @@
+"""Per-channel weight scales of a MatMul -> one scale in the INT8 product, one factor per channel behind it.
+
+    y = (q_x q_W) s_x s      scales s (N,), one per column of the weight q_W (K, N)
+      = (q_x q_W) s_x t c    t a power of two, c = s / t
+
+TensorRT-RTX writes the result of an INT8 product in FP16. Given s it multiplies by s_x s in a later kernel:
+it writes the bare integer sum, and five products of 127 x 127 are beyond 65504, the largest FP16 number.
+Given t it multiplies the INT32 sum by s_x t in float before it rounds to FP16, and the factor c joins the
+kernel of the bias: the number of kernels stays. Convolutions write FP32 and are left alone.
+"""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+
+def tensor_and_channel_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(t, c) of shapes () and (N,) with c * t == `scales` (N,) in every bit, all in one dtype.
+
+    t is the smallest power of two that no scale exceeds: c is at most 1, and as far from subnormal as can be.
+    Scales above 1 get t = 1, for a division by more could lose bits of a small scale.
+    """
+    mantissa, exponent = np.frexp(scales.max())  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    t = np.ldexp(scales.dtype.type(1), min(exponent - int(mantissa == 0.5), 0))
+    return np.asarray(t), scales / t
+
+
+def _channel_scales(node: ir.Node) -> np.ndarray | None:
+    """Scales (N,) if `node` dequantizes a weight (K, N) per column and only MatMuls multiply by it."""
+    if node.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+        return None
+    weight, scale = (ir.convenience.get_const_tensor(value) for value in node.inputs[:2] if value is not None)
+    if weight is None or scale is None or weight.dtype is not ir.DataType.INT8:
+        return None
+    if len(weight.shape) != 2 or len(scale.shape) != 1:
+        return None
+    is_per_column = "axis" not in node.attributes or node.attributes["axis"].as_int() in (1, -1)
+    is_for_products = all(user.op_type == "MatMul" and index == 1 for user, index in node.outputs[0].uses())
+    return scale.numpy() if is_per_column and is_for_products else None
+
+
+def _add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    type_ = ir.TensorType(tensor.dtype)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=type_, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> None:
+    product = matmul.outputs[0]
+    layer, _, operator = (matmul.name or "").rpartition("/")
+    name = f"{layer}/ChannelScale{operator.removeprefix('MatMul')}"
+    scaled = ir.Value(name=name, shape=product.shape, type=product.type)
+    if product.is_graph_output():
+        product.name, scaled.name = matmul.name, product.name
+    product.replace_all_uses_with(scaled, replace_graph_outputs=True)
+    graph.insert_after(matmul, ir.node("Mul", [product, factors], outputs=[scaled], name=name))
+
+
+def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A new model: a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
+
+    Expects symmetric weights and the node names of deploy/export.py. A weight that is read by anything but
+    MatMuls, as their right factor, keeps its scales.
+    """
+    result = ir.from_proto(model)
+    graph = result.graph
+    for node in tuple(graph):
+        scales = _channel_scales(node)
+        if scales is None:
+            continue
+        t, c = tensor_and_channel_scales(scales)
+        weight = node.outputs[0]
+        node.resize_inputs(2)  # zero points would keep their shape (N,)
+        node.replace_input_with(1, _add_constant(graph, f"{weight.name}/scale", t))
+        node.attributes.pop("axis", None)
+        factors = _add_constant(graph, f"{weight.name}/channel_scale", c)
+        for matmul, _ in weight.uses():
+            _multiply_behind(graph, matmul, factors)
+    RemoveUnusedNodesPass()(result)
+    return ir.to_proto(result)

@@ -1,0 +1,69 @@
+"""What this machine is: GPU, processor, packages. Asked once, never guessed."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from typing import Any
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "polygraphy",
+    "tensorrt", "tensorrt-rtx", "pycuda", "numpy", "pillow",
+)  # fmt: skip
+
+
+@functools.cache
+def _nvidia_smi(field: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def gpu_name() -> str | None:
+    """Name of the first NVIDIA GPU, None without a driver."""
+    return _nvidia_smi("name")
+
+
+def gpu_compute_capability() -> int | None:
+    """Compute capability of the first GPU as a number (8.9 -> 89), None without a driver."""
+    text = _nvidia_smi("compute_cap")
+    return None if text is None else int(text.replace(".", ""))
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, None without one."""
+    return _nvidia_smi("driver_version")
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, None if it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, Any]:
+    """Everything above, for manifest and report."""
+    return {
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu_name(),
+        "driver": driver_version(),
+        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
+    }

@@ -1,0 +1,174 @@
+"""The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first.
+
+    torch half:   load -> fold -> calibrate -> reduce error
+    bridge:       export -> parity
+    engine half:  check -> build -> audit -> verify -> benchmark -> package
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from calib.calibrate import calibrate
+from calib.families import family_of
+from calib.fold import fold_batch_norms
+from calib.images import ImageSet, image_sets
+from calib.preprocess import preprocessing_from_config
+from calib.qdq import quantized_net
+from calib.quant_model import QuantModel
+from calib.weights import load_net
+from calib.zoo import resolve_model
+from deploy.audit import audit, planned_layers, require_int8
+from deploy.backends import choose_backend
+from deploy.errors import ContractError
+from deploy.export import export_float, export_pair
+from deploy.graph.check import require_strongly_typed
+from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, staging, write_json
+from deploy.parity import compare_with_onnx
+from deploy.progress import Progress
+from deploy.recipe import load_recipe, method_module
+from deploy.report import Evidence, manifest_json, report_json
+from deploy.serialize import Profile
+from deploy.verify import cpu_speed, verify_fidelity
+
+BATCH = 16  # images per forward pass on the CPU
+GOLDEN_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `make engine` was asked for."""
+
+    model: str = "dinov2_s"
+    weights: str = "auto"  # auto | pretrained | random | a checkpoint file
+    calib: str | None = None  # folder, .npy or .npz; None: the built-in sample
+    evaluation: str | None = None  # folder, .npy or .npz; None: held-out calibration images
+    calib_images: int = 512
+    recipe: str = "int8"
+    target: str = "auto"  # auto or the name of a backend
+    sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
+    profile: Profile = Profile()
+    out: str = "artifacts"
+    seed: int = 0
+
+
+class Batches:
+    """The images of a set as re-iterable arrays (B, 3, H, W), with a progress bar on each pass."""
+
+    def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
+        self.images, self.progress, self.convert = images, progress, convert
+
+    def __iter__(self) -> Iterator[Any]:
+        total = -(-self.images.count // BATCH)
+        for batch in self.progress.bar(self.images.batches(BATCH), total):
+            yield self.convert(batch)
+
+
+def _first_images(images: ImageSet, count: int) -> np.ndarray:
+    return next(images.subset(0, count).batches(count))
+
+
+def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return net(torch.from_numpy(images)).numpy()
+
+
+def _hold(contract: Any) -> None:
+    if reason := contract.failure():
+        raise ContractError(reason)
+
+
+def engine(options: Options) -> tuple[Path, dict[str, Any]]:
+    """Run every stage. Returns the package's folder and the report.
+
+    Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
+    """
+    spec, recipe = resolve_model(options.model), load_recipe(options.recipe)
+    backend, why = choose_backend(options.target)
+    name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
+    final = Path(options.out) / name / recipe.name
+    progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
+
+    with staging(final) as folder, tempfile.TemporaryDirectory() as scratch:
+        with progress.stage("load") as note:
+            loaded = load_net(spec, options.weights, options.seed)
+            family = family_of(loaded.net)
+            note(loaded.source)
+        with progress.stage("images") as note:
+            preprocessing = preprocessing_from_config(loaded.data_config)
+            calibration, evaluation = image_sets(
+                options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
+            )
+            golden = _first_images(evaluation, GOLDEN_IMAGES)
+            note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
+
+        with progress.stage("fold") as note:
+            model = QuantModel(name, loaded.net, loaded.net, family)
+            model = fold_batch_norms(model, torch.from_numpy(golden[:1]))
+            note(*model.history[-1].notes)
+        with progress.stage("calibrate") as note:
+            batches = Batches(calibration, progress, torch.from_numpy)
+            model = calibrate(model, batches, recipe.calibrate)
+            note(*model.history[-1].notes)
+        with progress.stage(recipe.method) as note:
+            model = method_module(recipe.method).reduce_error(model, batches, recipe.method_config)
+            note(*model.history[-1].notes)
+
+        with progress.stage("export") as note:
+            simulation = quantized_net(model)
+            size = (preprocessing.height, preprocessing.width)
+            fp16, fp32 = export_pair(simulation, size)
+            onnx.save(fp16, folder / MODEL)
+            onnx.save(fp32, folder / MODEL_FP32)
+            float_model = Path(scratch) / "float.onnx"
+            onnx.save(export_float(model.float_net, size), float_model)
+            note(f"{MODEL} {(folder / MODEL).stat().st_size / 1e6:.1f} MB, float {float_model.stat().st_size / 1e6:.1f} MB")
+        with progress.stage("parity") as note:
+            parity = compare_with_onnx(simulation, fp32, golden)
+            _hold(parity)
+            note(f"simulation and ONNX agree to {parity.rel_l2:.0e}")
+
+        with progress.stage("check") as note:
+            require_strongly_typed(fp16)
+            planned = planned_layers(fp16)
+            note(f"strongly typed FP16; {len(planned)} INT8 layers planned")
+        with progress.stage("build") as note:
+            built = backend.build(fp16, options.profile, options.sms)
+            (folder / ENGINE).write_bytes(built.plan)
+            note(f"{len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}", *built.notes)
+        with progress.stage("audit") as note:
+            audited = audit(built.kernels, planned)
+            require_int8(audited)
+            note(audited.summary())
+        with progress.stage("verify") as note:
+            verdict = verify_fidelity(
+                folder, float_model, Batches(evaluation, progress, np.asarray), golden, model.is_classifier,
+                None if evaluation.labels is None else np.array(evaluation.labels),
+            )  # fmt: skip
+            _hold(verdict)
+            note(f"{verdict.fidelity.sqnr_db:.1f} dB SQNR on {verdict.fidelity.count} images")
+        with progress.stage("benchmark") as note:
+            speed = cpu_speed(folder, float_model, golden)
+            note(f"{speed.ratio:.2f}x float in ONNX Runtime on this CPU")
+
+        evidence = Evidence(
+            options, recipe, loaded, calibration, evaluation, model, parity, planned, built, audited, verdict, speed,
+            float_model.stat().st_size, progress.seconds,
+        )  # fmt: skip
+        np.savez(
+            folder / GOLDEN,
+            images=golden,
+            float_output=_float_outputs(model.float_net, golden),
+            simulated_output=_float_outputs(simulation, golden),
+        )
+        report = report_json(evidence, folder)
+        write_json(folder / REPORT, report)
+        write_json(folder / MANIFEST, manifest_json(evidence, folder))
+    return final, report

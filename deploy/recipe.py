@@ -1,0 +1,92 @@
+"""A recipe: which method with which options, read from a TOML file in `deploy/recipes/` or from anywhere."""
+
+import dataclasses
+import importlib
+import pkgutil
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import calib.methods
+from calib import calibrate
+from calib.errors import UserError, nearest
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The resolved recipe: every option has its value."""
+
+    name: str
+    description: str
+    calibrate: calibrate.Config
+    method: str
+    method_config: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return dataclasses.asdict(self)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with the tool."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+def method_module(name: str) -> ModuleType:
+    """The file of a method in `calib/methods/`. Raises UserError naming what exists."""
+    known = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
+    if name not in known:
+        raise UserError(f"unknown method '{name}': expected one of {', '.join(known)}.{nearest(name, known)}")
+    return importlib.import_module(f"calib.methods.{name}")
+
+
+def _config(kind: type, values: Any, where: str) -> Any:
+    """`kind(**values)`, refusing keys that are not fields and values of another type."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a table of options, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}: unknown option '{key}'; expected {', '.join(fields) or 'none'}.{nearest(key, fields)}")
+        allowed = fields[key].type
+        if isinstance(allowed, type) and not isinstance(value, int | float if allowed is float else allowed):
+            raise UserError(f"{where}: option '{key}' is {value!r}; expected {allowed.__name__}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def recipe_from_toml(path: Path) -> Recipe:
+    """Read one recipe file. Raises UserError for a syntax error or an unknown key, naming the file."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe '{path}' cannot be read: {error}") from error
+    known = ("description", "calibrate", "method")
+    for key in content:
+        if key not in known:
+            raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
+    method = dict(content.get("method", {}))
+    name = method.pop("name", "rtn")
+    return Recipe(
+        name=path.stem,
+        description=str(content.get("description", "")),
+        calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"recipe '{path}', [calibrate]"),
+        method=name,
+        method_config=_config(method_module(name).Config, method, f"recipe '{path}', [method]"),
+    )
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name or by the path of a TOML file. Raises UserError with the nearest names."""
+    if name.endswith(".toml"):
+        return recipe_from_toml(Path(name))
+    known = recipe_names()
+    if name not in known:
+        raise UserError(f"unknown RECIPE '{name}': expected {', '.join(known)} or a .toml file.{nearest(name, known)}")
+    return recipe_from_toml(FOLDER / f"{name}.toml")

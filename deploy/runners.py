@@ -1,0 +1,36 @@
+"""Running an ONNX graph with ONNX Runtime on the CPU: INT8 kernels for the FP32-typed Q/DQ graph."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+THREADS = 2  # fixed, so that a figure does not depend on how many cores a machine has
+
+
+class OnnxRunner:
+    """`runner(images)` -> first output as float32. `images` is (B, 3, H, W) float32 whatever the graph's type.
+
+    `fused=False` reads the graph node by node: the meaning of the ONNX file, with no optimizer in between.
+    """
+
+    def __init__(self, model: Path | bytes, fused: bool = True, threads: int = THREADS) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if not fused:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source = os.fspath(model) if isinstance(model, Path) else model
+        self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0]
+        self.dtype = np.float16 if self.input.type == "tensor(float16)" else np.float32
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return next(iter(self.named_outputs(images).values())).astype(np.float32)
+
+    def named_outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Every graph output by name, in the graph's types."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {self.input.name: images.astype(self.dtype)}), strict=True))

@@ -1,0 +1,75 @@
+"""ONNX -> serialized engine, the part TensorRT and TensorRT-RTX share: their Python modules have one and the same API."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from calib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Batch sizes an engine accepts: 1 to `maximum`, tuned for `opt`."""
+
+    opt: int = 8
+    maximum: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.opt <= self.maximum:
+            raise UserError(f"batch profile 1/{self.opt}/{self.maximum}: expected 1 <= BATCH <= MAX_BATCH")
+
+
+def _logger(trt: ModuleType) -> Any:
+    """A logger that keeps warnings and errors instead of printing hundreds of lines."""
+
+    class KeepingLogger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
+
+    return KeepingLogger()
+
+
+def _strongly_typed_flags(trt: ModuleType) -> int:
+    """Strong typing is a creation flag in TensorRT 10, the only mode since 11 and in RTX."""
+    weakly_typed_exists = trt.__name__ == "tensorrt" and int(trt.__version__.split(".")[0]) < 11
+    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if weakly_typed_exists else 0
+
+
+def serialize_network(
+    trt: ModuleType, model: bytes, profile: Profile, configure: Callable[[Any], None]
+) -> tuple[bytes, tuple[str, ...]]:
+    """Build the ONNX `model` with the module `trt`; `configure` edits the builder configuration.
+
+    Returns the serialized engine and the builder's distinct warnings. Raises UserError with the parser's or builder's
+    first error.
+    """
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(_strongly_typed_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        error = parser.get_error(0)
+        raise UserError(f"{trt.__name__} {trt.__version__} rejects node '{error.node_name()}': {error.desc()}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the audit reads kernel types from the engine
+    shapes = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        rest = tuple(tensor.shape)[1:]
+        shapes.set_shape(tensor.name, (1, *rest), (profile.opt, *rest), (profile.maximum, *rest))
+    config.add_optimization_profile(shapes)
+    configure(config)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        reason = logger.errors[0] if logger.errors else "no reason given"
+        raise UserError(f"{trt.__name__} {trt.__version__} could not build the engine: {reason}")
+    return bytes(engine), tuple(dict.fromkeys(logger.warnings))

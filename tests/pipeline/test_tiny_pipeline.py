@@ -1,0 +1,177 @@
+"""The whole pipeline on a network that takes seconds: files, branding, interruption, replacement."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+from deploy import cli
+from deploy.package import FILES
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("tensorrt_rtx")
+
+COMMON = ["--model", "test_vit", "--calib-images", "16", "--sm", "89"]
+
+
+def photographs(folder: Path, count: int) -> Path:
+    """A folder of noisy pictures, some of them broken or of unusual kinds."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{index:03}.png")
+    Image.fromarray(generator.integers(0, 256, (40, 50), np.uint8)).save(folder / "grey.jpg")
+    Image.fromarray(generator.integers(0, 256, (40, 50, 4), np.uint8), "CMYK").save(folder / "cmyk.jpg")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
+    import torch
+
+    torch.manual_seed(0)
+    save_file({name: value.contiguous() for name, value in timm.create_model("test_vit").state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory, checkpoint):
+    """A package from the user's own weights and images."""
+    folder = tmp_path_factory.mktemp("run")
+    images = photographs(folder / "images", 30)
+    code = cli.main(["engine", *COMMON, "--weights", str(checkpoint), "--calib", str(images), "--out", str(folder / "out")])
+    assert code == 0
+    return folder / "out" / "test_vit" / "int8"
+
+
+def test_a_package_holds_exactly_its_files(package):
+    assert sorted(path.name for path in package.iterdir()) == sorted(FILES)
+    assert [path.name for path in package.parent.iterdir()] == ["int8"]
+
+
+def test_the_report_has_every_figure(package):
+    report = json.loads((package / "report.json").read_text())
+    assert {"sqnr_db", "cosine", "top1_agreement"} <= report["fidelity"].keys()
+    assert {"source", "count", "sha256"} <= report["calibration"].keys()
+    assert {
+        "backend", "version", "targets", "bytes", "int8_gemms", "fp16_gemms", "fp32_gemms", "int8_attention",
+        "fused_attention", "kernels",
+    } <= report["engine"].keys()  # fmt: skip
+    assert report["parity"]["torch_vs_ort_rel_l2"] < 1e-3
+    assert report["speed"]["ort_cpu_ratio"] > 0
+    assert report["engine"]["bytes"] == (package / "model.engine").stat().st_size
+    assert report["engine"]["targets"] == ["SM89"]
+    assert report["peak_rss_mb"] > 100
+    assert set(report["seconds"]) >= {"load", "calibrate", "export", "build", "verify", "total"}
+    assert report["calibration"]["count"] == 16
+    assert len([stage for stage in report["history"] if stage["stage"] == "calibrate"]) == 1
+
+
+def test_small_and_broken_calibration_sets_are_said(package):
+    warnings = " ".join(json.loads((package / "report.json").read_text())["warnings"])
+    assert "only 16 calibration images" in warnings
+    assert "sample calibration" not in warnings
+
+
+def test_the_manifest_proves_what_the_files_are(package):
+    manifest = json.loads((package / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(FILES) - {"manifest.json"}
+    assert manifest["servable"]
+    assert manifest["weights"]["sha256"]
+    assert manifest["preprocessing"]["height"] == 160
+    assert len(manifest["planned_int8_layers"]) == manifest["engine"]["audit"]["planned"] > 0
+
+
+def test_verify_accepts_a_sound_package_without_torch(package):
+    script = (
+        "import sys; sys.modules.update(torch=None, timm=None)\n"
+        "from deploy.cli import main; sys.exit(main(['verify', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, package], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "golden outputs reproduced" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["model.engine", "model.fp32.onnx"])
+def test_verify_names_a_changed_or_missing_file(package, tmp_path, capsys, file):
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    content = bytearray((copy / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / file).write_bytes(content)
+    assert cli.main(["verify", str(copy)]) == cli.EXIT_FAILED
+    assert f"{file} has changed" in capsys.readouterr().err
+    (copy / file).unlink()
+    assert cli.main(["verify", str(copy)]) == cli.EXIT_FAILED
+    assert f"{file} is missing" in capsys.readouterr().err
+
+
+def test_random_weights_and_sample_images_are_branded_everywhere(tmp_path, capsys):
+    assert cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    folder = tmp_path / "test_vit-random-weights" / "int8"
+    report, manifest = (json.loads((folder / name).read_text()) for name in ("report.json", "manifest.json"))
+    for text in (shown.out, " ".join(report["warnings"]), " ".join(manifest["warnings"])):
+        assert "RANDOM WEIGHTS" in text
+        assert "sample calibration: not for production" in text
+    assert "random" in shown.err.lower()
+    assert not manifest["servable"]
+    assert manifest["weights"]["random"]
+
+
+def test_a_lost_int8_layer_fails_the_build_by_name_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+
+    from deploy import audit
+
+    def blind(kernels, planned):
+        return replace(audit.audit(kernels, planned), lost=("blocks.1.mlp.fc1/MatMul",))
+
+    monkeypatch.setattr("deploy.pipeline.audit", blind)
+    code = cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")])
+    assert code == cli.EXIT_FAILED
+    assert "blocks.1.mlp.fc1/MatMul" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+    script = limit + "from deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == cli.EXIT_USER_ERROR, done.stderr
+    assert "cannot be written" in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize("stage", ["load", "calibrate", "export", "audit"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_interrupting_after_any_stage_leaves_nothing_and_keeps_the_old_package(tmp_path, package, stage, number):
+    if number == signal.SIGTERM and stage != "export":
+        pytest.skip("one stage is enough: the same handler")
+    final = tmp_path / "test_vit-random-weights" / "int8"
+    shutil.copytree(package, final)
+    before = (final / "manifest.json").read_bytes()
+    command = [sys.executable, "-m", "deploy", "engine", *COMMON, "--weights", "random", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.split()[:1] == [stage]:
+            process.send_signal(number)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == cli.EXIT_INTERRUPTED, rest
+    assert rest.strip().splitlines()[-1] == "interrupted: nothing was written"
+    assert (final / "manifest.json").read_bytes() == before
+    assert sorted(path.name for path in final.parent.iterdir()) == ["int8"]

@@ -1,0 +1,48 @@
+"""Small networks of every family, with weights that quantization really changes."""
+
+import timm
+import torch
+from torch import nn
+
+from calib.families import family_of
+from calib.quant_model import QuantModel
+
+SIZE = 32
+
+# One small instance per family: timm's own test networks, or a real class with small numbers.
+TINY = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "resnet": ("test_resnet", {}),
+    "mobilenet": ("mobilenetv2_035", {}),
+    "regnet": ("regnetx_002", {}),
+}
+
+
+def tiny_net(family: str, seed: int = 0) -> nn.Module:
+    """A network in eval mode, float32, random but with uneven channels and running statistics."""
+    torch.manual_seed(seed)
+    name, options = TINY[family]
+    net = timm.create_model(name, **options).eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.uniform_(0.2, 3.0)
+                module.bias.normal_(0, 0.3)
+            elif isinstance(module, nn.Linear):
+                module.weight.mul_(4)
+    return net
+
+
+def tiny_model(family: str, seed: int = 0) -> QuantModel:
+    net = tiny_net(family, seed)
+    return QuantModel(family, net, net, family_of(net))
+
+
+def tiny_batches(count: int = 3, batch: int = 4, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, SIZE, SIZE, generator=generator) for _ in range(count)]

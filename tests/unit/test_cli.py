@@ -1,0 +1,108 @@
+import json
+import re
+
+import pytest
+from safetensors.torch import save_file
+
+from deploy import cli
+
+
+def run(capsys, *argv):
+    code = cli.main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def last_line(err: str) -> str:
+    return err.strip().splitlines()[-1]
+
+
+BAD = {
+    "no such verb": (["engin"], r"unknown command 'engin'.*Did you mean 'engine'"),
+    "no such option": (["engine", "--modle", "x"], r"unrecognized arguments"),
+    "unknown model": (["engine", "--model", "vit_bb"], r"vit_bb.*'vit_b'"),
+    "unknown recipe": (["engine", "--recipe", "int"], r"unknown RECIPE 'int'.*Did you mean 'int8'"),
+    "unknown target": (["engine", "--target", "tensorrt_rtxx"], r"unknown TARGET 'tensorrt_rtxx'.*'tensorrt_rtx'"),
+    "bad SM": (["engine", "--sm", "ada"], r"SM='ada': expected GPU architectures such as 86,89,120"),
+    "bad batch": (["engine", "--batch", "0"], r"'0': expected a whole number of 1 or more"),
+    "batch over maximum": (["engine", "--batch", "64"], r"batch profile 1/64/32: expected 1 <= BATCH <= MAX_BATCH"),
+    "unsupported architecture": (
+        ["engine", "--model", "convnext_atto", "--weights", "random"], r"unsupported architecture: ConvNeXt is described"
+    ),
+    "missing checkpoint": (["engine", "--model", "test_vit", "--weights", "/nowhere.pth"], r"/nowhere\.pth"),
+    "missing calibration folder": (
+        ["engine", "--model", "test_vit", "--weights", "random", "--calib", "/nowhere"], r"'/nowhere' does not exist"
+    ),
+    "missing package": (["verify", "/nowhere"], r"/nowhere/manifest\.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, case):
+    argv, expected = BAD[case]
+    if argv[0] == "engine":
+        argv = [*argv, "--out", str(tmp_path / "out")]
+    code, _, err = run(capsys, *argv)
+    assert code == cli.EXIT_USER_ERROR
+    assert re.search(expected, last_line(err)), err
+    assert last_line(err).startswith("error: ")
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.onnx"))
+    assert not list(tmp_path.rglob(".*tmp*"))
+
+
+def test_empty_calibration_folder_is_one_line(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = ["engine", "--model", "test_vit", "--weights", "random", "--calib", str(tmp_path / "empty")]
+    code, _, err = run(capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert code == cli.EXIT_USER_ERROR
+    assert str(tmp_path / "empty") in last_line(err)
+
+
+def test_wrong_checkpoint_lists_missing_and_unexpected_keys(capsys, tmp_path):
+    import timm
+    import torch
+
+    state = timm.create_model("test_vit").state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    del state["norm.weight"]
+    save_file(state, tmp_path / "wrong.safetensors")
+    arguments = ["engine", "--model", "test_vit", "--weights", str(tmp_path / "wrong.safetensors")]
+    code, _, err = run(capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert code == cli.EXIT_USER_ERROR
+    assert "norm.weight" in last_line(err)
+    assert "extra.weight" in last_line(err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.VERBS, "list", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["list"])
+
+
+def test_list_and_explain_show_what_exists(capsys):
+    code, out, _ = run(capsys, "list")
+    assert code == 0
+    for word in ("vit_b", "augreg_in21k_ft_in1k", "recipes: int8", "rtn", "tensorrt, tensorrt_rtx"):
+        assert word in out
+    code, out, _ = run(capsys, "explain", "int8")
+    assert json.loads(out)["calibrate"]["observer"] == "percentile"
+
+
+def test_doctor_says_what_builds_here(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "tensorrt_rtx: builds engines here" in out
+    assert "GPU:" in out
+
+
+def test_doctor_names_the_command_that_mends_a_missing_package(monkeypatch):
+    from deploy import doctor
+
+    monkeypatch.setitem(doctor.NEEDED, "no_such_package", ("testing", True))
+    found = doctor.examine()
+    assert not found.healthy
+    assert any("MISSING no_such_package" in line and "make setup" in line for line in found.lines)

@@ -1,0 +1,98 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.observers import OBSERVERS, Histogram, amax_from_histogram, max_amax, mse_amax, percentile_amax
+
+BIN_WIDTH = 2**-9  # relative: 512 bins an octave
+
+
+def histogram_of(*parts: torch.Tensor) -> Histogram:
+    histogram = Histogram()
+    for part in parts:
+        histogram.update(part)
+    return histogram
+
+
+def heavy_tailed(count: int = 20_000, seed: int = 0) -> torch.Tensor:
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.standard_t(3, count).astype(np.float32))
+
+
+def mse_by_hand(x: np.ndarray, amax: float) -> float:
+    scale = amax / 127
+    return float(((np.clip(np.round(x / scale), -127, 127) * scale - x) ** 2).mean())
+
+
+@given(st.permutations(range(6)), st.integers(1, 3000))
+@settings(max_examples=15, deadline=None)
+def test_any_order_and_any_split_give_bit_identical_statistics(order, batch):
+    x = heavy_tailed(6000)
+    whole = histogram_of(x)
+    shuffled = torch.cat([x.split(1000)[i] for i in order])
+    parts = histogram_of(*shuffled.split(batch))
+    assert torch.equal(whole.counts, parts.counts)
+    assert whole.amax == parts.amax
+
+
+def test_merging_equals_seeing_everything_and_is_associative():
+    a, b, c = (histogram_of(heavy_tailed(seed=seed)) for seed in range(3))
+    left, right = a.merge(b).merge(c), a.merge(b.merge(c))
+    whole = histogram_of(*(heavy_tailed(seed=seed) for seed in range(3)))
+    assert torch.equal(left.counts, right.counts)
+    assert torch.equal(left.counts, whole.counts)
+    assert left.amax == right.amax == whole.amax
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9])
+def test_percentile_is_the_sorted_element_within_a_bin(percentile):
+    x = heavy_tailed()
+    exact = np.sort(x.abs().numpy())[math.ceil(Fraction(str(percentile)) / 100 * len(x)) - 1]
+    assert percentile_amax(histogram_of(x), percentile) == pytest.approx(exact, rel=2 * BIN_WIDTH)
+    assert percentile_amax(histogram_of(x), percentile) >= exact
+
+
+def test_all_elements_are_below_the_hundredth_percentile():
+    x = heavy_tailed()
+    assert percentile_amax(histogram_of(x), 100.0) == max_amax(histogram_of(x)) == float(x.abs().max())
+
+
+def test_mse_threshold_is_as_good_as_the_best_of_an_exhaustive_search():
+    x = heavy_tailed()
+    best = min(mse_by_hand(x.numpy(), float(x.abs().max()) * f) for f in np.linspace(0.02, 1, 99))
+    chosen = mse_by_hand(x.numpy(), mse_amax(histogram_of(x)))
+    assert chosen <= best * 1.02
+    assert chosen < mse_by_hand(x.numpy(), float(x.abs().max()))
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("factor", [2.0**-7, 2.0, 64.0])
+def test_scaling_the_data_scales_the_threshold(observer, factor):
+    x = heavy_tailed()
+    once = amax_from_histogram(histogram_of(x), observer, 99.9)
+    assert amax_from_histogram(histogram_of(x * factor), observer, 99.9) == pytest.approx(once * factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_a_tensor_of_zeros_has_threshold_zero(observer):
+    assert amax_from_histogram(histogram_of(torch.zeros(100)), observer, 99.9) == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_are_refused(bad):
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        histogram_of(torch.tensor([1.0, bad]))
+
+
+def test_memory_does_not_grow_with_the_data():
+    histogram = Histogram()
+    size = histogram.counts.numel()
+    for seed in range(20):
+        histogram.update(heavy_tailed(seed=seed) * 10.0**seed)
+    assert histogram.counts.numel() == size
+    assert int(histogram.counts.sum()) == 20 * 20_000

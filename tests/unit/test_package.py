@@ -1,0 +1,97 @@
+import errno
+import os
+import subprocess
+
+import pytest
+
+from calib.errors import UserError
+from deploy.package import file_sha256, read_json, staging, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_package_appears_only_when_it_is_complete(tmp_path):
+    final = tmp_path / "model" / "int8"
+    with staging(final) as folder:
+        (folder / "a").write_text("1")
+        assert not final.exists()
+    assert names(final) == ["a"]
+    assert names(final.parent) == ["int8"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, UserError])
+def test_nothing_is_left_after_a_failure_and_the_old_package_stays(tmp_path, error):
+    final = tmp_path / "int8"
+    with staging(final) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(error), staging(final) as folder:
+        (folder / "a").write_text("half")
+        raise error("stop")
+    assert (final / "a").read_text() == "old"
+    assert names(tmp_path) == ["int8"]
+
+
+def test_a_new_package_replaces_the_old_one_whole(tmp_path):
+    for name in ("a", "b"):
+        with staging(tmp_path / "int8") as folder:
+            (folder / name).write_text("x")
+    assert names(tmp_path / "int8") == ["b"]
+
+
+def _dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path):
+    pid = _dead_pid()
+    (tmp_path / f".int8.tmp-{pid}").mkdir()
+    (tmp_path / f".int8.old-{pid}").mkdir()
+    (tmp_path / f".int8.old-{pid}" / "a").write_text("displaced")
+    with pytest.raises(RuntimeError), staging(tmp_path / "int8"):
+        raise RuntimeError
+    assert (tmp_path / "int8" / "a").read_text() == "displaced"
+    assert names(tmp_path) == ["int8"]
+
+
+def test_the_half_written_folder_of_a_living_run_is_left_alone(tmp_path):
+    other = tmp_path / f".int8.tmp-{os.getppid()}"
+    other.mkdir()
+    with staging(tmp_path / "int8"):
+        pass
+    assert other.is_dir()
+
+
+def test_a_file_in_the_way_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output folder '.*int8' cannot be written .*OUT="), staging(tmp_path / "file" / "int8"):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code):
+    with pytest.raises(UserError, match=f"cannot be written .{os.strerror(code)}"), staging(tmp_path / "int8"):
+        raise OSError(code, os.strerror(code))
+    assert names(tmp_path) == []
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError), staging(tmp_path / "int8"):
+        raise FileNotFoundError(errno.ENOENT, "a bug")
+
+
+def test_json_with_nan_is_refused_and_bad_json_is_a_user_error(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    (tmp_path / "b.json").write_text("{")
+    for name in ("b.json", "missing.json"):
+        with pytest.raises(UserError, match=name):
+            read_json(tmp_path / name)
+
+
+def test_sha256_is_the_known_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
