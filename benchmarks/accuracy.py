@@ -67,9 +67,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def fidelity(
-    reference: np.ndarray, output: np.ndarray, classifier: bool, labels: np.ndarray | None = None
-) -> Fidelity:
+def fidelity(reference: np.ndarray, output: np.ndarray, classifier: bool, labels: np.ndarray | None = None) -> Fidelity:
     """Compare `output` with `reference`, both (N, D); `labels` (N,) are class indices of a classifier."""
     cosine = float((_unit(reference) * _unit(output)).sum(1).mean())
     if not classifier:

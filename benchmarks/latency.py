@@ -37,9 +37,7 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def compare(
-    baseline: Callable[[], Any], candidate: Callable[[], Any], rounds: int = 15, warmup: int = 2
-) -> Comparison:
+def compare(baseline: Callable[[], Any], candidate: Callable[[], Any], rounds: int = 15, warmup: int = 2) -> Comparison:
     """Time two callables in turn for `rounds` rounds after `warmup` uncounted calls of each."""
     for _ in range(warmup):
         baseline()

@@ -75,9 +75,7 @@ def _examined(path: Path, array: np.ndarray, row: int) -> Picture:
             f"array file '{path}' holds NaN or infinity in row {row}: expected finite numbers; "
             f"remove the row or repair what wrote it"
         )
-    return Picture(
-        f"row {row}", hashlib.sha256(values.data).hexdigest(), functools.partial(_read_row, array, row)
-    )
+    return Picture(f"row {row}", hashlib.sha256(values.data).hexdigest(), functools.partial(_read_row, array, row))
 
 
 def row_candidates(path: Path, array: np.ndarray) -> list[Candidate]:

@@ -77,8 +77,7 @@ def _located(text: str, role: str) -> Path:
     path = Path(text)
     if not text or not path.exists():
         raise UserError(
-            f"{role} path '{text}' does not exist: expected a folder of images or a .npy/.npz file; "
-            f"check the path"
+            f"{role} path '{text}' does not exist: expected a folder of images or a .npy/.npz file; check the path"
         )
     if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
         raise UserError(
@@ -99,9 +98,7 @@ def _names(folder: Path, role: str) -> list[str]:
     return names
 
 
-def _candidates(
-    path: Path, role: str, preprocessing: Preprocessing
-) -> tuple[list[Candidate], dict[str, int] | None]:
+def _candidates(path: Path, role: str, preprocessing: Preprocessing) -> tuple[list[Candidate], dict[str, int] | None]:
     """What `path` offers, and the labels its class folders give when it is for evaluation."""
     if not path.is_dir():
         return row_candidates(path, array_from_file(path, preprocessing)), None

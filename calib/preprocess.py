@@ -71,8 +71,7 @@ def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing:
     channels, height, width = config["input_size"]
     if channels != 3:
         raise UserError(
-            f"the model takes {channels} input channels: expected 3 (RGB); "
-            f"choose a model trained on RGB photographs"
+            f"the model takes {channels} input channels: expected 3 (RGB); choose a model trained on RGB photographs"
         )
     crop_pct = config.get("crop_pct") or DEFAULT_CROP_PCT
     red, green, blue = map(float, config["mean"])

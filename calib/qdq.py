@@ -65,7 +65,12 @@ class QuantConv2d(nn.Module):
         self.register_buffer("weight_scale", weight_params.scale.clone())
         self.register_buffer("input_scale", input_params.scale.clone())
         self.bias = conv.bias
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""

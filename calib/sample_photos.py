@@ -72,9 +72,7 @@ def random_window(width: int, height: int, rng: np.random.Generator) -> tuple[in
     return 0, 0, width, height
 
 
-def _read_crop(
-    path: Path, window: tuple[int, int, int, int], flip: bool, preprocessing: Preprocessing
-) -> np.ndarray:
+def _read_crop(path: Path, window: tuple[int, int, int, int], flip: bool, preprocessing: Preprocessing) -> np.ndarray:
     image = _photo(path)[1].crop(window)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

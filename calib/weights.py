@@ -46,9 +46,7 @@ class LoadedNet:
     source: str  # for people: where the weights came from and what was converted
     sha256: str  # of all parameters and buffers, see `state_sha256`
     random: bool  # True: good for latency, meaningless for accuracy
-    data_config: dict[
-        str, Any
-    ]  # timm's preprocessing: input_size (C, H, W), interpolation, mean, std, crop_pct
+    data_config: dict[str, Any]  # timm's preprocessing: input_size (C, H, W), interpolation, mean, std, crop_pct
 
 
 def state_sha256(net: "nn.Module") -> str:
@@ -91,13 +89,9 @@ def _unwrap(content: Any, path: Path) -> tuple["StateDict", str]:
             content, note = content[key], f" [{key}]"
             break
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path} holds a {type(content).__name__}, expected a state dict: re-save it as .safetensors."
-        )
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict: re-save it as .safetensors.")
     others = [
-        str(key)
-        for key, value in content.items()
-        if not (isinstance(key, str) and isinstance(value, torch.Tensor))
+        str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))
     ]
     if others:
         raise UserError(
@@ -155,9 +149,7 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
     if problem:
         converted = _timm_layout(net, state)
         if converted is None:
-            raise UserError(
-                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL."
-            )
+            raise UserError(f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL.")
         state, note = converted, f"{note} (converted by timm's checkpoint filter)"
     net.load_state_dict({**net.state_dict(), **state}, strict=True)
     return f"file {path}{note}"
@@ -189,8 +181,7 @@ def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
         read(str(path))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{path} does not fit {tag} ({str(error).splitlines()[0]}): give a checkpoint of {tag}, or "
-            "another MODEL."
+            f"{path} does not fit {tag} ({str(error).splitlines()[0]}): give a checkpoint of {tag}, or another MODEL."
         ) from error
     return f"file {path} (JAX layout, read by timm)"
 
@@ -261,9 +252,7 @@ def _load_from_hub(spec: ModelSpec, kwargs: dict[str, Any]) -> tuple["nn.Module"
 def _check_finite(net: "nn.Module", source: str) -> None:
     bad = [name for name, tensor in net.state_dict().items() if not tensor.isfinite().all()]
     if bad:
-        raise UserError(
-            f"NaN or Inf in {len(bad)} tensors ({_first_few(bad)}) of {source}: give intact weights."
-        )
+        raise UserError(f"NaN or Inf in {len(bad)} tensors ({_first_few(bad)}) of {source}: give intact weights.")
 
 
 def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet:

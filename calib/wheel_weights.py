@@ -84,9 +84,7 @@ def _dinov2_from_onnx(blob: bytes, net: "nn.Module") -> "StateDict":
     from torch.nn import functional
 
     graph = onnx.load_from_string(blob).graph
-    tensors = {
-        init.name: torch.from_numpy(onnx.numpy_helper.to_array(init).copy()) for init in graph.initializer
-    }
+    tensors = {init.name: torch.from_numpy(onnx.numpy_helper.to_array(init).copy()) for init in graph.initializer}
     tensors |= _dense_weights(graph, tensors)
     hf = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
 

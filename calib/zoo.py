@@ -28,15 +28,9 @@ _SPECS = (
     ModelSpec("deit_b", "deit_base_patch16_224.fb_in1k", note="timm measures 81.98 %, papers print 81.80 %"),
     ModelSpec("swin_t", "swin_tiny_patch4_window7_224.ms_in1k"),
     ModelSpec("swin_s", "swin_small_patch4_window7_224.ms_in1k"),
-    ModelSpec(
-        "swin_b", "swin_base_patch4_window7_224.ms_in22k_ft_in1k", note="pretrained on ImageNet-22k, 85.27 %"
-    ),
-    ModelSpec(
-        "resnet18", "resnet18.tv_in1k", note="torchvision v1, 69.76 %; papers start from BRECQ's own 71.0 %"
-    ),
-    ModelSpec(
-        "resnet50", "resnet50.tv_in1k", note="torchvision v1, 76.13 %; papers start from BRECQ's own 76.6 %"
-    ),
+    ModelSpec("swin_b", "swin_base_patch4_window7_224.ms_in22k_ft_in1k", note="pretrained on ImageNet-22k, 85.27 %"),
+    ModelSpec("resnet18", "resnet18.tv_in1k", note="torchvision v1, 69.76 %; papers start from BRECQ's own 71.0 %"),
+    ModelSpec("resnet50", "resnet50.tv_in1k", note="torchvision v1, 76.13 %; papers start from BRECQ's own 76.6 %"),
     ModelSpec("resnet101", "resnet101.tv_in1k", note="torchvision v1, 77.37 %"),
     ModelSpec(
         "mobilenetv2",

@@ -4,7 +4,6 @@ The plan is the ONNX graph's Q/DQ nodes; the evidence is the engine's kernels. T
 count: one kernel may cover several layers (q, k and v as one GEMM), and attention adds GEMMs without weights.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,16 +12,11 @@ from typing import Any
 import onnx
 
 from calib.errors import UserError
+from deploy.errors import ContractError
 from deploy.kernels import Kernel, count_kernels
 
 _LAYER_OPS = ("MatMul", "Gemm", "Conv")
 _SHOWN = 5  # lost layers named in a message
-
-log = logging.getLogger(__name__)
-
-
-class AuditError(UserError):
-    """The engine does not do what the graph planned; the user chooses another graph or another target."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +85,7 @@ class _Graph:
 
     def is_int8_weight(self, tensor: str) -> bool:
         dequantize = self.origin(tensor, ("Transpose",))
-        return (
-            dequantize is not None
-            and dequantize.op_type == "DequantizeLinear"
-            and dequantize.input[0] in self.int8
-        )
+        return dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.input[0] in self.int8
 
 
 def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -168,16 +158,10 @@ def _faults(result: Audit) -> list[str]:
     return faults
 
 
-def require_int8(result: Audit, exempt_reason: str | None = None) -> None:
-    """Raise AuditError unless every planned layer runs in INT8 and nothing is multiplied in FP32.
+def require_int8(result: Audit) -> None:
+    """Raise ContractError unless every planned layer runs in INT8 and nothing is multiplied in FP32.
 
-    Fails as well if nothing is planned or a type cannot be read. An `exempt_reason` accepts all faults; they
-    are then logged with it.
+    Fails as well if nothing is planned or a GEMM's type cannot be read.
     """
-    faults = _faults(result)
-    if not faults:
-        return
-    if exempt_reason:
-        log.warning("INT8 audit not met, accepted because %s: %s", exempt_reason, "; ".join(faults))
-        return
-    raise AuditError("the engine is not INT8 as planned: " + "; ".join(faults))
+    if faults := _faults(result):
+        raise ContractError("the engine is not INT8 as planned: " + "; ".join(faults))

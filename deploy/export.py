@@ -9,33 +9,42 @@ import copy
 import io
 import logging
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset21 as op
+from onnxscript import opset21
 from torch import Tensor, nn
 
-from calib import qdq
 from calib.errors import UserError
 
 OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes
+op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
 INPUT, OUTPUT = "input", "output"
 FP16_MAX = 65504.0
 
 
-def _write_quantize_dequantize(x, scale):
+def _write_quantize_dequantize(x: Any, scale: Any) -> Any:
     zero_point = op.Constant(value=ir.to_proto(ir.tensor(0, dtype=ir.DataType.INT8, name="zero_point")))
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
 
-def _write_dequantize(q, scale, axis: int):
+def _write_dequantize(q: Any, scale: Any, axis: int) -> Any:
     return op.DequantizeLinear(q, scale, axis=axis)
 
 
 def _write_attention(
-    query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False, scale=None, enable_gqa: bool = False
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale=None,
+    enable_gqa: bool = False,
 ):
     """softmax(q s^1/2 (k s^1/2)^T) v without shape arithmetic on k.
 
@@ -51,7 +60,7 @@ def _write_attention(
     return op.MatMul(op.Softmax(op.MatMul(op.Mul(query, root), keys), axis=-1), value)
 
 
-TRANSLATION = {
+TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: _write_attention,
     torch.ops.int8.quantize_dequantize.default: _write_quantize_dequantize,
     torch.ops.int8.dequantize.default: _write_dequantize,

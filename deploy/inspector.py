@@ -94,13 +94,9 @@ def kernels_from_inspector(text: str) -> tuple[Kernel, ...]:
         raise UserError(f"engine information is not JSON ({error}): ask the inspector for JSON") from None
     layers = document.get("Layers") if isinstance(document, dict) else document
     if not isinstance(layers, list):
-        raise UserError(
-            "engine information has no list 'Layers': expected TensorRT's engine inspector output as JSON"
-        )
+        raise UserError("engine information has no list 'Layers': expected TensorRT's engine inspector output as JSON")
     if not layers:
         raise UserError(f"engine information lists no layers, so nothing can be proved: {_DETAILED}")
     if not all(isinstance(layer, dict) and "Name" in layer for layer in layers):
         raise UserError(f"engine information gives layer names only, no types: {_DETAILED}")
-    return tuple(
-        _kernel(layer) for layer in layers if str(layer.get("LayerType", "")).lower() not in _NO_LAUNCH
-    )
+    return tuple(_kernel(layer) for layer in layers if str(layer.get("LayerType", "")).lower() not in _NO_LAUNCH)

@@ -60,7 +60,9 @@ def staging(final: Path) -> Iterator[Path]:
         _recover(final)
         temporary.mkdir()
     except OSError as error:
-        raise UserError(f"output folder '{final}' cannot be written ({error.strerror}): choose another with OUT=") from error
+        raise UserError(
+            f"output folder '{final}' cannot be written ({error.strerror}): choose another with OUT="
+        ) from error
     try:
         yield temporary
         if final.exists():

@@ -31,8 +31,9 @@ MAX_MISMATCH = 1e-3  # share of a layer's integers that may fall the other way
 class Parity:
     """Deviation between simulation and graph on `images` images.
 
-    `rel_l2`: of the output with every layer fed the same integers. `suspect`: the first layer beyond the limits,
-    or else the one that deviates most; `mismatch`: share of its integers that differ, `steps`: by how many at most. `free_running_rel_l2`: output, each on its own.
+    `rel_l2`: of the output with every layer fed the same integers. `suspect`: the first layer beyond the limits, or
+    else the one that deviates most; `mismatch`: share of its integers that differ, `steps`: by how many at most.
+    `free_running_rel_l2`: of the output, each on its own.
     """
 
     images: int

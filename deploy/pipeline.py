@@ -1,13 +1,13 @@
 """The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first.
 
-    torch half:   load -> fold -> calibrate -> reduce error
-    bridge:       export -> parity
-    engine half:  check -> build -> audit -> verify -> benchmark -> package
+torch half:   load -> fold -> calibrate -> reduce error
+bridge:       export -> parity
+engine half:  check -> build -> audit -> verify -> benchmark -> package
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Options:
     recipe: str = "int8"
     target: str = "auto"  # auto or the name of a backend
     sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
-    profile: Profile = Profile()
+    profile: Profile = field(default_factory=Profile)
     out: str = "artifacts"
     seed: int = 0
 
@@ -129,7 +129,9 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             onnx.save(fp32, folder / MODEL_FP32)
             float_model = Path(scratch) / "float.onnx"
             onnx.save(export_float(model.float_net, size), float_model)
-            note(f"{MODEL} {(folder / MODEL).stat().st_size / 1e6:.1f} MB, float {float_model.stat().st_size / 1e6:.1f} MB")
+            note(
+                f"{MODEL} {(folder / MODEL).stat().st_size / 1e6:.1f} MB, float {float_model.stat().st_size / 1e6:.1f} MB"
+            )
         with progress.stage("parity") as note:
             parity = compare_with_onnx(simulation, fp32, golden)
             _hold(parity)

@@ -45,9 +45,7 @@ _OPERATIONS: dict[str, Kind] = {"fully_connected": "gemm", "corrltn": "conv", "d
 _NO_LAUNCH = {"shape_call", "signal", "wait"}
 
 _START = b"header {\n  version = "
-_PROGRAM = re.compile(
-    rb"header \{\n(  version = .*?)\n\}\ndescriptors \{\n(.*?)\n\}\nmain \{\n(.*?)\n\}", re.DOTALL
-)
+_PROGRAM = re.compile(rb"header \{\n(  version = .*?)\n\}\ndescriptors \{\n(.*?)\n\}\nmain \{\n(.*?)\n\}", re.DOTALL)
 _NAMES = r'(?:_args)?=\{((?:\s*"[^"]*")*)\s*\}'
 _INPUTS = re.compile(" input" + _NAMES)
 _OUTPUTS = re.compile(" output" + _NAMES)
@@ -75,9 +73,7 @@ def _of_any_profile(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _programs(plan: bytes) -> list[_Program]:
-    found = [
-        [part.decode("utf-8", "replace") for part in match.groups()] for match in _PROGRAM.finditer(plan)
-    ]
+    found = [[part.decode("utf-8", "replace") for part in match.groups()] for match in _PROGRAM.finditer(plan)]
     if not found or len(found) != plan.count(_START):
         raise UserError(
             "cannot tell which kernels this engine runs: expected the program text 'header {..} descriptors "
@@ -96,9 +92,7 @@ def _programs(plan: bytes) -> list[_Program]:
     ]
 
 
-def _kernel(
-    operation: str, name: str, text: str, dtypes: Mapping[str, str], inside: tuple[Kernel, ...]
-) -> Kernel:
+def _kernel(operation: str, name: str, text: str, dtypes: Mapping[str, str], inside: tuple[Kernel, ...]) -> Kernel:
     inputs = tuple(dtypes.get(tensor, "unknown") for tensor in _names(_INPUTS, text))
     outputs = tuple(dtypes.get(tensor, "unknown") for tensor in _names(_OUTPUTS, text))
     layers = _LAYERS.search(text)

@@ -51,7 +51,9 @@ def _config(kind: type, values: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{where}: unknown option '{key}'; expected {', '.join(fields) or 'none'}.{nearest(key, fields)}")
+            raise UserError(
+                f"{where}: unknown option '{key}'; expected {', '.join(fields) or 'none'}.{nearest(key, fields)}"
+            )
         allowed = fields[key].type
         if isinstance(allowed, type) and not isinstance(value, int | float if allowed is float else allowed):
             raise UserError(f"{where}: option '{key}' is {value!r}; expected {allowed.__name__}")

@@ -72,7 +72,16 @@ def peak_rss_mb() -> float:
 
 def tool_commit() -> str | None:
     """Commit of the tool's checkout, with `-dirty` if files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -135,7 +144,9 @@ def manifest_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "warnings": evidence.warnings(),
         "servable": not evidence.loaded.random,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {name: {"sha256": file_sha256(folder / name), "bytes": os.path.getsize(folder / name)} for name in files},
+        "files": {
+            name: {"sha256": file_sha256(folder / name), "bytes": os.path.getsize(folder / name)} for name in files
+        },
         "weights": {
             "source": evidence.loaded.source,
             "sha256": evidence.loaded.sha256,

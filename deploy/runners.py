@@ -28,6 +28,7 @@ class OnnxRunner:
         self.dtype = np.float16 if self.input.type == "tensor(float16)" else np.float32
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The first output, (B, D) float32."""
         return next(iter(self.named_outputs(images).values())).astype(np.float32)
 
     def named_outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ class Profile:
 def _logger(trt: ModuleType) -> Any:
     """A logger that keeps warnings and errors instead of printing hundreds of lines."""
 
-    class KeepingLogger(trt.ILogger):
+    class KeepingLogger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -84,7 +84,12 @@ def verify_package(folder: Path) -> list[str]:
         return wrong
     with np.load(folder / GOLDEN) as golden:
         images, reference, simulated = golden["images"], golden["float_output"], golden["simulated_output"]
-    found, recorded_db = sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)), sqnr_db(reference, simulated)
+    found, recorded_db = (
+        sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)),
+        sqnr_db(reference, simulated),
+    )
     if found < recorded_db - MAX_DRIFT_DB:
-        wrong.append(f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built")
+        wrong.append(
+            f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built"
+        )
     return wrong

@@ -11,7 +11,10 @@ SIZE = 32
 
 # One small instance per family: timm's own test networks, or a real class with small numbers.
 TINY = {
-    "vit": ("vit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+    ),
     "resnet": ("test_resnet", {}),
     "mobilenet": ("mobilenetv2_035", {}),
     "regnet": ("regnetx_002", {}),

@@ -29,7 +29,7 @@ def reduce_error(model: QuantModel, batches: Batches, config: Config) -> QuantMo
     start = time.perf_counter()
     with torch.no_grad():
         sites = {
-            f"{name}:weight": channel_qparams(model.net.get_submodule(name).weight)
+            f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"))
             for name in model.family.layers(model.net)
         }
     notes = (f"{len(sites)} weights rounded to nearest, one scale per output channel",)

@@ -17,7 +17,6 @@ class Built:
     """An engine and what is known about it without running it.
 
     `targets`: GPU architectures it runs on. `settings`: everything that decided the build. `notes`: what a user must know.
-    `conv_exemption`: why convolutions need not be INT8 kernels with this backend, None if they must.
     """
 
     plan: bytes

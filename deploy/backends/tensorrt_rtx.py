@@ -17,8 +17,8 @@ DEFAULT_SMS = (86, 89, 120)
 SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
 
 CONVOLUTION_NOTE = (
-    "TensorRT-RTX documents no INT8 convolution kernels: its plan holds INT8 operands, but every convolution writes FP32 and "
-    "its kernel is picked on the GPU; for a CNN build with TARGET=tensorrt on a GPU host"
+    "TensorRT-RTX documents no INT8 convolution kernels: its plan shows INT8 operands with FP32 results, and what runs is "
+    "chosen on the GPU; for a CNN build with TARGET=tensorrt on a GPU host"
 )
 
 

@@ -50,11 +50,15 @@ def test_a_wrong_scale_in_the_graph_is_found_and_named(family):
     reader = next(n for n in broken.graph.node if n.name in (f"{layer}/Conv", f"{layer}/MatMul"))
     producers = {output: n for n in broken.graph.node for output in n.output}
     node = producers[producers[reader.input[0]].input[0]]
-    wrong = onnx.numpy_helper.from_array(np.array(float(model.sites[f"{layer}:input"].scale) * 1.3, np.float32), "wrong")
+    wrong = onnx.numpy_helper.from_array(
+        np.array(float(model.sites[f"{layer}:input"].scale) * 1.3, np.float32), "wrong"
+    )
     broken.graph.initializer.append(wrong)
     node.input[1] = "wrong"
     found = compare_with_onnx(net, broken, tiny_batches(1)[0].numpy())
-    alike = [n for n in model.quantized_layers if model.sites[f"{n}:input"].scale == model.sites[f"{layer}:input"].scale]
+    alike = [
+        n for n in model.quantized_layers if model.sites[f"{n}:input"].scale == model.sites[f"{layer}:input"].scale
+    ]
     assert found.suspect in alike  # layers that share the tensor share its QuantizeLinear
     assert found.suspect in found.failure()
 
@@ -66,7 +70,11 @@ def test_the_fp16_graph_is_strongly_typed_and_both_hold_the_same_integers(family
     onnx.checker.check_model(fp32, full_check=True)
 
     def integers(model):
-        found = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+        found = {
+            t.name: onnx.numpy_helper.to_array(t)
+            for t in model.graph.initializer
+            if t.data_type == onnx.TensorProto.INT8
+        }
         return {name: value for name, value in found.items() if value.ndim > 1}
 
     first, second = integers(fp16), integers(fp32)

@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("calib", "compensation", "deploy", "benchmarks")
-ALLOWED = {"calib": {"calib"}, "compensation": {"calib", "compensation"}, "deploy": set(ROOMS), "benchmarks": {"benchmarks"}}
+ALLOWED = {
+    "calib": {"calib"},
+    "compensation": {"calib", "compensation"},
+    "deploy": set(ROOMS),
+    "benchmarks": {"benchmarks"},
+}
 HEAVY = ("tensorrt", "tensorrt_rtx", "pycuda", "onnxruntime", "matplotlib")
 WITHOUT_TORCH = (
     "deploy.cli", "deploy.doctor", "deploy.verify", "deploy.audit", "deploy.package", "deploy.backends", "deploy.serialize",

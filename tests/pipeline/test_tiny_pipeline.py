@@ -50,7 +50,18 @@ def package(tmp_path_factory, checkpoint):
     """A package from the user's own weights and images."""
     folder = tmp_path_factory.mktemp("run")
     images = photographs(folder / "images", 30)
-    code = cli.main(["engine", *COMMON, "--weights", str(checkpoint), "--calib", str(images), "--out", str(folder / "out")])
+    code = cli.main(
+        [
+            "engine",
+            *COMMON,
+            "--weights",
+            str(checkpoint),
+            "--calib",
+            str(images),
+            "--out",
+            str(folder / "out"),
+        ]
+    )
     assert code == 0
     return folder / "out" / "test_vit" / "int8"
 
@@ -98,7 +109,9 @@ def test_verify_accepts_a_sound_package_without_torch(package):
         "import sys; sys.modules.update(torch=None, timm=None)\n"
         "from deploy.cli import main; sys.exit(main(['verify', sys.argv[1]]))"
     )
-    done = subprocess.run([sys.executable, "-c", script, package], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, package], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "golden outputs reproduced" in done.stdout
 
@@ -148,7 +161,17 @@ def test_a_lost_int8_layer_fails_the_build_by_name_and_leaves_nothing(tmp_path, 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
     script = limit + "from deploy.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, "engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "engine",
+        *COMMON,
+        "--weights",
+        "random",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == cli.EXIT_USER_ERROR, done.stderr
     assert "cannot be written" in done.stderr.strip().splitlines()[-1]
@@ -163,8 +186,20 @@ def test_interrupting_after_any_stage_leaves_nothing_and_keeps_the_old_package(t
     final = tmp_path / "test_vit-random-weights" / "int8"
     shutil.copytree(package, final)
     before = (final / "manifest.json").read_bytes()
-    command = [sys.executable, "-m", "deploy", "engine", *COMMON, "--weights", "random", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    command = [
+        sys.executable,
+        "-m",
+        "deploy",
+        "engine",
+        *COMMON,
+        "--weights",
+        "random",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.split()[:1] == [stage]:

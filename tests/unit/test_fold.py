@@ -15,7 +15,9 @@ def test_folded_convolution_equals_convolution_then_norm(conv_bias, groups):
     norm.running_var.uniform_(0.1, 3)
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
     weight, bias = folded_weights(conv, norm)
-    torch.testing.assert_close(nn.functional.conv2d(x, weight, bias, groups=groups), norm(conv(x)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        nn.functional.conv2d(x, weight, bias, groups=groups), norm(conv(x)), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("family", sorted(TINY))

@@ -287,9 +287,7 @@ def test_raw_arrays_are_preprocessed_like_files(tmp_path):
     calibration, evaluation = image_sets(str(tmp_path / "raw.npy"), None, SMALL)
     assert calibration.count + evaluation.count == 6
     rows = [int(each.removeprefix("row ")) % 6 for each in names(calibration)]
-    np.testing.assert_array_equal(
-        stream(calibration), [array_from_image(picture(row), SMALL) for row in rows]
-    )
+    np.testing.assert_array_equal(stream(calibration), [array_from_image(picture(row), SMALL) for row in rows])
 
 
 def test_an_array_can_be_the_evaluation_set(photos, tmp_path):
@@ -300,9 +298,7 @@ def test_an_array_can_be_the_evaluation_set(photos, tmp_path):
 
 
 def test_a_memory_mapped_array_is_never_loaded_whole(tmp_path):
-    array = np.lib.format.open_memmap(
-        tmp_path / "many.npy", mode="w+", dtype=np.float32, shape=(2000, 3, 32, 32)
-    )
+    array = np.lib.format.open_memmap(tmp_path / "many.npy", mode="w+", dtype=np.float32, shape=(2000, 3, 32, 32))
     array[:] = np.random.default_rng(0).normal(size=(2000, 1, 1, 1))
     whole = array.nbytes
     array.flush()
@@ -324,8 +320,7 @@ def test_a_memory_mapped_array_is_never_loaded_whole(tmp_path):
 def test_sample_photographs_exist_in_the_wheels_and_are_split():
     assert not set(CALIBRATION_PHOTOS) & set(EVALUATION_PHOTOS)
     digests = [
-        hashlib.sha256(_path(*photo).read_bytes()).hexdigest()
-        for photo in CALIBRATION_PHOTOS + EVALUATION_PHOTOS
+        hashlib.sha256(_path(*photo).read_bytes()).hexdigest() for photo in CALIBRATION_PHOTOS + EVALUATION_PHOTOS
     ]
     assert len(set(digests)) == len(digests) == 10
 

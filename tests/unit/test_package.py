@@ -26,7 +26,7 @@ def test_nothing_is_left_after_a_failure_and_the_old_package_stays(tmp_path, err
     final = tmp_path / "int8"
     with staging(final) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(error), staging(final) as folder:
+    with pytest.raises(error), staging(final) as folder:  # noqa: PT012 - the block is what is tested
         (folder / "a").write_text("half")
         raise error("stop")
     assert (final / "a").read_text() == "old"
@@ -67,13 +67,19 @@ def test_the_half_written_folder_of_a_living_run_is_left_alone(tmp_path):
 
 def test_a_file_in_the_way_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"output folder '.*int8' cannot be written .*OUT="), staging(tmp_path / "file" / "int8"):
+    with (
+        pytest.raises(UserError, match=r"output folder '.*int8' cannot be written .*OUT="),
+        staging(tmp_path / "file" / "int8"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_full_or_read_only_disk_is_one_clear_line(tmp_path, code):
-    with pytest.raises(UserError, match=f"cannot be written .{os.strerror(code)}"), staging(tmp_path / "int8"):
+    with (
+        pytest.raises(UserError, match=f"cannot be written .{os.strerror(code)}"),
+        staging(tmp_path / "int8"),
+    ):
         raise OSError(code, os.strerror(code))
     assert names(tmp_path) == []
 

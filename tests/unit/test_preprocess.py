@@ -116,9 +116,7 @@ def test_a_long_strip_is_never_resized_whole(monkeypatch):
 
 def test_an_image_of_one_pixel_becomes_a_flat_image():
     array = array_from_image(Image.new("RGB", (1, 1), (255, 0, 51)), plain(4))
-    np.testing.assert_array_equal(
-        array, np.float32([1, 0, 0.2])[:, None, None] * np.ones((3, 4, 4), "float32")
-    )
+    np.testing.assert_array_equal(array, np.float32([1, 0, 0.2])[:, None, None] * np.ones((3, 4, 4), "float32"))
     assert array.dtype == np.float32
     assert array.flags.c_contiguous
 

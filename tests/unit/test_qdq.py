@@ -26,13 +26,18 @@ def test_quant_linear_is_fake_quantization_of_input_and_weight(bias, shape):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"groups": 4}, {"stride": 2, "padding": 1}, {"dilation": 2}], ids=lambda o: str(o) or "plain"
+    "options",
+    [{}, {"groups": 4}, {"stride": 2, "padding": 1}, {"dilation": 2}],
+    ids=lambda o: str(o) or "plain",
 )
 def test_quant_conv_is_fake_quantization_of_input_and_weight(options):
     conv, x = nn.Conv2d(4, 8, 3, **options), torch.randn(2, 4, 9, 9)
     weight_params = rtn.channel_qparams(conv.weight)
     reference = nn.Conv2d(4, 8, 3, **options)
-    reference.weight.data, reference.bias.data = fake_quantize(conv.weight.detach(), weight_params), conv.bias.data
+    reference.weight.data, reference.bias.data = (
+        fake_quantize(conv.weight.detach(), weight_params),
+        conv.bias.data,
+    )
     found = QuantConv2d(conv, input_params(x), weight_params)(x)
     torch.testing.assert_close(found, reference(fake_quantize(x, input_params(x))), rtol=1e-5, atol=1e-5)
 

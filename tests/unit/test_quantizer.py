@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from calib.quantizer import SMALLEST_SCALE, QParams, dequantize, fake_quantize, fp16_scale, qparams_from_amax, quantize
+from calib.quantizer import (
+    SMALLEST_SCALE,
+    QParams,
+    dequantize,
+    fake_quantize,
+    fp16_scale,
+    qparams_from_amax,
+    quantize,
+)
 
 values = arrays(np.float32, st.integers(1, 40), elements=st.floats(-1e4, 1e4, width=32))
 
@@ -68,4 +76,7 @@ def test_scales_are_exact_in_fp16_and_never_too_small():
 
 def test_dequantize_is_integer_times_scale():
     params = QParams(torch.tensor([0.5, 2.0]), axis=0)
-    assert dequantize(torch.tensor([[2, -3], [2, -3]], dtype=torch.int8), params).tolist() == [[1, -1.5], [4, -6]]
+    assert dequantize(torch.tensor([[2, -3], [2, -3]], dtype=torch.int8), params).tolist() == [
+        [1, -1.5],
+        [4, -6],
+    ]

