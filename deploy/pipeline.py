@@ -158,7 +158,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(f"{verdict.fidelity.sqnr_db:.1f} dB SQNR on {verdict.fidelity.count} images")
         with progress.stage("benchmark") as note:
             speed = cpu_speed(folder, float_model, golden)
-            note(f"{speed.ratio:.2f}x float in ONNX Runtime on this CPU")
+            note(f"{speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU")
 
         evidence = Evidence(
             options, recipe, loaded, calibration, evaluation, model, parity, planned, built, audited, verdict, speed,

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from deploy import host
 from deploy.package import ENGINE, FILES, MANIFEST, MODEL, MODEL_FP32, file_sha256
+from deploy.runners import THREADS
 
 if TYPE_CHECKING:
-    from benchmarks.latency import Comparison
     from calib.images import ImageSet
     from calib.quant_model import QuantModel
     from calib.weights import LoadedNet
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deploy.parity import Parity
     from deploy.pipeline import Options
     from deploy.recipe import Recipe
-    from deploy.verify import Verdict
+    from deploy.verify import CpuSpeed, Verdict
 
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
@@ -46,7 +46,7 @@ class Evidence:
     built: "Built"
     audit: "Audit"
     verdict: "Verdict"
-    speed: "Comparison"
+    speed: "CpuSpeed"
     float_bytes: int
     seconds: dict[str, float]
 
@@ -62,6 +62,11 @@ class Evidence:
             found.append(f"{len(self.calibration.skipped)} unreadable images skipped: {shown}")
         if self.evaluation.overlap:
             found.append(f"{self.evaluation.overlap} evaluation images left out: they are calibration images")
+        if self.speed.integer_layers < len(self.planned):
+            found.append(
+                f"ONNX Runtime computes {self.speed.integer_layers} of the {len(self.planned)} INT8 layers in integers on this "
+                f"CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
+            )
         return [*found, *self.built.notes]
 
 
@@ -115,7 +120,12 @@ def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
             "golden_fp32_sqnr_db": verdict.fp32_sqnr_db,
             "golden_fp16_sqnr_db": verdict.fp16_sqnr_db,
         },
-        "speed": {"ort_cpu_ratio": evidence.speed.ratio, "ort_cpu": evidence.speed.to_json(), "threads": 2},
+        "speed": {
+            "ort_cpu_ratio": evidence.speed.comparison.ratio,
+            "ort_cpu": evidence.speed.comparison.to_json(),
+            "ort_int8_layers": evidence.speed.integer_layers,
+            "threads": THREADS,
+        },
         "bytes": {
             "float_onnx": evidence.float_bytes,
             **{name: (folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},

@@ -1,10 +1,12 @@
 """Running an ONNX graph with ONNX Runtime on the CPU: INT8 kernels for the FP32-typed Q/DQ graph."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
+INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
 THREADS = 2  # fixed, so that a figure does not depend on how many cores a machine has
 
 
@@ -35,3 +37,17 @@ class OnnxRunner:
         """Every graph output by name, in the graph's types."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, {self.input.name: images.astype(self.dtype)}), strict=True))
+
+
+def integer_layers(model: Path) -> int:
+    """How many products and convolutions of `model` ONNX Runtime computes in integers on this CPU, after its fusions."""
+    import onnx
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+        ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+    return sum(node.op_type in INTEGER_KERNELS for node in nodes)

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.accuracy import Fidelity, fidelity, sqnr_db
 from benchmarks.latency import Comparison, compare
 from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
-from deploy.runners import OnnxRunner
+from deploy.runners import OnnxRunner, integer_layers
 
 # FP16 rounding moves a value across a rounding boundary now and then; the noise it adds stays far below that of INT8.
 MAX_FP16_LOSS_DB = 1.0
@@ -61,11 +61,19 @@ def verify_fidelity(
     )
 
 
-def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> Comparison:
+@dataclass(frozen=True)
+class CpuSpeed:
+    """Float against INT8 in ONNX Runtime, and how many layers it really computes in integers."""
+
+    comparison: Comparison
+    integer_layers: int
+
+
+def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
     """ONNX Runtime on 2 threads: the float graph against the INT8 graph, in turn, at batch 8."""
     batch = images[:SPEED_BATCH]
     baseline, candidate = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
-    return compare(lambda: baseline(batch), lambda: candidate(batch))
+    return CpuSpeed(compare(lambda: baseline(batch), lambda: candidate(batch)), integer_layers(folder / MODEL_FP32))
 
 
 def verify_package(folder: Path) -> list[str]:
