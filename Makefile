@@ -59,6 +59,7 @@ lint: $(VENV)/.ready-dev ## Style and types
 
 bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
 	@$(RUN) -m benchmarks.engines
+	@$(RUN) -m deploy.readme
 
 clean: ## Remove the virtual environment, artifacts and caches
 	rm -rf $(VENV) artifacts .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 """`make bench`: build the reference models with their defaults and keep the reports in benchmarks/results/.
 
-Every figure in the README comes from these files. Each model runs in a process of its own, so that its peak memory is its own.
+Every figure in the README comes from these files (`deploy/readme.py` puts them there). Each model runs in a process of its
+own, so that its peak memory is its own.
 """
 
 import json

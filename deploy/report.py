@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
+TABLE_WIDTH = 118  # characters, where there is no terminal to ask
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
@@ -64,8 +65,8 @@ class Evidence:
             found.append(f"{self.evaluation.overlap} evaluation images left out: they are calibration images")
         if self.speed.integer_layers < len(self.planned):
             found.append(
-                f"ONNX Runtime computes {self.speed.integer_layers} of the {len(self.planned)} INT8 layers in integers on this "
-                f"CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
+                f"ONNX Runtime computes {self.speed.integer_layers} of the {len(self.planned)} INT8 layers in integers on "
+                f"this CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
             )
         return [*found, *self.built.notes]
 
@@ -208,9 +209,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The one table, on stdout, and every warning under it."""
-    console = Console(highlight=False, width=None if os.isatty(1) else 132)
+def print_report(report: dict[str, Any], folder: Path, stream: TextIO | None = None) -> None:
+    """The one table, on `stream` (stdout by default), and every warning under it."""
+    terminal = stream is None and os.isatty(1)
+    console = Console(file=stream, highlight=False, width=None if terminal else TABLE_WIDTH)
     table = Table(title=f"{report['model']}, recipe {report['recipe']}", show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

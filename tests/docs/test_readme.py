@@ -1,17 +1,14 @@
 """The README says what is true: its figures are those of benchmarks/results, its links and commands exist."""
 
-import json
 import re
 import subprocess
 from pathlib import Path
 
-import pytest
+from deploy.readme import rendered, reports
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-REPORTS = {
-    path.name.split(".")[0]: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.int8.json")
-}
+REPORTS = reports()
 
 
 def make_targets() -> set[str]:
@@ -42,32 +39,14 @@ def test_ci_runs_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("model", sorted(REPORTS))
-def test_the_figures_are_those_of_the_results_file(model):
-    """A table row `| model | ... |` holds SQNR, agreement, speed, kernels, engine size as the results file has them."""
-    report = REPORTS[model]
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| {model} |")]
-    fidelity, engine = report["fidelity"], report["engine"]
-    for figure in (
-        f"{fidelity['sqnr_db']:.1f} dB",
-        f"{fidelity['top1_agreement']:.1%}",
-        f"{report['speed']['ort_cpu_ratio']:.2f}x",
-        f"{engine['kernels']}",
-        f"{engine['bytes'] / 1e6:.1f} MB",
-        f"{report['seconds']['total']:.0f} s",
-    ):
-        assert figure in row, figure
+def test_its_figures_are_those_of_the_results_files():
+    assert rendered(README) == README, "run `python -m deploy.readme`"
 
 
-def test_the_shown_output_is_that_of_the_results_file():
+def test_the_first_command_is_shown_with_its_real_output():
     report = REPORTS["dinov2_s"]
-    for figure in (
-        f"SQNR {report['fidelity']['sqnr_db']:.1f} dB",
-        f"{report['engine']['int8_gemms']} INT8 GEMMs",
-        f"{report['speed']['ort_cpu_ratio']:.2f}x float",
-        f"{report['seconds']['total']:.0f} s",
-    ):
-        assert figure in README, figure
+    assert f"SQNR {report['fidelity']['sqnr_db']:.1f} dB" in README
+    assert f"{report['engine']['int8_gemms']} INT8 GEMMs" in README
 
 
 def test_the_results_say_where_they_come_from():

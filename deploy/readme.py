@@ -1,0 +1,71 @@
+"""Puts the figures of benchmarks/results/ into the README, so that none is typed: `python -m deploy.readme`."""
+
+import io
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deploy.package import read_json
+from deploy.report import print_report
+
+ROOT = Path(__file__).parents[1]
+SHOWN = "dinov2_s"  # the model of the README's first command
+
+
+def reports() -> dict[str, dict[str, Any]]:
+    """The checked-in reports of the default recipe by model."""
+    found = (read_json(path) for path in sorted((ROOT / "benchmarks/results").glob("*.int8.json")))
+    return {report["model"]: report for report in found}
+
+
+def shown_output(report: dict[str, Any]) -> str:
+    """The table that `make engine` prints."""
+    stream = io.StringIO()
+    print_report(report, Path("artifacts") / report["model"] / report["recipe"], stream)
+    return "```text\n" + "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n```"
+
+
+def _row(report: dict[str, Any]) -> str:
+    fidelity, engine = report["fidelity"], report["engine"]
+    cells = (
+        report["model"],
+        f"{fidelity['sqnr_db']:.1f} dB",
+        f"{fidelity['top1_agreement']:.1%}",
+        f"{report['speed']['ort_cpu_ratio']:.2f}x",
+        f"{engine['planned'] - len(engine['lost'])} of {engine['planned']}",
+        f"{engine['kernels']}",
+        f"{engine['bytes'] / 1e6:.1f} MB",
+        f"{report['seconds']['total']:.0f} s",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def results_table(found: dict[str, dict[str, Any]]) -> str:
+    """One row per model, and where the figures come from."""
+    head = "| model | SQNR | top-1 agreement | speed on CPU | INT8 layers in the engine | kernels | engine | time |"
+    first = next(iter(found.values()))
+    machine = first["machine"]
+    source = (
+        f"Measured by `make bench` at commit {first['commit']} on {machine['cores']} cores ({machine['processor']})."
+    )
+    return "\n".join([head, "|---" * 8 + "|", *map(_row, found.values()), "", source])
+
+
+def _between(content: str, marks: re.Match[str]) -> str:
+    return marks[1] + content + marks[2]
+
+
+def rendered(readme: str) -> str:
+    """`readme` with everything between its `<!-- name -->` and `<!-- /name -->` marks made anew."""
+    found = reports()
+    for name, content in (("output", shown_output(found[SHOWN])), ("results", results_table(found))):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        readme, count = re.subn(pattern, partial(_between, content), readme, flags=re.DOTALL)
+        assert count == 1, f"the README has {count} places for '{name}'"
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text()))
