@@ -16,12 +16,14 @@ MODELS = ("dinov2_s", "mobilenetv2")
 
 def main() -> int:
     """Build each reference model in a scratch folder; write `results/<model>.<recipe>.json`."""
+    reports = []
     for model in MODELS:
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, "-m", "deploy", "engine", "--model", model, "--out", out, "--json"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        report = json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model})"}
-        (RESULTS / f"{model}.{report['recipe']}.json").write_text(json.dumps(report, indent=2) + "\n")
+        reports.append(json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model})"})
+    for report in reports:  # only now, so that the checkout they describe was clean
+        (RESULTS / f"{report['model']}.{report['recipe']}.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
