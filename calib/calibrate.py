@@ -1,30 +1,45 @@
 """Activation scales: one pass of the float network over the calibration images."""
 
+import functools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from calib.layer_rows import Samples, product, rounded_rows, rounded_weight, sampled_inputs, weight_matrix
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.quant_model import QuantModel, StageRecord
-from calib.quantizer import QParams, qparams_from_amax
+from calib.quantizer import QParams, fake_quantize, qparams_from_amax
 
-Batches = Iterable[Tensor]
+# What `search` tries for all layers at once, beside the best per layer.
+SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0))
+MARGIN = 1.25  # of the maximum: new photographs exceed it
+PER_LAYER = "per layer"
+
+
+class Batches(Protocol):
+    """Re-iterable batches (B, 3, H, W) float32 of known number."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Config:
     """How an activation histogram becomes a scale."""
 
-    observer: str = "percentile"  # max | percentile | mse
+    observer: str = "search"  # search | max | percentile | mse; search = what serves the network's output best
     percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = the family's
 
     def __post_init__(self) -> None:
-        if self.observer not in OBSERVERS:
-            raise ValueError(f"observer '{self.observer}' is not one of {', '.join(OBSERVERS)}")
+        if self.observer not in ("search", *OBSERVERS):
+            raise ValueError(f"observer '{self.observer}' is not one of search, {', '.join(OBSERVERS)}")
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile {self.percentile} is not in 0..100")
 
@@ -48,20 +63,125 @@ def observed_inputs(net: nn.Module, layers: Iterable[str]) -> Iterator[dict[str,
             hook.remove()
 
 
-def qparams_from_histogram(histogram: Histogram, config: Config) -> QParams:
-    """Tensor-wide parameters of an activation."""
-    amax = amax_from_histogram(histogram, config.observer, config.percentile)
-    return qparams_from_amax(torch.tensor(amax))
+def candidates(histogram: Histogram) -> dict[str, float]:
+    """Clipping thresholds worth trying, by name."""
+    found = {
+        f"{observer} {percentile:g}".removesuffix(" 0"): amax_from_histogram(histogram, observer, percentile)
+        for observer, percentile in SEARCHED
+    }
+    return found | {f"max x{MARGIN:g}": histogram.amax * MARGIN}
 
 
-def calibrate(model: QuantModel, batches: Batches, config: Config) -> QuantModel:
-    """`model` with an `:input` site for every layer to be quantized, from `batches` of (B, 3, H, W) float32."""
+def best_for_layer(layer: nn.Module, histograms: Sequence[Histogram], rows: Sequence[Tensor]) -> str:
+    """The candidate with the least error of the layer's output: threshold from one fold, rows from another."""
+    weight = weight_matrix(layer)
+    rounded = rounded_weight(weight)
+    error: defaultdict[str, float] = defaultdict(float)
+    for index, histogram in enumerate(histograms):
+        judged = rows[index - 1]
+        exact = product(judged, weight)
+        for candidate, amax in candidates(histogram).items():
+            error[candidate] += float((product(rounded_rows(judged, amax), rounded) - exact).pow(2).sum())
+    return min(error, key=lambda candidate: error[candidate])
+
+
+@contextmanager
+def rounded_inputs(net: nn.Module, thresholds: Mapping[str, float]) -> Iterator[None]:
+    """While open, the inputs of the layers named round to 8 bits at their threshold."""
+
+    def rounding(params: QParams) -> Callable:
+        return lambda _layer, inputs: (fake_quantize(inputs[0], params), *inputs[1:])
+
+    hooks = [
+        net.get_submodule(name).register_forward_pre_hook(rounding(qparams_from_amax(torch.tensor(amax))))
+        for name, amax in thresholds.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one fold showed: histograms and samples of the layers' inputs."""
+
+    histograms: dict[str, Histogram]
+    samples: Samples
+
+
+def _search(model: QuantModel, observed: Sequence[Observed], folds: Sequence[Batches]) -> tuple[dict[str, str], str]:
+    """(candidate by layer, what was found), by the network's output when all its inputs round.
+
+    A layer's own error is no judge of this: in a transformer it favours clipping the few huge activations that later
+    layers live on. Thresholds come from one fold, the images they are judged on from the next.
+    """
+    layers = list(observed[0].histograms)
+    each = {
+        name: best_for_layer(
+            model.net.get_submodule(name),
+            [o.histograms[name] for o in observed],
+            [o.samples.of(name) for o in observed],
+        )
+        for name in layers
+    }
+    choices = {name: dict.fromkeys(layers, name) for name in candidates(observed[0].histograms[layers[0]])}
+    choices[PER_LAYER] = each
+    noise: defaultdict[str, float] = defaultdict(float)
+    signal = 0.0
+    with torch.inference_mode():
+        for index, fit in enumerate(observed):
+            images = next(iter(folds[index - 1]))
+            exact = model.float_net(images)
+            signal += float(exact.pow(2).sum())
+            offers = {name: candidates(histogram) for name, histogram in fit.histograms.items()}
+            for choice, picks in choices.items():
+                with rounded_inputs(model.net, {name: offers[name][pick] for name, pick in picks.items()}):
+                    noise[choice] += float((model.net(images) - exact).pow(2).sum())
+    ranked = sorted(noise, key=lambda choice: noise[choice])
+    shown = ", ".join(f"{choice} {_db(signal, noise[choice]):.1f} dB" for choice in ranked)
+    return choices[ranked[0]], f"by '{ranked[0]}' ({shown} on other photographs)"
+
+
+def _db(signal: float, noise: float) -> float:
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+
+
+def _observe(net: nn.Module, layers: Sequence[str], batches: Batches) -> Observed:
+    with (
+        observed_inputs(net, layers) as histograms,
+        sampled_inputs(net, layers, len(batches)) as samples,
+        torch.inference_mode(),
+    ):
+        for batch in batches:
+            net(batch)
+    return Observed(histograms, samples)
+
+
+def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with an `:input` site for every layer to be quantized.
+
+    `folds` are parts of the calibration set without a common photograph; all of them together give the scales, and
+    `observer = "search"` chooses how by judging each fold's thresholds on another.
+    """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)
-    with observed_inputs(model.net, model.family.layers(model.net)) as histograms, torch.inference_mode():
-        for batch in batches:
-            model.net(batch)
-    sites = {f"{name}:input": qparams_from_histogram(h, config) for name, h in histograms.items()}
-    notes = (f"{len(sites)} activation scales by '{config.observer}'",)
+    observed = [_observe(model.net, model.family.layers(model.net), batches) for batches in folds]
+    whole = {
+        name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
+        for name in observed[0].histograms
+    }
+    if config.observer == "search":
+        picks, how = _search(model, observed, folds)
+        thresholds = {name: candidates(histogram)[picks[name]] for name, histogram in whole.items()}
+    else:
+        how = f"by '{config.observer}'"
+        thresholds = {
+            name: amax_from_histogram(histogram, config.observer, config.percentile)
+            for name, histogram in whole.items()
+        }
+    sites = {f"{name}:input": qparams_from_amax(torch.tensor(amax)) for name, amax in thresholds.items()}
+    notes = (f"{len(sites)} activation scales {how}",)
     record = StageRecord("calibrate", asdict(config), time.perf_counter() - start, notes=notes)
     return model.with_sites(sites).with_record(record)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,15 @@ class ImageSet:
             for start in range(0, self.count, batch_size):
                 chunk = self.pictures[start : start + batch_size]
                 yield np.stack(list(pool.map(lambda picture: picture.read(self.preprocessing), chunk)))
+
+    def folds(self, count: int = 2) -> tuple["ImageSet", ...]:
+        """Parts of nearly equal size without a common photograph; fewer than `count` if there are fewer photographs."""
+        by_content: dict[str, list[Picture]] = {}
+        for picture in self.pictures:
+            by_content.setdefault(picture.content, []).append(picture)
+        photographs = [by_content[content] for content in sorted(by_content)]
+        dealt = [photographs[index::count] for index in range(min(count, len(photographs)))]
+        return tuple(replace(self, pictures=tuple(chain.from_iterable(part)), labels=None) for part in dealt)
 
     def subset(self, start: int, stop: int) -> "ImageSet":
         """Pictures `start` to `stop` (excluded), with their labels; beyond the end as in a slice."""

@@ -1,6 +1,6 @@
 """The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first.
 
-torch half:   load -> fold -> calibrate -> reduce error
+torch half:   load -> fold -> equalise -> calibrate -> reduce error
 bridge:       export -> parity
 engine half:  check -> build -> audit -> verify -> benchmark -> package
 """
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from calib.calibrate import calibrate
+from calib.equalise import equalise
 from calib.families import family_of
 from calib.fold import fold_batch_norms
 from calib.images import ImageSet, image_sets
@@ -66,9 +67,11 @@ class Batches:
         self.images, self.progress, self.convert = images, progress, convert
 
     def __iter__(self) -> Iterator[Any]:
-        total = -(-self.images.count // BATCH)
-        for batch in self.progress.bar(self.images.batches(BATCH), total):
+        for batch in self.progress.bar(self.images.batches(BATCH), len(self)):
             yield self.convert(batch)
+
+    def __len__(self) -> int:
+        return -(-self.images.count // BATCH)
 
 
 def _first_images(images: ImageSet, count: int) -> np.ndarray:
@@ -113,12 +116,16 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             model = QuantModel(name, loaded.net, loaded.net, family)
             model = fold_batch_norms(model, torch.from_numpy(golden[:1]))
             note(*model.history[-1].notes)
+        folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
+        if recipe.equalise:
+            with progress.stage("equalise") as note:
+                model = equalise(model, folds, recipe.equalise)
+                note(*model.history[-1].notes)
         with progress.stage("calibrate") as note:
-            batches = Batches(calibration, progress, torch.from_numpy)
-            model = calibrate(model, batches, recipe.calibrate)
+            model = calibrate(model, folds, recipe.calibrate)
             note(*model.history[-1].notes)
         with progress.stage(recipe.method) as note:
-            model = method_module(recipe.method).reduce_error(model, batches, recipe.method_config)
+            model = method_module(recipe.method).reduce_error(model, folds, recipe.method_config)
             note(*model.history[-1].notes)
 
         with progress.stage("export") as note:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import calib.methods
-from calib import calibrate
+from calib import calibrate, equalise
 from calib.errors import UserError, nearest
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -22,6 +22,7 @@ class Recipe:
 
     name: str
     description: str
+    equalise: equalise.Config | None  # None: channels keep their scales
     calibrate: calibrate.Config
     method: str
     method_config: Any
@@ -49,6 +50,7 @@ def _config(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a table of options, got {values!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, value in values.items():
         if key not in fields:
             raise UserError(
@@ -69,7 +71,7 @@ def recipe_from_toml(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    known = ("description", "calibrate", "method")
+    known = ("description", "equalise", "calibrate", "method")
     for key in content:
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
@@ -78,6 +80,11 @@ def recipe_from_toml(path: Path) -> Recipe:
     return Recipe(
         name=path.stem,
         description=str(content.get("description", "")),
+        equalise=(
+            _config(equalise.Config, content["equalise"], f"recipe '{path}', [equalise]")
+            if "equalise" in content
+            else None
+        ),
         calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"recipe '{path}', [calibrate]"),
         method=name,
         method_config=_config(method_module(name).Config, method, f"recipe '{path}', [method]"),

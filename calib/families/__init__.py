@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from calib.errors import UserError
+from calib.moves import Move
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Family:
     variant with an unknown part is refused by name instead of being quantized wrongly), `block` a regular
     expression that matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16:
     pairs of a regular expression over layer names and the reason. `percentile` (%) is where activations are clipped
-    when the recipe does not say.
+    when the recipe does not say. `moves`: where channel scales can move (calib/moves.py).
     """
 
     name: str
@@ -27,6 +28,7 @@ class Family:
     block: str
     float_layers: tuple[tuple[str, str], ...]
     percentile: float
+    moves: tuple[Move, ...] = ()
 
     def float_reason(self, layer: str) -> str | None:
         """Why `layer` stays in FP16, or None if it is to be quantized."""

@@ -1,6 +1,7 @@
 """MobileNet-v2, MnasNet and relatives built by timm's EfficientNet class: inverted residuals."""
 
 from calib.families import Family
+from calib.moves import Act
 
 FAMILY = Family(
     name="mobilenet",
@@ -19,4 +20,10 @@ FAMILY = Family(
         (r".*\.se\.conv_(reduce|expand)", "squeeze-excite works on one pixel: no time to win, gates need precision"),
     ),
     percentile=99.99,  # rare outliers stretch the grid for all (MobileNet-v2 loses 3 dB at 99.9999)
+    moves=(
+        Act("EfficientNet", "conv_stem", "blocks.0.0.conv_dw", "bn1"),
+        Act("DepthwiseSeparableConv", "conv_dw", "conv_pw", "bn1", gate="se"),
+        Act("InvertedResidual", "conv_pw", "conv_dw", "bn1"),
+        Act("InvertedResidual", "conv_dw", "conv_pwl", "bn2", gate="se"),
+    ),
 )  # fmt: skip

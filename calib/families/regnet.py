@@ -1,6 +1,7 @@
 """RegNetX and RegNetY."""
 
 from calib.families import Family
+from calib.moves import Act
 
 FAMILY = Family(
     name="regnet",
@@ -19,4 +20,8 @@ FAMILY = Family(
         (r".*\.se\.fc\d", "squeeze-excite works on one pixel: no time to win, gates need precision"),
     ),
     percentile=99.99,  # as MobileNet
+    moves=(
+        Act("Bottleneck", "conv1.conv", "conv2.conv", "bn"),
+        Act("Bottleneck", "conv2.conv", "conv3.conv", "bn", gate="se"),
+    ),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """ResNet and ResNeXt."""
 
 from calib.families import Family
+from calib.moves import Act
 
 FAMILY = Family(
     name="resnet",
@@ -17,4 +18,9 @@ FAMILY = Family(
         (r"fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
     ),
     percentile=99.99,  # as MobileNet
+    moves=(
+        Act("BasicBlock", "conv1", "conv2", "act1"),
+        Act("Bottleneck", "conv1", "conv2", "act1"),
+        Act("Bottleneck", "conv2", "conv3", "act2"),
+    ),
 )  # fmt: skip

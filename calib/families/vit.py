@@ -1,6 +1,7 @@
 """ViT, DeiT (distilled too), DINOv2: pre-norm transformers with packed qkv."""
 
 from calib.families import Family
+from calib.moves import Insert, Norm, Value
 
 FAMILY = Family(
     name="vit",
@@ -17,4 +18,10 @@ FAMILY = Family(
         (r"head|head_dist|fc_norm", "the classifier: <1 % of the time, its error goes straight into the logits"),
     ),
     percentile=99.9999,  # a few huge activations per image carry the signal (DINOv2-S loses 14 dB at 99.99)
+    moves=(
+        Norm("Block", "norm1", "attn.qkv"),
+        Norm("Block", "norm2", "mlp.fc1"),
+        Value("Block", "attn.qkv", "attn.proj"),
+        Insert("Block", "mlp.drop1", "mlp.fc2"),
+    ),
 )  # fmt: skip

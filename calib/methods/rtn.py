@@ -4,6 +4,7 @@ Each output channel gets the scale that maps its largest weight to 127; nothing 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,7 +25,7 @@ def channel_qparams(weight: Tensor) -> QParams:
     return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True)
 
 
-def reduce_error(model: QuantModel, batches: Batches, config: Config) -> QuantModel:  # noqa: ARG001 - the contract
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:  # noqa: ARG001 - the contract
     """`model` with a `:weight` site for every layer to be quantized."""
     start = time.perf_counter()
     with torch.no_grad():

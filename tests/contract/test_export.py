@@ -24,7 +24,7 @@ def exported(family: str):
     """(model, simulation, FP16 graph, FP32 graph), made once per family."""
     if family not in BUILT:
         batches = tiny_batches()
-        model = calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), batches, Config("max"))
+        model = calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), [batches], Config("max"))
         model = rtn.reduce_error(model, batches, rtn.Config())
         net = quantized_net(model)
         BUILT[family] = (model, net, *export_pair(net, (SIZE, SIZE)))

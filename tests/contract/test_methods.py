@@ -18,7 +18,7 @@ METHODS = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
 
 def calibrated(family: str):
     batches = tiny_batches()
-    return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), batches, Config("max")), batches
+    return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), [batches], Config("max")), batches
 
 
 def output_error(model, batches) -> float:

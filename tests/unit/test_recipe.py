@@ -7,7 +7,7 @@ BAD = {
     "unknown table": ('[calibrat]\nobserver = "max"', r"unknown key 'calibrat'.*Did you mean 'calibrate'"),
     "unknown option": ('[calibrate]\nobserve = "max"', r"unknown option 'observe'.*Did you mean 'observer'"),
     "wrong type": ("[calibrate]\nobserver = 3", r"option 'observer' is 3; expected str"),
-    "wrong value": ('[calibrate]\nobserver = "maxx"', r"'maxx' is not one of max"),
+    "wrong value": ('[calibrate]\nobserver = "maxx"', r"'maxx' is not one of search, max"),
     "unknown method": ('[method]\nname = "rtm"', r"unknown method 'rtm'.*Did you mean 'rtn'"),
     "option the method lacks": (
         '[method]\nname = "rtn"\nsteps = 3',

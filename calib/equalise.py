@@ -1,0 +1,137 @@
+"""Channel equalisation: give every channel of a layer's input a fair share of the one scale it is rounded with.
+
+TensorRT rounds activations with one scale per tensor, so a channel with a small range next to one with a large range keeps
+few levels. For every `Move` of the family (calib/moves.py) the range h_c of channel c becomes
+
+    r_c = (h_c / mean h)^a         x' = (x - m) / r         (mean: geometric, so that nothing grows as a whole)
+
+a = 1 is RepQ-ViT's scale reparametrisation in its symmetric form (eq. 8-10 with z = 0), a = 0.5 SmoothQuant's; in between,
+difficulty is shared between x and the weight. The exponent, and whether to centre (m), are chosen per layer by the error of
+the layer's output when input and weight are rounded, across photographs: ranges from one half of the calibration set, rows
+from the other. Within one half a = 1 always looks good, because no row exceeds its own channel's range; on new
+photographs the channels that fire rarely exceed theirs several times over.
+"""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from calib.calibrate import Batches
+from calib.layer_rows import (
+    Samples,
+    channels_of_inputs,
+    product,
+    rounded_rows,
+    rounded_weight,
+    sampled_inputs,
+    weight_matrix,
+)
+from calib.moves import Move
+from calib.quant_model import QuantModel, StageRecord
+
+LARGEST_RATIO = 100.0  # r stays within 1/100 .. 100: beyond that weights leave FP16's comfortable range
+THRESHOLDS = (1.2, 1.0, 0.8)  # clipping thresholds tried, of the input's range; the final one is calibrate's business
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which exponents are tried; `exponents = [0.0]` and `shift = false` switch the stage off."""
+
+    exponents: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9)
+    shift: bool = True  # try centring each channel where a shift can move
+
+
+def channel_scale(low: Tensor, high: Tensor, exponent: float, centred: bool) -> tuple[Tensor, Tensor]:
+    """(r, m), both (C,), from per-channel extremes of x. A channel that is constant keeps r = 1."""
+    shift = (low + high) / 2 if centred else torch.zeros_like(low)
+    reach = torch.maximum((high - shift).abs(), (low - shift).abs()).double()
+    alive = reach > 1e-6 * reach.max()
+    mean = reach[alive].log().mean().exp() if alive.any() else torch.tensor(1.0)
+    ratio = torch.where(alive, reach / mean, 1.0) ** exponent
+    return ratio.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).to(low.dtype), shift
+
+
+def rounding_error(rows: Tensor, weight: Tensor, amax: float) -> float:
+    """Least squared output error of rounding `rows` (T, G, K) and `weight` (G, N, K), over a few thresholds of `amax`."""
+    exact, rounded = product(rows, weight), rounded_weight(weight)
+    return min(float((product(rounded_rows(rows, amax * t), rounded) - exact).pow(2).sum()) for t in THRESHOLDS)
+
+
+def _best(layer: nn.Module, name: str, folds: Sequence[Samples], config: Config, shifts: bool) -> tuple[float, bool]:
+    """(exponent, centred) with the least error across folds; ties go to the first, which changes least."""
+    columns, weight = channels_of_inputs(layer), weight_matrix(layer)
+    centres = (False, True) if shifts and config.shift else (False,)
+
+    def error(candidate: tuple[float, bool]) -> float:
+        total = 0.0
+        for index, fit in enumerate(folds):
+            scale, shift = channel_scale(fit.low[name], fit.high[name], *candidate)
+            reach = torch.maximum((fit.high[name] - shift) / scale, (shift - fit.low[name]) / scale)
+            rows = (folds[index - 1].of(name) - shift[columns]) / scale[columns]
+            total += rounding_error(rows, weight * scale[columns][:, None], float(reach.max()))
+        return total
+
+    return min(((a, centred) for centred in centres for a in config.exponents), key=error)
+
+
+def _consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Make `layer` read (x - shift) / scale instead of x (edits it)."""
+    weight = layer.get_parameter("weight").data
+    if shift.any():
+        moved = weight @ shift
+        bias = getattr(layer, "bias", None)
+        layer.bias = nn.Parameter(moved if bias is None else bias.data + moved, requires_grad=False)
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    factor = scale.reshape(groups, 1, -1) if groups > 1 else scale.reshape(1, 1, -1)
+    shape = weight.shape
+    weight.copy_((weight.reshape(groups, shape[0] // groups, shape[1], -1) * factor[..., None]).reshape(shape))
+
+
+def placed_moves(model: QuantModel) -> Iterator[tuple[Move, str, str]]:
+    """(move, producer, consumer) with full names, for every place of `model.net` where a move of the family applies."""
+    for block, module in model.net.named_modules():
+        for move in model.family.moves:
+            if type(module).__name__ == move.block and move.applies(module):
+                prefix = f"{block}." if block else ""
+                yield move, prefix + move.producer, prefix + move.consumer
+
+
+def sample_inputs(net: nn.Module, layers: Iterable[str], batches: Batches) -> Samples:
+    """One pass of `net` over `batches`: extremes and rows of the inputs of `layers`."""
+    with sampled_inputs(net, layers, len(batches)) as samples, torch.inference_mode():
+        for batch in batches:
+            net(batch)
+    return samples
+
+
+def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with channel scales (and shifts) moved; its float function is unchanged up to float rounding.
+
+    `folds` are parts of the calibration set without a common photograph.
+    """
+    start = time.perf_counter()
+    net = copy.deepcopy(model.net)
+    moves = list(placed_moves(model))
+    samples = [sample_inputs(model.net, {consumer for *_, consumer in moves}, batches) for batches in folds]
+    chosen = []
+    for move, producer, consumer in moves:
+        layer = net.get_submodule(consumer)
+        exponent, centred = _best(layer, consumer, samples, config, move.shifts)
+        if exponent or centred:
+            low = torch.stack([fold.low[consumer] for fold in samples]).amin(0)
+            high = torch.stack([fold.high[consumer] for fold in samples]).amax(0)
+            scale, shift = channel_scale(low, high, exponent, centred)
+            move.produce(net, producer, scale, shift)
+            _consume(layer, scale, shift)
+        chosen.append((exponent, centred))
+    exponents = [exponent for exponent, _ in chosen]
+    notes = (
+        f"{sum(map(bool, exponents))} of {len(moves)} places rescaled, {sum(c for _, c in chosen)} centred; exponents "
+        + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
+    )
+    record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
+    return replace(model, net=net).with_record(record)

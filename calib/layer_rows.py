@@ -1,0 +1,118 @@
+"""A layer as a matrix product on a sample of its inputs: what every search measures its error on.
+
+    y[t, g, n] = sum_k rows[t, g, k] weight[g, n, k]
+
+T sampled rows, G groups (1 for a Linear), N outputs and K inputs per group. A row of a convolution is one patch:
+K = (in / groups) kh kw, the channel being the slow index.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.quantizer import QMAX, fp16_scale
+
+ROWS = 1024  # rows kept per layer ...
+ELEMENTS = 1 << 20  # ... but no more elements than this (4 MB)
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv2d as (G, N, K)."""
+    weight = layer.get_parameter("weight").detach()
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def channels_of_inputs(layer: nn.Module) -> Tensor:
+    """Index (G, K) of the input channel that each column of `weight_matrix` reads."""
+    if isinstance(layer, nn.Conv2d):
+        taps = layer.kernel_size[0] * layer.kernel_size[1]
+        return torch.arange(layer.in_channels).repeat_interleave(taps).reshape(layer.groups, -1)
+    return torch.arange(weight_matrix(layer).shape[2])[None]
+
+
+def sample_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random rows (T, G, K) of the input `x` of `layer`."""
+    if not isinstance(layer, nn.Conv2d):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[torch.randint(len(rows), (count,), generator=generator)][:, None]
+    images = torch.randint(len(x), (count,), generator=generator).sort().values
+    parts = []
+    for image in images.unique():
+        patches = F.unfold(x[image : image + 1], layer.kernel_size, layer.dilation, _pair(layer.padding), layer.stride)[
+            0
+        ]
+        chosen = torch.randint(patches.shape[1], (int((images == image).sum()),), generator=generator)
+        parts.append(patches[:, chosen].T)
+    return torch.cat(parts).reshape(count, layer.groups, -1)
+
+
+def _pair(padding: object) -> tuple[int, int]:
+    if not isinstance(padding, tuple):
+        raise TypeError(f"convolution padding {padding!r} is not a pair of numbers")
+    return padding
+
+
+@dataclass
+class Samples:
+    """Rows (T, G, K) by layer, and per-channel extremes (C,) of the layer's input over all images seen."""
+
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    low: dict[str, Tensor] = field(default_factory=dict)
+    high: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, layer: str) -> Tensor:
+        """All rows of a layer, (T, G, K)."""
+        return torch.cat(self.rows[layer])
+
+
+def _channel_extremes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
+    return x.amin(axes), x.amax(axes)
+
+
+@contextmanager
+def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: int = 0) -> Iterator[Samples]:
+    """While open, forward passes of `net` fill `Samples`; every one of the `batches` expected gives its share of rows."""
+    samples = Samples()
+    generators = {name: torch.Generator().manual_seed(seed) for name in layers}
+
+    def observe(name: str) -> Callable:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            low, high = _channel_extremes(layer, x)
+            samples.low[name] = torch.minimum(samples.low.get(name, low), low)
+            samples.high[name] = torch.maximum(samples.high.get(name, high), high)
+            width = channels_of_inputs(layer).numel()
+            count = max(1, min(ROWS, ELEMENTS // width) // batches)
+            samples.rows.setdefault(name, []).append(sample_rows(layer, x, count, generators[name]))
+
+        return hook
+
+    hooks = [net.get_submodule(name).register_forward_pre_hook(observe(name)) for name in generators]
+    try:
+        yield samples
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """y (G, T, N) of rows (T, G, K) and weight (G, N, K)."""
+    return torch.matmul(rows.transpose(0, 1), weight.transpose(1, 2))
+
+
+def rounded_weight(weight: Tensor) -> Tensor:
+    """`weight` (G, N, K) on its per-output-channel grid."""
+    scale = fp16_scale(weight.abs().amax(2, keepdim=True) / QMAX)
+    return torch.round(weight / scale).clamp_(-QMAX, QMAX).mul_(scale)
+
+
+def rounded_rows(rows: Tensor, amax: float) -> Tensor:
+    """`rows` on the tensor-wide grid that reaches `amax`."""
+    scale = fp16_scale(torch.tensor(amax / QMAX))
+    return torch.round(rows / scale).clamp_(-QMAX - 1, QMAX).mul_(scale)

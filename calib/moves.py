@@ -1,0 +1,122 @@
+"""Per-channel scales that move between neighbours without changing the function.
+
+A tensor x with channels c is read by one layer with weight W. For any r_c > 0 (and shift m_c, where nothing is padded)
+
+    x' = (x - m) / r        W' = W diag(r)        b' = b + W m        =>   W' x' + b' = W x + b
+
+and whatever produces x has to produce x' instead: `Norm` in its affine parameters, `Value` in the rows of v, `Act` in the
+rows of the layer before a positively homogeneous activation, `Insert` in an element-wise operation of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calib.modules import replace_module
+
+
+class ChannelAffine(nn.Module):
+    """(x - shift) / scale over the last axis; an engine fuses it into the activation before it."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.factor = nn.Buffer(1 / scale)
+        self.offset = nn.Buffer(-shift / scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return x * self.factor + self.offset
+
+
+class ChannelClamp(nn.Module):
+    """ReLU6 in scaled channels: 0 <= x <= limit_c."""
+
+    def __init__(self, limit: Tensor) -> None:
+        super().__init__()
+        self.limit = nn.Buffer(limit.reshape(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return torch.minimum(torch.relu(x), self.limit)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A place where channels can be rescaled, as names relative to a block (`..` = the network).
+
+    `block`: class of the blocks it applies to. `consumer`: the layer that reads the tensor. `shifts`: whether a shift may
+    move as well.
+    """
+
+    block: str
+    producer: str
+    consumer: str
+
+    shifts = False
+
+    def applies(self, block: nn.Module) -> bool:  # noqa: ARG002 - some moves look
+        """Whether the move keeps the function in this very block."""
+        return True
+
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
+        """Make `producer` yield (x - shift) / scale (edits `net`)."""
+        raise NotImplementedError
+
+
+class Norm(Move):
+    """Into the affine parameters of a LayerNorm."""
+
+    shifts = True
+
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
+        """gamma' = gamma / scale, beta' = (beta - shift) / scale."""
+        norm = net.get_submodule(producer)
+        norm.get_parameter("weight").data.div_(scale)
+        norm.get_parameter("bias").data.sub_(shift).div_(scale)
+
+
+class Value(Move):
+    """Into the rows of v in a packed qkv: attention mixes tokens, never channels."""
+
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:  # noqa: ARG002
+        """The last third of the rows is divided by `scale`."""
+        qkv = net.get_submodule(producer)
+        qkv.get_parameter("weight").data[-len(scale) :].div_(scale[:, None])
+        if getattr(qkv, "bias", None) is not None:
+            qkv.get_parameter("bias").data[-len(scale) :].div_(scale)
+
+
+class Insert(Move):
+    """Into a new element-wise operation in place of a module that does nothing (a Dropout)."""
+
+    shifts = True
+
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
+        """Put a ChannelAffine there."""
+        replace_module(net, producer, ChannelAffine(scale, shift))
+
+
+@dataclass(frozen=True)
+class Act(Move):
+    """Into the rows of the layer before `activation`, which is ReLU, ReLU6 or nothing."""
+
+    activation: str  # relative to the producer's parent
+    gate: str = ""  # a squeeze-excite that must be absent (Identity): it reads absolute values
+
+    def applies(self, block: nn.Module) -> bool:
+        """Whether activation and gate let a scale through."""
+        parent = block.get_submodule(self.producer.rpartition(".")[0])
+        passes = isinstance(parent.get_submodule(self.activation), nn.ReLU | nn.ReLU6 | nn.Identity)
+        return passes and (not self.gate or isinstance(block.get_submodule(self.gate), nn.Identity))
+
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:  # noqa: ARG002
+        """Rows and bias are divided by `scale`; the 6 of a ReLU6 becomes 6 / scale."""
+        layer = net.get_submodule(producer)
+        layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
+        if getattr(layer, "bias", None) is not None:
+            layer.get_parameter("bias").data.div_(scale)
+        name = producer.rpartition(".")[0]
+        activation = f"{name}.{self.activation}" if name else self.activation
+        if isinstance(net.get_submodule(activation), nn.ReLU6):
+            replace_module(net, activation, ChannelClamp(6 / scale))

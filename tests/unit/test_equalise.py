@@ -1,0 +1,122 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from calib.calibrate import Config as CalibrateConfig
+from calib.calibrate import calibrate
+from calib.equalise import Config, channel_scale, equalise, placed_moves, rounding_error
+from calib.fold import fold_batch_norms
+from calib.layer_rows import channels_of_inputs, product, sample_rows, weight_matrix
+from calib.methods import rtn
+from calib.qdq import quantized_net
+from calib.quantizer import fake_quantize, qparams_from_amax
+from tests.tiny import TINY, tiny_batches, tiny_model
+
+FIXED = Config(exponents=(0.7,))
+
+
+def uneven(family: str):
+    """A model whose channels differ a hundredfold, and two folds of images."""
+    model = fold_batch_norms(tiny_model(family), tiny_batches(1)[0][:1])
+    with torch.no_grad():
+        for _, producer, _ in placed_moves(model):
+            module = model.net.get_submodule(producer)
+            if isinstance(module, nn.LayerNorm):
+                module.weight.mul_(torch.logspace(-1, 1, len(module.weight)))
+                module.bias.add_(torch.linspace(-2, 2, len(module.bias)))
+    return dataclasses.replace(model, float_net=model.net), [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_the_float_function_is_unchanged_in_float64(family):
+    model, folds = uneven(family)
+    model.net.double()
+    folds = [[batch.double() for batch in fold] for fold in folds]
+    moved = equalise(model, folds, FIXED)
+    x = tiny_batches(1, seed=3)[0].double()
+    with torch.no_grad():
+        before, after = model.net(x), moved.net(x)
+    assert moved.history[-1].notes[0].startswith(f"{len(list(placed_moves(model)))} of")
+    assert float((after - before).norm() / before.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_every_family_has_places_and_the_input_model_is_untouched(family):
+    model, folds = uneven(family)
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    equalise(model, folds, FIXED)
+    assert list(placed_moves(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
+
+
+def test_exponent_one_gives_every_channel_the_same_range():
+    low, high = torch.tensor([-1.0, -50.0, 0.0]), torch.tensor([3.0, 10.0, 0.2])
+    scale, shift = channel_scale(low, high, 1.0, centred=False)
+    reach = torch.maximum(high.abs(), low.abs()) / scale
+    torch.testing.assert_close(reach, reach[:1].expand(3))
+    assert not shift.any()
+    scale, shift = channel_scale(low, high, 1.0, centred=True)
+    torch.testing.assert_close((high - shift) / scale, -(low - shift) / scale)
+
+
+def test_dead_and_huge_channels_stay_within_bounds():
+    scale, _ = channel_scale(torch.tensor([0.0, -1.0, -1e6]), torch.tensor([0.0, 1.0, 1e6]), 1.0, centred=False)
+    assert scale[0] == 1.0
+    assert float(scale.max()) <= 100.0
+    assert float(scale.min()) >= 0.01
+
+
+def test_a_network_of_uneven_channels_is_rounded_better():
+    model, folds = uneven("vit")
+    x = tiny_batches(1, seed=3)[0]
+
+    def error(candidate) -> float:
+        quantized = rtn.reduce_error(calibrate(candidate, folds, CalibrateConfig("max")), folds, rtn.Config())
+        with torch.no_grad():
+            return float((quantized_net(quantized)(x) - model.float_net(x)).pow(2).sum())
+
+    assert error(equalise(model, folds, Config())) < 0.7 * error(model)
+
+
+def test_exponents_are_judged_on_the_other_fold():
+    """A channel that fires only in the second fold must keep its range, although the first fold calls it dead."""
+    model, _ = uneven("vit")
+    quiet, loud = tiny_batches(2, seed=1), [batch * 8 for batch in tiny_batches(2, seed=1)]
+    same = equalise(model, [quiet, quiet], Config(exponents=(0.0, 1.0), shift=False)).history[-1].notes[0]
+    other = equalise(model, [quiet, loud], Config(exponents=(0.0, 1.0), shift=False)).history[-1].notes[0]
+    assert same != other
+
+
+LAYERS = [
+    nn.Linear(6, 4),
+    nn.Conv2d(6, 4, 3, padding=1),
+    nn.Conv2d(6, 6, 3, stride=2, groups=6),
+    nn.Conv2d(6, 4, 1, groups=2),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_sampled_rows_are_the_layers_own_products(layer):
+    x = torch.randn(2, 5, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 7, 7)
+    rows = sample_rows(layer, x, 40, torch.Generator().manual_seed(0))
+    assert rows.shape[1:] == (weight_matrix(layer).shape[0], weight_matrix(layer).shape[2])
+    assert channels_of_inputs(layer).shape == rows.shape[1:]
+    with torch.no_grad():
+        y = layer(x) - (layer.bias if isinstance(layer, nn.Linear) else layer.bias[:, None, None])
+        outputs = y.reshape(-1, 4) if isinstance(layer, nn.Linear) else y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        found = product(rows, weight_matrix(layer)).transpose(0, 1).reshape(40, -1)
+    nearest = torch.cdist(found, outputs, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    assert float(nearest.max()) < 1e-4
+
+
+def test_rounding_error_is_that_of_fake_quantization():
+    rows, weight = torch.randn(50, 1, 8), torch.randn(1, 5, 8)
+    amax = float(rows.abs().max())
+    by_hand = []
+    for threshold in (1.2, 1.0, 0.8):
+        x = fake_quantize(rows[:, 0], qparams_from_amax(torch.tensor(amax * threshold)))
+        w = fake_quantize(weight[0], rtn.channel_qparams(weight[0]))
+        by_hand.append(float((x @ w.T - rows[:, 0] @ weight[0].T).pow(2).sum()))
+    assert rounding_error(rows, weight, amax) == pytest.approx(min(by_hand), rel=1e-4)
