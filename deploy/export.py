@@ -19,6 +19,7 @@ import torch
 from onnxscript import opset21
 from torch import Tensor, nn
 
+import calib.qdq  # noqa: F401 - defines the operators translated here
 from calib.errors import UserError
 
 OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-import calib.qdq  # noqa: F401  (defines the operators that deploy.export translates)
 from calib.errors import UserError
 from calib.families import family_of
 from calib.images import ImageSet, image_sets

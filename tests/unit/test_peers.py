@@ -153,14 +153,13 @@ def test_our_seconds_are_those_up_to_the_onnx_file():
     assert peers.read_report(json.dumps(report)) == {"version": "abc", "seconds": 7}
 
 
-def test_we_take_part_with_every_recipe_on_the_same_images(inputs):
+def test_we_take_part_with_every_recipe_drawing_the_same_images(inputs):
     from deploy.recipe import recipe_names
 
     ours = list(peers.our_contenders("dinov2_s", inputs, inputs.folder))
     assert tuple(each.setting for each in ours) == recipe_names()
     for each in ours:
-        assert each.command[each.command.index("--calib") + 1] == str(inputs.calibration)
-        assert each.command[each.command.index("--eval") + 1] == str(inputs.evaluation)
+        assert "--calib" not in each.command  # drawn by seed, as peers_inputs does
         assert each.command[each.command.index("--calib-images") + 1] == "5"
 
 
