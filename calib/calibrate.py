@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from calib.hooks import input_hooks
 from calib.layer_rows import Samples, product, rounded_rows, rounded_weight, sampled_inputs, weight_matrix
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.quant_model import QuantModel, StageRecord
-from calib.quantizer import QParams, fake_quantize, qparams_from_amax
+from calib.quantizer import fake_quantize, qparams_from_amax
 
 # What `search` tries for all layers at once, beside the best per layer.
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0))
@@ -48,19 +49,8 @@ class Config:
 def observed_inputs(net: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Histogram]]:
     """While open, every forward pass of `net` adds the inputs of `layers` to the histograms yielded."""
     histograms = {name: Histogram() for name in layers}
-
-    def observe(name: str) -> Callable:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            histograms[name].update(inputs[0])
-
-        return hook
-
-    hooks = [net.get_submodule(name).register_forward_pre_hook(observe(name)) for name in histograms]
-    try:
+    with input_hooks(net, histograms, lambda name, _layer, x: histograms[name].update(x)):
         yield histograms
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def candidates(histogram: Histogram) -> dict[str, float]:
@@ -88,19 +78,9 @@ def best_for_layer(layer: nn.Module, histograms: Sequence[Histogram], rows: Sequ
 @contextmanager
 def rounded_inputs(net: nn.Module, thresholds: Mapping[str, float]) -> Iterator[None]:
     """While open, the inputs of the layers named round to 8 bits at their threshold."""
-
-    def rounding(params: QParams) -> Callable:
-        return lambda _layer, inputs: (fake_quantize(inputs[0], params), *inputs[1:])
-
-    hooks = [
-        net.get_submodule(name).register_forward_pre_hook(rounding(qparams_from_amax(torch.tensor(amax))))
-        for name, amax in thresholds.items()
-    ]
-    try:
+    params = {name: qparams_from_amax(torch.tensor(amax)) for name, amax in thresholds.items()}
+    with input_hooks(net, params, lambda name, _layer, x: fake_quantize(x, params[name])):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass(frozen=True)

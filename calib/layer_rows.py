@@ -6,7 +6,7 @@ T sampled rows, G groups (1 for a Linear), N outputs and K inputs per group. A r
 K = (in / groups) kh kw, the channel being the slow index.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.hooks import input_hooks
 from calib.quantizer import QMAX, fp16_scale
 
 ROWS = 1024  # rows kept per layer ...
@@ -81,24 +82,16 @@ def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: in
     samples = Samples()
     generators = {name: torch.Generator().manual_seed(seed) for name in layers}
 
-    def observe(name: str) -> Callable:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach()
-            low, high = _channel_extremes(layer, x)
-            samples.low[name] = torch.minimum(samples.low.get(name, low), low)
-            samples.high[name] = torch.maximum(samples.high.get(name, high), high)
-            width = channels_of_inputs(layer).numel()
-            count = max(1, min(ROWS, ELEMENTS // width) // batches)
-            samples.rows.setdefault(name, []).append(sample_rows(layer, x, count, generators[name]))
+    def observe(name: str, layer: nn.Module, x: Tensor) -> None:
+        low, high = _channel_extremes(layer, x)
+        samples.low[name] = torch.minimum(samples.low.get(name, low), low)
+        samples.high[name] = torch.maximum(samples.high.get(name, high), high)
+        width = channels_of_inputs(layer).numel()
+        count = max(1, min(ROWS, ELEMENTS // width) // batches)
+        samples.rows.setdefault(name, []).append(sample_rows(layer, x, count, generators[name]))
 
-        return hook
-
-    hooks = [net.get_submodule(name).register_forward_pre_hook(observe(name)) for name in generators]
-    try:
+    with input_hooks(net, generators, observe):
         yield samples
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

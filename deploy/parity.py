@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import relative_l2
+from calib.hooks import input_hooks
 from calib.qdq import QuantConv2d, QuantLinear
 from calib.quantizer import QParams, quantize
 from deploy.export import OUTPUT
@@ -90,25 +91,14 @@ def _suspect(deviations: Deviations) -> str:
 def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Tensor, Deviations]:
     """Output of `net` when each quantized layer reads `integers` instead of its own, and how its own differ."""
     deviations: Deviations = {}
-    hooks = []
 
-    def force(layer: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            scale = module.get_buffer("input_scale")
-            deviations[layer] = _deviation(quantize(inputs[0], QParams(scale)), integers[layer])
-            return integers[layer].to(scale.dtype) * scale
+    def force(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        scale = layer.get_buffer("input_scale")
+        deviations[name] = _deviation(quantize(x, QParams(scale)), integers[name])
+        return integers[name].to(scale.dtype) * scale
 
-        return hook
-
-    for name, module in net.named_modules():
-        if isinstance(module, QuantLinear | QuantConv2d):
-            hooks.append(module.register_forward_pre_hook(force(name)))
-    try:
-        with torch.inference_mode():
-            return net(images), deviations
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with input_hooks(net, integers, force), torch.inference_mode():
+        return net(images), deviations
 
 
 def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray) -> Parity:

@@ -1,0 +1,27 @@
+"""Looking at, or replacing, what layers read; the hooks are gone when the block ends."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+InputHook = Callable[[str, nn.Module, Tensor], Tensor | None]
+
+
+@contextmanager
+def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Iterator[None]:
+    """While open, `hook(name, layer, x)` runs before each of `layers` reads x; a tensor it returns is read instead."""
+
+    def bound(name: str) -> Callable:
+        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            replaced = hook(name, layer, inputs[0])
+            return None if replaced is None else (replaced, *inputs[1:])
+
+        return before
+
+    handles = [net.get_submodule(name).register_forward_pre_hook(bound(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
