@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
-from calib.layer_rows import Samples, product, rounded_rows, rounded_weight, sampled_inputs, weight_matrix
+from calib.layer_rows import Samples, output_errors, sampled_inputs, weight_matrix
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import fake_quantize, qparams_from_amax
@@ -65,13 +65,11 @@ def candidates(histogram: Histogram) -> dict[str, float]:
 def best_for_layer(layer: nn.Module, histograms: Sequence[Histogram], rows: Sequence[Tensor]) -> str:
     """The candidate with the least error of the layer's output: threshold from one fold, rows from another."""
     weight = weight_matrix(layer)
-    rounded = rounded_weight(weight)
     error: defaultdict[str, float] = defaultdict(float)
     for index, histogram in enumerate(histograms):
-        judged = rows[index - 1]
-        exact = product(judged, weight)
-        for candidate, amax in candidates(histogram).items():
-            error[candidate] += float((product(rounded_rows(judged, amax), rounded) - exact).pow(2).sum())
+        offers = candidates(histogram)
+        for candidate, found in zip(offers, output_errors(rows[index - 1], weight, offers.values()), strict=True):
+            error[candidate] += found
     return min(error, key=lambda candidate: error[candidate])
 
 

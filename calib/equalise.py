@@ -21,15 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.calibrate import Batches
-from calib.layer_rows import (
-    Samples,
-    channels_of_inputs,
-    product,
-    rounded_rows,
-    rounded_weight,
-    sampled_inputs,
-    weight_matrix,
-)
+from calib.layer_rows import Samples, channels_of_inputs, output_errors, sampled_inputs, weight_matrix
 from calib.moves import Move
 from calib.quant_model import QuantModel, StageRecord
 
@@ -57,8 +49,7 @@ def channel_scale(low: Tensor, high: Tensor, exponent: float, centred: bool) -> 
 
 def rounding_error(rows: Tensor, weight: Tensor, amax: float) -> float:
     """Least squared output error of rounding `rows` (T, G, K) and `weight` (G, N, K), over a few thresholds of `amax`."""
-    exact, rounded = product(rows, weight), rounded_weight(weight)
-    return min(float((product(rounded_rows(rows, amax * t), rounded) - exact).pow(2).sum()) for t in THRESHOLDS)
+    return min(output_errors(rows, weight, [amax * threshold for threshold in THRESHOLDS]))
 
 
 def _best(layer: nn.Module, name: str, folds: Sequence[Samples], config: Config, shifts: bool) -> tuple[float, bool]:
@@ -86,7 +77,7 @@ def _consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         bias = getattr(layer, "bias", None)
         layer.bias = nn.Parameter(moved if bias is None else bias.data + moved, requires_grad=False)
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    factor = scale.reshape(groups, 1, -1) if groups > 1 else scale.reshape(1, 1, -1)
+    factor = scale.reshape(groups, 1, -1)
     shape = weight.shape
     weight.copy_((weight.reshape(groups, shape[0] // groups, shape[1], -1) * factor[..., None]).reshape(shape))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
-from calib.quantizer import QMAX, fp16_scale
+from calib.quantizer import fake_quantize, qparams_from_amax
 
 ROWS = 1024  # rows kept per layer ...
 ELEMENTS = 1 << 20  # ... but no more elements than this (4 MB)
@@ -99,13 +99,15 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(rows.transpose(0, 1), weight.transpose(1, 2))
 
 
-def rounded_weight(weight: Tensor) -> Tensor:
-    """`weight` (G, N, K) on its per-output-channel grid."""
-    scale = fp16_scale(weight.abs().amax(2, keepdim=True) / QMAX)
-    return torch.round(weight / scale).clamp_(-QMAX, QMAX).mul_(scale)
+def output_errors(rows: Tensor, weight: Tensor, thresholds: Iterable[float]) -> list[float]:
+    """Squared error of the product when `weight` (G, N, K) rounds per channel and `rows` (T, G, K) at each threshold."""
+    exact, channels = product(rows, weight), weight.flatten(0, 1)
+    rounded = fake_quantize(channels, qparams_from_amax(channels.abs().amax(1), axis=0, narrow=True)).reshape(
+        weight.shape
+    )
 
+    def error(amax: float) -> float:
+        x = fake_quantize(rows, qparams_from_amax(torch.tensor(amax)))
+        return float((product(x, rounded) - exact).pow(2).sum())
 
-def rounded_rows(rows: Tensor, amax: float) -> Tensor:
-    """`rows` on the tensor-wide grid that reaches `amax`."""
-    scale = fp16_scale(torch.tensor(amax / QMAX))
-    return torch.round(rows / scale).clamp_(-QMAX - 1, QMAX).mul_(scale)
+    return [error(amax) for amax in thresholds]
