@@ -6,13 +6,14 @@ DequantizeLinear, so simulation and graph cannot drift apart.
 """
 
 import copy
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.modules import replace_module
-from calib.quant_model import QuantModel
+from calib.quant_model import ATTENTION_ROLES, QuantModel
 from calib.quantizer import QMAX, QParams, quantize
 
 
@@ -79,8 +80,47 @@ class QuantConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class Quantizer(nn.Module):
+    """A tensor rounded on its way: the node that ONNX, engine and simulation know by one name."""
+
+    def __init__(self, params: QParams) -> None:
+        super().__init__()
+        self.register_buffer("scale", params.scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, unchanged."""
+        return quantize_dequantize(x, self.get_buffer("scale"))
+
+
+class QuantAttention(nn.Module):
+    """Attention over a packed qkv whose query, key, softmax output and value round (timm's `Attention`).
+
+    The factor d^-1/2 is split between query and key and applied before they round, as TensorRT's fused kernel wants it.
+    """
+
+    def __init__(self, attention: nn.Module, params: Mapping[str, QParams]) -> None:
+        super().__init__()
+        for name in ("qkv", "q_norm", "k_norm", "proj"):
+            setattr(self, name, attention.get_submodule(name))
+        for role in ATTENTION_ROLES:
+            setattr(self, role, Quantizer(params[role]))
+        self.num_heads, self.head_dim = int(attention.num_heads), int(attention.head_dim)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, C) -> (B, N, C). Masks are not supported: TensorRT has no INT8 kernel with one."""
+        if attn_mask is not None or is_causal:
+            raise NotImplementedError("INT8 attention with a mask")
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        root = self.head_dim**-0.25
+        query, key = self.query(self.q_norm(query) * root), self.key(self.k_norm(key) * root)
+        weights = self.softmax(torch.softmax(query @ key.transpose(-2, -1), dim=-1))
+        return self.proj((weights @ self.value(value)).transpose(1, 2).reshape(batch, tokens, -1))
+
+
 def quantized_net(model: QuantModel) -> nn.Module:
-    """A copy of `model.net` in eval mode whose quantized layers are QuantLinear and QuantConv2d."""
+    """A copy of `model.net` in eval mode that rounds where `model.sites` says."""
     net = copy.deepcopy(model.net).eval().requires_grad_(False)
     for name in model.quantized_layers:
         layer = net.get_submodule(name)
@@ -91,4 +131,7 @@ def quantized_net(model: QuantModel) -> nn.Module:
             replace_module(net, name, QuantConv2d(layer, *params))
         else:
             raise TypeError(f"site '{name}' is a {type(layer).__name__}, not a Linear or Conv2d")
+    for name in model.int8_attention:
+        params = {role: model.sites[f"{name}:{role}"] for role in ATTENTION_ROLES}
+        replace_module(net, name, QuantAttention(net.get_submodule(name), params))
     return net

@@ -8,6 +8,8 @@ from torch import nn
 from calib.families import Family
 from calib.quantizer import QParams
 
+ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -30,7 +32,7 @@ class QuantModel:
     """A network on its way to integers. Stages return a new value; `float_net` is never edited.
 
     `sites` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
-    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there.
+    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
     """
 
     name: str
@@ -53,6 +55,12 @@ class QuantModel:
         """Names of the Linear and Conv2d layers whose input and weight both round."""
         inputs = (site.removesuffix(":input") for site in self.sites if site.endswith(":input"))
         return tuple(name for name in inputs if f"{name}:weight" in self.sites)
+
+    @property
+    def int8_attention(self) -> tuple[str, ...]:
+        """Names of the attention modules that compute in INT8."""
+        names = (site.removesuffix(":softmax") for site in self.sites if site.endswith(":softmax"))
+        return tuple(name for name in names if all(f"{name}:{role}" in self.sites for role in ATTENTION_ROLES))
 
     @property
     def float_layers(self) -> dict[str, str]:

@@ -25,7 +25,7 @@ class Audit:
 
     `kernels`: all of them. `int8_attention`: those of `fused_attention` whose q, k and v are INT8. `casts`:
     kernels that only change types. `unproven`: GEMMs and convolutions whose factors are of no readable type.
-    `planned`: how many layers. `lost`: ONNX node names.
+    `planned`: how many layers. `lost`: ONNX node names; `lost_attention`: those of the products inside attentions.
     """
 
     kernels: int
@@ -41,10 +41,11 @@ class Audit:
     unproven: int
     planned: int
     lost: tuple[str, ...]
+    lost_attention: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"lost": list(self.lost)}
+        return asdict(self) | {"lost": list(self.lost), "lost_attention": list(self.lost_attention)}
 
     def summary(self) -> str:
         """One line in plain words."""
@@ -88,21 +89,8 @@ class _Graph:
         return dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.input[0] in self.int8
 
 
-def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the MatMul, Gemm and Conv nodes with quantized activation and INT8 weight, in graph order.
-
-    The activation is QuantizeLinear -> DequantizeLinear, the weight DequantizeLinear of an INT8 initializer;
-    Reshape (activations only) and Transpose may lie between. Raises UserError if such a node has no name of
-    its own, because the engine's kernels refer to nodes by name.
-    """
-    graph = _Graph(model.graph)
-    names = [
-        node.name
-        for node in model.graph.node
-        if node.op_type in _LAYER_OPS
-        and graph.is_quantized_activation(node.input[0])
-        and graph.is_int8_weight(node.input[1])
-    ]
+def _with_own_names(model: onnx.ModelProto, names: list[str]) -> tuple[str, ...]:
+    """`names`, if each is the name of one node: the engine's kernels refer to nodes by name. Else raises UserError."""
     uses = Counter(node.name for node in model.graph.node)
     if shared := [name for name in names if not name or uses[name] > 1]:
         raise UserError(
@@ -112,10 +100,50 @@ def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(names)
 
 
-def audit(kernels: Sequence[Kernel], planned: Iterable[str]) -> Audit:
-    """Count `kernels` by what they multiply and find the `planned` ONNX nodes that none runs in INT8."""
+def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the MatMul, Gemm and Conv nodes with quantized activation and INT8 weight, in graph order.
+
+    The activation is QuantizeLinear -> DequantizeLinear, the weight DequantizeLinear of an INT8 initializer;
+    Reshape (activations only) and Transpose may lie between. Raises UserError if such a node has no name of its own.
+    """
+    graph = _Graph(model.graph)
+    names = [
+        node.name
+        for node in model.graph.node
+        if node.op_type in _LAYER_OPS
+        and graph.is_quantized_activation(node.input[0])
+        and graph.is_int8_weight(node.input[1])
+    ]
+    return _with_own_names(model, names)
+
+
+def planned_attention(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the MatMul nodes of two quantized activations, in graph order: q k^T and P v of each INT8 attention.
+
+    Raises UserError if such a node has no name of its own.
+    """
+    graph = _Graph(model.graph)
+    names = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and all(graph.is_quantized_activation(factor) for factor in node.input)
+    ]
+    return _with_own_names(model, names)
+
+
+def _covered(kernels: Iterable[Kernel], *kinds: str) -> set[str]:
+    return {
+        layer for kernel in kernels if kernel.kind in kinds and kernel.precision == "int8" for layer in kernel.layers
+    }
+
+
+def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable[str] = ()) -> Audit:
+    """Count `kernels` by what they multiply and find the planned ONNX nodes that none runs in INT8.
+
+    `attention`: the products of activations, which only a fused INT8 attention kernel may run.
+    """
     products = [kernel for kernel in kernels if kernel.kind in ("gemm", "conv")]
-    covered = {layer for kernel in products if kernel.precision == "int8" for layer in kernel.layers}
+    covered, fused = _covered(kernels, "gemm", "conv"), _covered(kernels, "attention")
     planned = tuple(planned)
     return Audit(
         kernels=len(kernels),
@@ -131,6 +159,7 @@ def audit(kernels: Sequence[Kernel], planned: Iterable[str]) -> Audit:
         unproven=sum(kernel.precision == "unknown" for kernel in products),
         planned=len(planned),
         lost=tuple(layer for layer in planned if layer not in covered),
+        lost_attention=tuple(product for product in attention if product not in fused),
     )
 
 
@@ -144,6 +173,12 @@ def _faults(result: Audit) -> list[str]:
             f"{len(result.lost)} of {result.planned} planned layers do not run in an INT8 kernel: {shown}; "
             "check that both inputs of each are dequantized INT8 and that nothing slices its output, or "
             "build for another target"
+        )
+    if result.lost_attention:
+        faults.append(
+            f"{len(result.lost_attention)} products of INT8 attentions do not run in a fused INT8 attention kernel: "
+            f"{', '.join(result.lost_attention[:_SHOWN])}; check head size (16, 32, 64) and tokens (at most 512), or use "
+            "a recipe without [attention]"
         )
     if result.fp32_gemms or result.fp32_convs:
         faults.append(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import relative_l2
 from calib.hooks import input_hooks
-from calib.qdq import QuantConv2d, QuantLinear
+from calib.qdq import QuantConv2d, QuantLinear, Quantizer
 from calib.quantizer import QParams, quantize
 from deploy.export import OUTPUT
 from deploy.runners import OnnxRunner
@@ -63,12 +63,16 @@ class Parity:
 def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple[onnx.ModelProto, dict[str, str]]:
     """A copy of `model` that also returns the integers each of `layers` reads, and layer -> name of that output.
 
-    Layers that read one tensor with one scale share a QuantizeLinear.
+    Layers that read one tensor with one scale share a QuantizeLinear; a Quantizer is a QuantizeLinear of its own.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     producers = {output: node for node in model.graph.node for output in node.output}
     readers = {node.name.rpartition("/")[0]: node for node in model.graph.node if node.op_type in ("MatMul", "Conv")}
-    integers = {layer: producers[readers[layer].input[0]].input[0] for layer in layers}
+    own = {node.name.rpartition("/")[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    integers = {
+        layer: producers[readers[layer].input[0]].input[0] if layer in readers else own[layer].output[0]
+        for layer in layers
+    }
     for name in dict.fromkeys(integers.values()):
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
     return model, integers
@@ -93,7 +97,7 @@ def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> 
     deviations: Deviations = {}
 
     def force(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        scale = layer.get_buffer("input_scale")
+        scale = layer.get_buffer("scale" if isinstance(layer, Quantizer) else "input_scale")
         deviations[name] = _deviation(quantize(x, QParams(scale)), integers[name])
         return integers[name].to(scale.dtype) * scale
 
@@ -103,7 +107,7 @@ def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> 
 
 def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray) -> Parity:
     """Compare the simulation `net` with its FP32-typed graph `model` on `images` (B, 3, H, W) float32."""
-    layers = [name for name, module in net.named_modules() if isinstance(module, QuantLinear | QuantConv2d)]
+    layers = [name for name, module in net.named_modules() if isinstance(module, QuantLinear | QuantConv2d | Quantizer)]
     probe, integers = with_integer_outputs(model, layers)
     outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(images)
     output = outputs[OUTPUT]

@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import nn
 
+from calib import int8_attention
 from calib.calibrate import calibrate
 from calib.equalise import equalise
 from calib.families import family_of
@@ -26,7 +27,7 @@ from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.weights import load_net
 from calib.zoo import resolve_model
-from deploy.audit import audit, planned_layers, require_int8
+from deploy.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.backends import choose_backend
 from deploy.errors import ContractError
 from deploy.export import export_float, export_pair
@@ -121,12 +122,20 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             with progress.stage("equalise") as note:
                 model = equalise(model, folds, recipe.equalise)
                 note(*model.history[-1].notes)
+        if recipe.attention:
+            with progress.stage("attention") as note:
+                model = int8_attention.prepare(model, folds, recipe.attention)
+                note(*model.history[-1].notes)
         with progress.stage("calibrate") as note:
             model = calibrate(model, folds, recipe.calibrate)
             note(*model.history[-1].notes)
         with progress.stage(recipe.method) as note:
             model = method_module(recipe.method).reduce_error(model, folds, recipe.method_config)
             note(*model.history[-1].notes)
+        if recipe.attention:
+            with progress.stage("choose attention") as note:
+                model = int8_attention.choose(model, folds, recipe.attention)
+                note(*model.history[-1].notes)
 
         with progress.stage("export") as note:
             simulation = quantized_net(model)
@@ -147,13 +156,14 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
         with progress.stage("check") as note:
             require_strongly_typed(fp16)
             planned = planned_layers(fp16)
-            note(f"strongly typed FP16; {len(planned)} INT8 layers planned")
+            products = planned_attention(fp16)
+            note(f"strongly typed FP16; {len(planned)} INT8 layers, {len(products) // 2} INT8 attentions planned")
         with progress.stage("build") as note:
             built = backend.build(fp16, options.profile, options.sms)
             (folder / ENGINE).write_bytes(built.plan)
             note(f"{len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}", *built.notes)
         with progress.stage("audit") as note:
-            audited = audit(built.kernels, planned)
+            audited = audit(built.kernels, planned, products)
             require_int8(audited)
             note(audited.summary())
         with progress.stage("verify") as note:

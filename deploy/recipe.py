@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import calib.methods
-from calib import calibrate, equalise
+from calib import calibrate, equalise, int8_attention
 from calib.errors import UserError, nearest
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -23,6 +23,7 @@ class Recipe:
     name: str
     description: str
     equalise: equalise.Config | None  # None: channels keep their scales
+    attention: int8_attention.Config | None  # None: attention in FP16
     calibrate: calibrate.Config
     method: str
     method_config: Any
@@ -71,20 +72,21 @@ def recipe_from_toml(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    known = ("description", "equalise", "calibrate", "method")
+    known = ("description", "equalise", "attention", "calibrate", "method")
     for key in content:
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
+
+    def optional(key: str, kind: type) -> Any:
+        return _config(kind, content[key], f"recipe '{path}', [{key}]") if key in content else None
+
     method = dict(content.get("method", {}))
     name = method.pop("name", "rtn")
     return Recipe(
         name=path.stem,
         description=str(content.get("description", "")),
-        equalise=(
-            _config(equalise.Config, content["equalise"], f"recipe '{path}', [equalise]")
-            if "equalise" in content
-            else None
-        ),
+        equalise=optional("equalise", equalise.Config),
+        attention=optional("attention", int8_attention.Config),
         calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"recipe '{path}', [calibrate]"),
         method=name,
         method_config=_config(method_module(name).Config, method, f"recipe '{path}', [method]"),

@@ -140,6 +140,7 @@ def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
         },
         "history": [record.to_json() for record in evidence.model.history],
         "float_layers": evidence.model.float_layers,
+        "int8_attention": list(evidence.model.int8_attention),
         "seconds": {**evidence.seconds, "total": round(sum(evidence.seconds.values()), 3)},
         "peak_rss_mb": peak_rss_mb(),
         "machine": {key: value for key, value in host.describe().items() if key != "packages"},

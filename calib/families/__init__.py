@@ -19,7 +19,8 @@ class Family:
     variant with an unknown part is refused by name instead of being quantized wrongly), `block` a regular
     expression that matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16:
     pairs of a regular expression over layer names and the reason. `percentile` (%) is where activations are clipped
-    when the recipe does not say. `moves`: where channel scales can move (calib/moves.py).
+    when the recipe does not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular
+    expression for the names of attention modules with a packed qkv (calib/int8_attention.py).
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     float_layers: tuple[tuple[str, str], ...]
     percentile: float
     moves: tuple[Move, ...] = ()
+    attention: str = "(?!)"  # matches nothing
 
     def float_reason(self, layer: str) -> str | None:
         """Why `layer` stays in FP16, or None if it is to be quantized."""
@@ -45,6 +47,10 @@ class Family:
     def blocks(self, net: nn.Module) -> tuple[str, ...]:
         """Names of the blocks of `net`, in the order of definition."""
         return tuple(name for name, _ in net.named_modules() if re.fullmatch(self.block, name))
+
+    def attentions(self, net: nn.Module) -> tuple[str, ...]:
+        """Names of the attention modules of `net`, in the order of definition."""
+        return tuple(name for name, _ in net.named_modules() if re.fullmatch(self.attention, name))
 
 
 def families() -> dict[str, Family]:

@@ -24,4 +24,5 @@ FAMILY = Family(
         Value("Block", "attn.qkv", "attn.proj"),
         Insert("Block", "mlp.drop1", "mlp.fc2"),
     ),
+    attention=r"blocks\.\d+\.attn",
 )  # fmt: skip

@@ -1,0 +1,84 @@
+"""INT8 attention through export, parity and engine."""
+
+import functools
+
+import pytest
+import torch
+
+from calib.calibrate import Config as CalibrateConfig
+from calib.calibrate import calibrate
+from calib.int8_attention import Config, choose, prepare, without_attention
+from calib.methods import rtn
+from calib.qdq import quantized_net
+from deploy.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.errors import ContractError
+from deploy.export import export_pair
+from deploy.graph.check import check_strongly_typed
+from deploy.parity import compare_with_onnx
+from tests.tiny import SIZE, tiny_batches, tiny_model
+
+
+@functools.cache
+def quantized():
+    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+    model = calibrate(prepare(tiny_model("vit"), folds, Config("all")), folds, CalibrateConfig("max"))
+    return choose(rtn.reduce_error(model, folds, rtn.Config()), folds, Config("all"))
+
+
+@functools.cache
+def exported(blocks: int):
+    model = without_attention(quantized(), quantized().int8_attention[:blocks])
+    return quantized_net(model), *export_pair(quantized_net(model), (SIZE, SIZE))
+
+
+def test_parity_covers_the_four_roles():
+    net, _, fp32 = exported(2)
+    images = tiny_batches(1)[0].numpy()
+    found = compare_with_onnx(net, fp32, images)
+    assert found.failure() is None
+    wrong = quantized_net(quantized())
+    wrong.blocks[1].attn.softmax.scale.mul_(2)
+    assert compare_with_onnx(wrong, fp32, images).suspect == "blocks.1.attn.softmax"
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_the_graph_plans_two_products_for_each_attention(blocks):
+    _, fp16, _ = exported(blocks)
+    assert check_strongly_typed(fp16) == ()
+    expected = tuple(f"blocks.{i}.attn/MatMul{suffix}" for i in range(blocks) for suffix in ("", "_1"))
+    assert planned_attention(fp16) == expected
+    assert len(planned_layers(fp16)) == 8
+
+
+@functools.cache
+def built(blocks: int):
+    pytest.importorskip("tensorrt_rtx")
+    from deploy.backends import tensorrt_rtx
+    from deploy.serialize import Profile
+
+    return tensorrt_rtx.build(exported(blocks)[1], Profile(2, 4), (89,)).kernels
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_engine_fuses_it_and_has_fewer_kernels(blocks):
+    _, fp16, _ = exported(blocks)
+    found = audit(built(blocks), planned_layers(fp16), planned_attention(fp16))
+    require_int8(found)
+    assert (found.fused_attention, found.int8_attention) == (2, blocks)
+    assert found.kernels <= len(built(0))
+
+
+def test_an_attention_that_stayed_fp16_fails_by_name():
+    _, fp16, _ = exported(2)
+    found = audit(built(1), planned_layers(fp16), planned_attention(fp16))
+    assert found.lost_attention == ("blocks.1.attn/MatMul", "blocks.1.attn/MatMul_1")
+    with pytest.raises(ContractError, match=r"blocks\.1\.attn/MatMul"):
+        require_int8(found)
+
+
+def test_float_and_rounded_outputs_stay_close():
+    net, *_ = exported(2)
+    images = tiny_batches(1, seed=4)[0]
+    with torch.no_grad():
+        exact, found = quantized().float_net(images), net(images)
+    assert float((found - exact).norm() / exact.norm()) < 0.2
