@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +70,13 @@ def lost_mass(weights: Tensor, value: Tensor, params: QParams) -> LostMass:
     return LostMass(*(term.double().sum((0, 2)) for term in (mass.square(), mass * error, error.square())))
 
 
-def factors(attention: nn.Module, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query and key, each times d^-1/4, and value, all (B, H, N, D), from the output (B, N, 3 H D) of `qkv`."""
-    heads, size = int(attention.num_heads), int(attention.head_dim)
-    query, key, value = packed.unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
-    root = size**-0.25
-    return attention.get_submodule("q_norm")(query) * root, attention.get_submodule("k_norm")(key) * root, value
+    query, key, value = (
+        packed.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    )
+    root = attention.head_dim**-0.25
+    return attention.q_norm(query) * root, attention.k_norm(key) * root, value
 
 
 def obstacle(attention: nn.Module, tokens: int) -> str | None:
@@ -100,7 +101,7 @@ class Fit:
 def fit(attention: nn.Module, packed: Sequence[Tensor]) -> Fit:
     """Scales and shift from the outputs of `qkv`, one tensor (B, N, 3 H D) per fold; the folds judge each other."""
     folds = [factors(attention, part) for part in packed]
-    found = []
+    found: list[tuple[float, QParams, Tensor]] = []
     for threshold in SOFTMAX_THRESHOLDS:
         params = qparams_from_amax(torch.tensor(threshold))
         sums = [

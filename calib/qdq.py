@@ -7,6 +7,7 @@ DequantizeLinear, so simulation and graph cannot drift apart.
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,13 +99,12 @@ class QuantAttention(nn.Module):
     The factor d^-1/2 is split between query and key and applied before they round, as TensorRT's fused kernel wants it.
     """
 
-    def __init__(self, attention: nn.Module, params: Mapping[str, QParams]) -> None:
+    def __init__(self, attention: Any, params: Mapping[str, QParams]) -> None:
         super().__init__()
-        for name in ("qkv", "q_norm", "k_norm", "proj"):
-            setattr(self, name, attention.get_submodule(name))
-        for role in ATTENTION_ROLES:
-            setattr(self, role, Quantizer(params[role]))
-        self.num_heads, self.head_dim = int(attention.num_heads), int(attention.head_dim)
+        self.qkv, self.q_norm, self.k_norm = attention.qkv, attention.q_norm, attention.k_norm
+        self.query, self.key, self.softmax, self.value = (Quantizer(params[role]) for role in ATTENTION_ROLES)
+        self.proj = attention.proj
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, C). Masks are not supported: TensorRT has no INT8 kernel with one."""
@@ -132,6 +132,6 @@ def quantized_net(model: QuantModel) -> nn.Module:
         else:
             raise TypeError(f"site '{name}' is a {type(layer).__name__}, not a Linear or Conv2d")
     for name in model.int8_attention:
-        params = {role: model.sites[f"{name}:{role}"] for role in ATTENTION_ROLES}
-        replace_module(net, name, QuantAttention(net.get_submodule(name), params))
+        roles = {role: model.sites[f"{name}:{role}"] for role in ATTENTION_ROLES}
+        replace_module(net, name, QuantAttention(net.get_submodule(name), roles))
     return net

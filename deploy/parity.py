@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import relative_l2
 from calib.hooks import input_hooks
-from calib.qdq import QuantConv2d, QuantLinear, Quantizer
+from calib.qdq import QuantConv2d, Quantizer, QuantLinear
 from calib.quantizer import QParams, quantize
 from deploy.export import OUTPUT
 from deploy.runners import OnnxRunner
