@@ -103,13 +103,14 @@ def fit(attention: nn.Module, packed: Sequence[Tensor]) -> Fit:
     folds = [factors(attention, part) for part in packed]
     found: list[tuple[float, QParams, Tensor]] = []
     for threshold in SOFTMAX_THRESHOLDS:
-        params = qparams_from_amax(torch.tensor(threshold))
+        rounding = qparams_from_amax(torch.tensor(threshold))
         sums = [
-            lost_mass(torch.softmax(query @ key.transpose(-2, -1), dim=-1), value, params)
+            lost_mass(torch.softmax(query @ key.transpose(-2, -1), dim=-1), value, rounding)
             for query, key, value in folds
         ]
         error = sum(part.error(sums[index - 1].shift()) for index, part in enumerate(sums))
-        found.append((error, params, LostMass(*map(sum, zip(*sums, strict=True))).shift().float()))
+        total = LostMass(*(torch.stack(terms).sum(0) for terms in zip(*sums, strict=True)))
+        found.append((error, rounding, total.shift().float()))
     _, softmax, shift = min(found, key=lambda choice: choice[0])
     query, key, value = (torch.cat(parts) for parts in zip(*folds, strict=True))
     inputs = {"query": query, "key": key, "value": value - shift[:, None]}
