@@ -7,7 +7,12 @@ TensorRT-RTX writes the result of an INT8 product in FP16. Given s it multiplies
 it writes the bare integer sum, and five products of 127 x 127 are beyond 65504, the largest FP16 number.
 Given t it multiplies the INT32 sum by s_x t in float before it rounds to FP16, and the factor c joins the
 kernel of the bias: the number of kernels stays. Convolutions write FP32 and are left alone.
+
+Products that read one tensor get one t, the largest of theirs: the compiler computes such products side by side in
+one kernel (q, k and v; a layer and the branch beside it), but only where s_x t is the same for all.
 """
+
+from collections import defaultdict
 
 import numpy as np
 import onnx
@@ -59,6 +64,19 @@ def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> Non
     graph.insert_after(matmul, ir.node("Mul", [product, factors], outputs=[scaled], name=name))
 
 
+def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarray]:
+    """t () of each dequantized weight in `scales`: one for all whose products read the same tensor."""
+    found = {node: tensor_and_channel_scales(values)[0] for node, values in scales.items()}
+    readers = defaultdict(list)
+    for node in scales:
+        for matmul, _ in node.outputs[0].uses():
+            readers[matmul.inputs[0]].append(node)
+    for nodes in readers.values():
+        largest = max(found[node] for node in nodes)
+        found.update(dict.fromkeys(nodes, largest))
+    return found
+
+
 def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """A new model: a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
 
@@ -67,16 +85,13 @@ def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     result = ir.from_proto(model)
     graph = result.graph
-    for node in tuple(graph):
-        scales = _channel_scales(node)
-        if scales is None:
-            continue
-        t, c = tensor_and_channel_scales(scales)
+    scales = {node: found for node in graph if (found := _channel_scales(node)) is not None}
+    for node, t in _tensor_scales(scales).items():
         weight = node.outputs[0]
         node.resize_inputs(2)  # zero points would keep their shape (N,)
         node.replace_input_with(1, _add_constant(graph, f"{weight.name}/scale", t))
         node.attributes.pop("axis", None)
-        factors = _add_constant(graph, f"{weight.name}/channel_scale", c)
+        factors = _add_constant(graph, f"{weight.name}/channel_scale", scales[node] / t)
         for matmul, _ in weight.uses():
             _multiply_behind(graph, matmul, factors)
     RemoveUnusedNodesPass()(result)

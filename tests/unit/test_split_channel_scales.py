@@ -269,3 +269,41 @@ def test_tensorrt_rtx_scales_the_integer_sum_before_it_writes_fp16():
     assert alphas(after) == expected
     assert len(kernels_from_rtx_plan(after)) <= len(kernels_from_rtx_plan(before))
     assert [k.precision for k in kernels_from_rtx_plan(after) if k.kind == "gemm"] == ["int8", "int8"]
+
+
+def side_by_side():
+    """Two products of one quantized tensor, the second with weights a hundred times smaller."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "zero": np.int8(0), "s": np.float16(0.013),
+        "wa": codes(rng, WIDTH, HIDDEN), "a_scale": weight_scales(rng, np.float16, HIDDEN),
+        "wb": codes(rng, WIDTH, WIDTH), "b_scale": weight_scales(rng, np.float16, WIDTH) / np.float16(100),
+        "gamma": np.ones(WIDTH, np.float16), "beta": np.zeros(WIDTH, np.float16),
+    }  # fmt: skip
+    body = """
+        norm = LayerNormalization(input, gamma, beta)
+        Q = QuantizeLinear(norm, s, zero)  DQ = DequantizeLinear(Q, s, zero)
+        "a/W" = DequantizeLinear<axis = 1>(wa, a_scale)  "a/MatMul" = MatMul(DQ, "a/W")
+        "b/W" = DequantizeLinear<axis = 1>(wb, b_scale)  "b/MatMul" = MatMul(DQ, "b/W")
+        a = Relu("a/MatMul")  b = Relu("b/MatMul")  output = Concat<axis = 2>(a, b)"""
+    shape, wide = f"[B,{TOKENS},{WIDTH}]", f"[B,{TOKENS},{WIDTH + HIDDEN}]"
+    return model_from_text(np.float16, f"FLOAT{shape} input", f"FLOAT{wide} output", body, tensors)
+
+
+def test_products_of_one_tensor_share_the_tensor_scale_and_no_bit_is_lost():
+    model = side_by_side()
+    after = split_channel_scales(model)
+    value, new = constants(after), nodes(after)
+    scales = {
+        layer: (value[new[f"{layer}/W"].input[1]], value[new[f"{layer}/ChannelScale"].input[1]]) for layer in "ab"
+    }
+    assert scales["a"][0] == scales["b"][0] == tensor_and_channel_scales(constants(model)["a_scale"])[0]
+    for layer, (t, c) in scales.items():
+        np.testing.assert_array_equal(t * c, constants(model)[f"{layer}_scale"])
+
+
+def test_tensorrt_rtx_computes_products_of_one_tensor_in_one_kernel():
+    kernels = kernels_from_rtx_plan(rtx_plan(split_channel_scales(side_by_side())))
+    products = [kernel for kernel in kernels if kernel.kind == "gemm"]
+    assert [kernel.precision for kernel in products] == ["int8"]
+    assert {"a/MatMul", "b/MatMul"} <= set(products[0].layers)
