@@ -1,0 +1,159 @@
+"""Linear regression from running sums: r ~ W x + b without keeping a single sample.
+
+With x~ = [x - shift, 1] the sums
+
+    A = sum x~ x~^T  (d+1, d+1)      B = sum x~ r^T  (d+1, d_out)      q = sum r^2  (d_out,)      N = A[d, d]
+
+hold everything least squares needs (QwT eq. 6, ERQ eq. 8): A z = B gives z = [W^T; b + W shift], and the squared error
+of *any* W, b is the quadratic form q - 2 <z, B> + <z, A z>. All in float64. The shift, the mean of the first samples seen,
+keeps a channel with a large mean from drowning the others: in float32 without it, R2 of a well-posed problem comes out
+as -134.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RIDGES = (0.0, 1e-8, 1e-6, 1e-4)  # tried in turn, on a matrix with a diagonal of ones
+LARGEST_WEIGHT = 1e3  # beyond it FP16 products overflow, and the weights are noise that cancels
+SINGULAR = 1e-12  # a pivot below this is rounding error: the factorisation went through by luck
+CONSTANT = 1e-24  # a channel whose variance is less than this share of its mean square does not vary
+
+
+class Fit(NamedTuple):
+    """r ~ weight x + bias; `weight` (d_out, d_in), `bias` (d_out,), float64. `ridge`: the one of `RIDGES` it took."""
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float = 0.0
+
+
+def _cholesky_solution(matrix: Tensor, right: Tensor, constant: Tensor) -> tuple[Tensor, float]:
+    """(z, ridge) with (D A D + ridge I') (z / D) = D B, D = diag(A)^-1/2; I' leaves the bias out.
+
+    `constant` (d+1,): columns that get z = 0.
+    """
+    scale = torch.where(constant, 0.0, matrix.diagonal().rsqrt())
+    scaled = matrix * scale[:, None] * scale
+    scaled.diagonal()[constant] = 1.0
+    for ridge in RIDGES:
+        penalty = torch.full_like(scale, ridge)
+        penalty[-1] = 0.0
+        factor, failed = torch.linalg.cholesky_ex(scaled + penalty.diag())
+        if failed or factor.diagonal().square().min() < SINGULAR:
+            continue
+        solution = scale[:, None] * torch.cholesky_solve(scale[:, None] * right, factor)
+        if not solution[:-1].numel() or float(solution[:-1].abs().max()) < LARGEST_WEIGHT:
+            return solution, ridge
+    raise torch.linalg.LinAlgError(
+        f"no fit with weights below {LARGEST_WEIGHT:.0f} from {float(matrix[-1, -1]):.0f} samples of {len(matrix) - 1} "
+        f"channels, even with ridge {RIDGES[-1]}: use more samples or fewer channels"
+    )
+
+
+class Moments:
+    """Running sums of pairs x (d_in,), r (d_out,)."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        self.shift = torch.zeros(d_in, dtype=torch.float64)
+        self.a = torch.zeros(d_in + 1, d_in + 1, dtype=torch.float64)
+        self.b = torch.zeros(d_in + 1, d_out, dtype=torch.float64)
+        self.q = torch.zeros(d_out, dtype=torch.float64)
+
+    @property
+    def count(self) -> float:
+        """Samples seen."""
+        return float(self.a[-1, -1])
+
+    def update(self, x: Tensor, r: Tensor) -> None:
+        """Add the samples `x` (T, d_in), `r` (T, d_out), of any float dtype and device."""
+        x, r = x.to(self.a), r.to(self.a)
+        if not self.count and len(x):
+            self.shift = x.mean(0)
+        x = torch.cat((x - self.shift, x.new_ones(len(x), 1)), 1)
+        self.a += x.t() @ x
+        self.b += x.t() @ r
+        self.q += r.square().sum(0)
+
+    def about(self, shift: Tensor) -> "Moments":
+        """The same samples with x measured from `shift` (d_in,)."""
+        moved = Moments(len(self.shift), len(self.q))
+        step = torch.eye(len(self.a), dtype=torch.float64)
+        step[:-1, -1] = self.shift - shift
+        moved.shift, moved.a, moved.b, moved.q = shift, step @ self.a @ step.t(), step @ self.b, self.q
+        return moved
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The samples of both, exactly; neither is changed."""
+        merged = self.about(self.shift if self.count else other.shift)
+        other = other.about(merged.shift)
+        merged.a, merged.b, merged.q = merged.a + other.a, merged.b + other.b, merged.q + other.q
+        return merged
+
+    def second_moment(self) -> Tensor:
+        """Sum of [x, 1] [x, 1]^T, (d_in + 1, d_in + 1), without the shift: S of ERQ."""
+        return self.about(torch.zeros_like(self.shift)).a
+
+    def cross_moment(self) -> Tensor:
+        """Sum of [x, 1] r^T, (d_in + 1, d_out), without the shift."""
+        return self.about(torch.zeros_like(self.shift)).b
+
+    def solve(self, ridge_mean: float = 0.0, penalise_bias: bool = False) -> Fit:
+        """argmin mean |r - W x - b|^2 + ridge_mean |W|^2, with |b|^2 added inside the penalty if `penalise_bias`.
+
+        A numerically singular problem gets the least of `RIDGES` that gives weights below `LARGEST_WEIGHT`. Channels that
+        do not vary get weight 0. Raises torch.linalg.LinAlgError if no ridge helps, ValueError without samples.
+        """
+        if not self.count:
+            raise ValueError("no samples to fit: call update first")
+        # W does not depend on where x is measured from, but the size of b does.
+        moments = self.about(torch.zeros_like(self.shift)) if penalise_bias else self
+        penalty = torch.full_like(moments.a[-1], ridge_mean * self.count)
+        if not penalise_bias:
+            penalty[-1] = 0.0
+        matrix = moments.a + penalty.diag()
+        power = matrix.diagonal()[:-1] + self.count * moments.shift.square()
+        constant = torch.cat((matrix.diagonal()[:-1] <= CONSTANT * power, torch.tensor([False])))
+        z, ridge = _cholesky_solution(matrix, moments.b, constant)
+        weight = z[:-1].t()
+        return Fit(weight, z[-1] - weight @ moments.shift, ridge)
+
+    def sse(self, weight: Tensor, bias: Tensor) -> float:
+        """sum |r - W x - b|^2 over the samples, for any `weight` (d_out, d_in) and `bias` (d_out,)."""
+        weight, bias = weight.to(self.a), bias.to(self.a)
+        z = torch.cat((weight.t(), (bias + weight @ self.shift)[None]))
+        return float(self.q.sum() - 2 * (z * self.b).sum() + (z * (self.a @ z)).sum())
+
+    def total(self) -> float:
+        """sum |r - mean r|^2 over the samples."""
+        return float((self.q - self.b[-1].square() / self.count).sum())
+
+    def r2(self, weight: Tensor, bias: Tensor) -> float:
+        """1 - sse / total: the share of the variance of r that `weight` x + `bias` explains; 0 if r does not vary."""
+        total = self.total()
+        return 1 - self.sse(weight, bias) / total if total > 0 else 0.0
+
+
+def pooled(folds: Sequence[Moments]) -> Moments:
+    """The samples of all `folds`."""
+    return reduce(Moments.merge, folds)
+
+
+def cross_validated_r2(folds: Sequence[Moments], fit: Callable[[Moments], Fit] = Moments.solve) -> float:
+    """R2 on samples the fit has not seen: each of `folds` is judged by `fit` of all the others.
+
+    Errors and variances are added up before they are divided; with neighbouring images in one fold this is how the branch
+    will do on new photographs. Raises ValueError if fewer than two folds have samples.
+    """
+    filled = [fold for fold in folds if fold.count]
+    if len(filled) < 2:
+        raise ValueError(f"cross-validation needs samples in two folds, {len(filled)} of {len(folds)} have some")
+    error = 0.0
+    for index, held_out in enumerate(filled):
+        found = fit(pooled(filled[:index] + filled[index + 1 :]))
+        error += held_out.sse(found.weight, found.bias)
+    total = pooled(filled).total()
+    return 1 - error / total if total > 0 else 0.0
