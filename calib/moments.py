@@ -131,29 +131,34 @@ class Moments:
         """sum |r - mean r|^2 over the samples."""
         return float((self.q - self.b[-1].square() / self.count).sum())
 
-    def r2(self, weight: Tensor, bias: Tensor) -> float:
-        """1 - sse / total: the share of the variance of r that `weight` x + `bias` explains; 0 if r does not vary."""
-        total = self.total()
-        return 1 - self.sse(weight, bias) / total if total > 0 else 0.0
-
 
 def pooled(folds: Sequence[Moments]) -> Moments:
     """The samples of all `folds`."""
     return reduce(Moments.merge, folds)
 
 
-def cross_validated_r2(folds: Sequence[Moments], fit: Callable[[Moments], Fit] = Moments.solve) -> float:
-    """R2 on samples the fit has not seen: each of `folds` is judged by `fit` of all the others.
+def r2(groups: Sequence[Moments], fits: Sequence[Fit]) -> float:
+    """1 - error / variance, the share of r that the fit of each of `groups` of channels explains; 0 if r does not vary."""
+    error = sum(group.sse(fit.weight, fit.bias) for group, fit in zip(groups, fits, strict=True))
+    return _r2(error, sum(group.total() for group in groups))
 
-    Errors and variances are added up before they are divided; with neighbouring images in one fold this is how the branch
+
+def cross_validated_r2(folds: Sequence[Sequence[Moments]], fit: Callable[[Sequence[Moments]], Sequence[Fit]]) -> float:
+    """R2 on samples the fit has not seen; `folds` hold groups of channels, and `fit` gets those of all folds but one.
+
+    Errors and variances are added up before they are divided. With neighbouring images in one fold, this is how the fit
     will do on new photographs. Raises ValueError if fewer than two folds have samples.
     """
-    filled = [fold for fold in folds if fold.count]
+    filled = [fold for fold in folds if fold[0].count]
     if len(filled) < 2:
         raise ValueError(f"cross-validation needs samples in two folds, {len(filled)} of {len(folds)} have some")
     error = 0.0
     for index, held_out in enumerate(filled):
-        found = fit(pooled(filled[:index] + filled[index + 1 :]))
-        error += held_out.sse(found.weight, found.bias)
-    total = pooled(filled).total()
+        rest = filled[:index] + filled[index + 1 :]
+        fits = fit([pooled(group) for group in zip(*rest, strict=True)])
+        error += sum(group.sse(found.weight, found.bias) for group, found in zip(held_out, fits, strict=True))
+    return _r2(error, sum(pooled(group).total() for group in zip(*filled, strict=True)))
+
+
+def _r2(error: float, total: float) -> float:
     return 1 - error / total if total > 0 else 0.0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from calib.moments import Moments, cross_validated_r2, pooled
+from calib.moments import Fit, Moments, cross_validated_r2, pooled, r2
 
 D_IN, D_OUT, COUNT = 6, 3, 400
 
@@ -103,7 +103,7 @@ def test_error_and_r2_of_any_weights_are_those_of_the_stored_samples():
     assert moments.sse(weight, bias) == pytest.approx(expected, rel=1e-12)
     total = float((r - r.mean(0)).square().sum())
     assert moments.total() == pytest.approx(total, rel=1e-12)
-    assert moments.r2(weight, bias) == pytest.approx(1 - expected / total, rel=1e-12)
+    assert r2([moments], [Fit(weight, bias)]) == pytest.approx(1 - expected / total, rel=1e-12)
 
 
 def ill_conditioned(count=4000, d=32):
@@ -122,10 +122,10 @@ def test_an_ill_conditioned_problem_is_solved_where_a_float32_inverse_is_not():
     weight, bias = lstsq(x, r)
     best = 1 - stored_sse(x.double(), r.double(), weight, bias) / moments.total()
     found = moments.solve()
-    assert moments.r2(found.weight, found.bias) == pytest.approx(best, abs=1e-6)
+    assert r2([moments], [found]) == pytest.approx(best, abs=1e-6)
     ones = torch.cat((x, torch.ones(len(x), 1)), 1)
     naive = (torch.inverse(ones.t() @ ones) @ ones.t() @ r).t()
-    assert moments.r2(naive[:, :-1], naive[:, -1]) < best - 1e-2
+    assert r2([moments], [Fit(naive[:, :-1], naive[:, -1])]) < best - 1e-2
 
 
 @pytest.mark.parametrize("value", [0.0, 50.1], ids=["dead", "constant"])
@@ -177,7 +177,11 @@ def test_no_samples_is_an_error():
 def test_training_r2_is_never_negative(noise, ridge_mean):
     moments = moments_of(*samples(noise=noise))
     found = moments.solve(ridge_mean)
-    assert moments.r2(found.weight, found.bias) >= -1e-12  # round-off of the quadratic form
+    assert r2([moments], [found]) >= -1e-12  # round-off of the quadratic form
+
+
+def solve_all(groups):
+    return [group.solve() for group in groups]
 
 
 def test_cross_validation_is_the_leave_one_fold_out_error_on_stored_samples():
@@ -188,21 +192,25 @@ def test_cross_validation_is_the_leave_one_fold_out_error_on_stored_samples():
         rest = [i for i in range(4) if i != k]
         fit = lstsq(torch.cat([xs[i] for i in rest]), torch.cat([rs[i] for i in rest]))
         error += stored_sse(xs[k], rs[k], *fit)
-    expected = 1 - error / float((r - r.mean(0)).square().sum())
+    total = float((r - r.mean(0)).square().sum())
     folds = [moments_of(*part, 17) for part in zip(xs, rs, strict=True)]
-    assert cross_validated_r2(folds) == pytest.approx(expected, abs=1e-9)
-    half = cross_validated_r2(folds, lambda m: m.solve()._replace(weight=m.solve().weight / 2))
-    assert half < expected  # the fit passed is the one judged
+    expected = 1 - error / total
+    assert cross_validated_r2([[fold] for fold in folds], solve_all) == pytest.approx(expected, abs=1e-9)
+    # A second group that nothing explains: errors and variances add up before they are divided.
+    constant = Fit(torch.zeros(D_OUT, D_IN), r.mean(0))
+    two = cross_validated_r2([[fold, fold] for fold in folds], lambda groups: [groups[0].solve(), constant])
+    assert two == pytest.approx(1 - (error + total) / (2 * total), abs=1e-9)
+    assert r2([pooled(folds)] * 2, [constant, constant]) == pytest.approx(0, abs=1e-12)
 
 
 def test_pure_noise_has_no_cross_validated_r2_and_a_planted_map_has_one():
     x, r = samples(noise=0.0)
     noise = torch.randn(COUNT, D_OUT, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     for target, check in ((noise, lambda r2: r2 <= 0), (r, lambda r2: r2 > 1 - 1e-9)):
-        folds = [moments_of(*part) for part in zip(x.split(100), target.split(100), strict=True)]
-        assert check(cross_validated_r2(folds))
+        folds = [[moments_of(*part)] for part in zip(x.split(100), target.split(100), strict=True)]
+        assert check(cross_validated_r2(folds, solve_all))
 
 
 def test_cross_validation_needs_two_folds():
     with pytest.raises(ValueError, match="two folds"):
-        cross_validated_r2([moments_of(*samples()), Moments(D_IN, D_OUT)])
+        cross_validated_r2([[moments_of(*samples())], [Moments(D_IN, D_OUT)]], solve_all)
