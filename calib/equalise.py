@@ -125,4 +125,4 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
         + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
     )
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
-    return replace(model, net=net).with_record(record)
+    return replace(model, net=net, exact_net=net).with_record(record)

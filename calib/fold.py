@@ -84,4 +84,5 @@ def fold_batch_norms(model: QuantModel, example: Tensor) -> QuantModel:
     total = sum(isinstance(module, nn.BatchNorm2d) for module in model.net.modules())
     notes = (f"{len(pairs)} of {total} BatchNorms folded into their convolutions",)
     record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes)
-    return replace(model, net=net.requires_grad_(False)).with_record(record)
+    net.requires_grad_(False)
+    return replace(model, net=net, exact_net=net).with_record(record)

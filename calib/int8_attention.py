@@ -182,7 +182,7 @@ def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> Quan
         f"{name}: {reason}" for name, reason in refused.items()
     ))  # fmt: skip
     record = StageRecord("attention", asdict(config), time.perf_counter() - start, notes=notes)
-    return replace(model, net=net).with_sites(sites).with_record(record)
+    return replace(model, net=net, exact_net=net).with_sites(sites).with_record(record)
 
 
 def without_attention(model: QuantModel, kept: Sequence[str] = ()) -> QuantModel:

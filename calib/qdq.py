@@ -120,7 +120,7 @@ class QuantAttention(nn.Module):
 
 
 def quantized_net(model: QuantModel) -> nn.Module:
-    """A copy of `model.net` in eval mode that rounds where `model.sites` says."""
+    """A copy of `model.net` in eval mode that rounds where `model.sites` says, with its branches attached."""
     net = copy.deepcopy(model.net).eval().requires_grad_(False)
     for name in model.quantized_layers:
         layer = net.get_submodule(name)
@@ -134,4 +134,6 @@ def quantized_net(model: QuantModel) -> nn.Module:
     for name in model.int8_attention:
         roles = {role: model.sites[f"{name}:{role}"] for role in ATTENTION_ROLES}
         replace_module(net, name, QuantAttention(net.get_submodule(name), roles))
+    for name, branch in model.branches.items():
+        branch.attach(net.get_submodule(name))
     return net

@@ -1,7 +1,7 @@
 """The noun that flows through the torch half: a float network and what has been decided about its rounding."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -9,11 +9,15 @@ from calib.families import Family
 from calib.quantizer import QParams
 
 ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
+SAME_AS_NET = nn.Identity()  # stands for an `exact_net` that was not given
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What one stage did: its options, seconds, error before and after (dB SQNR, None if not measured), notes."""
+    """What one stage did: its options, seconds, error before and after (dB SQNR, None if not measured), notes.
+
+    `details`: one dictionary of plain values per block or layer, where the stage has something to say about each.
+    """
 
     stage: str
     config: dict[str, Any]
@@ -21,10 +25,18 @@ class StageRecord:
     sqnr_before_db: float | None = None
     sqnr_after_db: float | None = None
     notes: tuple[str, ...] = ()
+    details: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for manifest and report."""
         return asdict(self)
+
+
+class Branch(Protocol):
+    """A float path beside a quantized block, whose output is added to the block's."""
+
+    def attach(self, block: nn.Module) -> None:
+        """Make `block` return its output plus the branch's (edits `block`)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,11 @@ class QuantModel:
 
     `sites` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
     `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
+    `branches` maps blocks to what runs beside them.
+
+    `exact_net` is `float_net` in the coordinates of `net` (BatchNorm folded, channels equalised), so that single blocks can
+    be compared: stages that move coordinates set both, stages that change the function set `net` alone. They are one
+    object until then, and nobody edits it. Not given, it is `net`.
     """
 
     name: str
@@ -41,6 +58,12 @@ class QuantModel:
     family: Family
     sites: dict[str, QParams] = field(default_factory=dict)
     history: tuple[StageRecord, ...] = ()
+    branches: dict[str, Branch] = field(default_factory=dict)
+    exact_net: nn.Module = SAME_AS_NET
+
+    def __post_init__(self) -> None:
+        if self.exact_net is SAME_AS_NET:
+            object.__setattr__(self, "exact_net", self.net)
 
     def with_sites(self, sites: dict[str, QParams]) -> "QuantModel":
         """A copy with `sites` added (same names replaced)."""

@@ -20,7 +20,8 @@ class Family:
     expression that matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16:
     pairs of a regular expression over layer names and the reason. `percentile` (%) is where activations are clipped
     when the recipe does not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular
-    expression for the names of attention modules with a packed qkv (calib/int8_attention.py).
+    expression for the names of attention modules with a packed qkv (calib/int8_attention.py). `channels_last`: blocks
+    pass tokens (B, ..., C) on, not maps (B, C, H, W).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     percentile: float
     moves: tuple[Move, ...] = ()
     attention: str = "(?!)"  # matches nothing
+    channels_last: bool = False
 
     def float_reason(self, layer: str) -> str | None:
         """Why `layer` stays in FP16, or None if it is to be quantized."""

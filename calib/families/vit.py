@@ -25,4 +25,5 @@ FAMILY = Family(
         Insert("Block", "mlp.drop1", "mlp.fc2"),
     ),
     attention=r"blocks\.\d+\.attn",
+    channels_last=True,
 )  # fmt: skip
