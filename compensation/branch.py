@@ -1,0 +1,111 @@
+"""The forms a branch may take, as modules: block(x) becomes block(x) + branch(x) (QwT eq. 6).
+
+A branch hangs inside its block as `block.branch`, so its nodes in the graph are called `blocks.3.branch/MatMul` and no other
+name changes. Its numbers are rounded to FP16 once and for all: the engine multiplies them in FP16, the float32 simulation
+holds the same values.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.moments import Fit
+
+
+def fp16_parameter(values: Tensor) -> nn.Parameter:
+    """`values` rounded to FP16, in float32."""
+    return nn.Parameter(values.half().float().contiguous(), requires_grad=False)
+
+
+def add_branch(block: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The forward hook of a block with a branch. A plain function, so that copies of the block keep working."""
+    return output + block.branch(inputs[0])
+
+
+class BlockBranch(nn.Module):
+    """What all forms share. `fits` says what a branch computes, one affine map per group of channels."""
+
+    def attach(self, block: nn.Module) -> None:
+        """Add a copy of this branch to what `block` returns (edits `block`)."""
+        block.add_module("branch", copy.deepcopy(self))
+        block.register_forward_hook(add_branch)
+
+    def fits(self) -> list[Fit]:
+        """The affine maps (d_out, d_in), (d_out,) per group that the branch computes, in float64."""
+        raise NotImplementedError
+
+
+class DenseBranch(BlockBranch):
+    """Tokens (..., d_in) -> (..., d_out): x W + b. `weight` (d_in, d_out), the layout of an ONNX MatMul."""
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__()
+        self.weight = fp16_parameter(fit.weight.t())
+        self.bias = fp16_parameter(fit.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        return torch.matmul(x, self.weight) + self.bias
+
+    def fits(self) -> list[Fit]:
+        """One map."""
+        return [Fit(self.weight.t().double(), self.bias.double())]
+
+
+class ConvBranch(BlockBranch):
+    """Maps: a 1x1 convolution (C_out, C_in/groups, 1, 1) with the block's stride."""
+
+    def __init__(self, fits: Sequence[Fit], stride: int) -> None:
+        super().__init__()
+        self.groups, self.stride = len(fits), stride
+        self.weight = fp16_parameter(torch.cat([fit.weight for fit in fits])[:, :, None, None])
+        self.bias = fp16_parameter(torch.cat([fit.bias for fit in fits]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))."""
+        return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+    def fits(self) -> list[Fit]:
+        """One map per group."""
+        weights = self.weight.double().flatten(1).chunk(self.groups)
+        return [Fit(*pair) for pair in zip(weights, self.bias.double().chunk(self.groups), strict=True)]
+
+
+class DiagonalBranch(BlockBranch):
+    """x * scale + bias, one of each per channel: no matrix product. For blocks that keep shape."""
+
+    def __init__(self, scales: Sequence[Tensor], biases: Sequence[Tensor], channels_last: bool) -> None:
+        super().__init__()
+        self.groups = len(scales)
+        shape = (-1,) if channels_last else (-1, 1, 1)
+        self.scale = fp16_parameter(torch.cat(list(scales)).reshape(shape))
+        self.bias = fp16_parameter(torch.cat(list(biases)).reshape(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) or (B, C, H, W), the shape kept."""
+        return x * self.scale + self.bias
+
+    def fits(self) -> list[Fit]:
+        """One diagonal map per group."""
+        scales, biases = (value.double().flatten().chunk(self.groups) for value in (self.scale, self.bias))
+        return [Fit(scale.diag(), bias) for scale, bias in zip(scales, biases, strict=True)]
+
+
+class LowRankBranch(BlockBranch):
+    """Tokens: (x down) up + b with `down` (d_in, rank) and `up` (rank, d_out)."""
+
+    def __init__(self, down: Tensor, up: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.down, self.up, self.bias = fp16_parameter(down), fp16_parameter(up), fp16_parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        return torch.matmul(torch.matmul(x, self.down), self.up) + self.bias
+
+    def fits(self) -> list[Fit]:
+        """One map, of the rank of the branch."""
+        return [Fit((self.down.double() @ self.up.double()).t(), self.bias.double())]

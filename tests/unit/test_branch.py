@@ -1,0 +1,223 @@
+"""The forms of a branch: what they compute, how they hang in a network, what the exported graph says."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from calib.calibrate import Config, calibrate
+from calib.fold import fold_batch_norms
+from calib.methods import rtn
+from calib.moments import Fit, Moments, r2
+from calib.qdq import quantized_net
+from compensation.branch import ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch
+from compensation.forms import FORMS, NoFitError
+from compensation.layout import Layout, group_count, layout_from_shapes
+from deploy.export import onnx_from_net
+from deploy.graph.check import check_strongly_typed
+from deploy.parity import compare_with_onnx
+from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
+
+
+def quantized_model(family):
+    batches = tiny_batches()
+    model = calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), [batches], Config("max"))
+    return rtn.reduce_error(model, batches, rtn.Config())
+
+
+def block_layouts(model):
+    """Layout of every block, from one forward pass."""
+    found, handles = {}, []
+    for name in model.family.blocks(model.net):
+
+        def after(_block, inputs, output, name=name):
+            shapes = inputs[0].shape, output.shape
+            found[name] = layout_from_shapes(name, *shapes, model.family.channels_last)
+
+        handles.append(model.net.get_submodule(name).register_forward_hook(after))
+    with torch.no_grad():
+        model.net(tiny_batches(1)[0])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def branch_of(layout, size):
+    """A branch with random numbers of about `size`."""
+    fits = [
+        Fit(size * torch.randn(layout.d_out, layout.d_in), size * torch.randn(layout.d_out))
+        for _ in range(layout.groups)
+    ]
+    return DenseBranch(fits[0]) if layout.channels_last else ConvBranch(fits, layout.stride)
+
+
+def with_branches(model, size):
+    torch.manual_seed(0)
+    return dataclasses.replace(
+        model, branches={name: branch_of(layout, size) for name, layout in block_layouts(model).items()}
+    )
+
+
+def moments_of(layout, x, r):
+    groups = [Moments(layout.d_in, layout.d_out) for _ in range(layout.groups)]
+    for moments, rows, targets in zip(groups, layout.input_rows(x), layout.output_rows(r), strict=True):
+        moments.update(rows, targets)
+    return groups
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_a_branch_of_zeros_leaves_the_output_bit_identical_and_another_does_not(family):
+    model = quantized_model(family)
+    x = tiny_batches(1)[0]
+    with torch.no_grad():
+        plain = quantized_net(model)(x)
+        assert torch.equal(quantized_net(with_branches(model, 0.0))(x), plain)
+        assert not torch.equal(quantized_net(with_branches(model, 0.01))(x), plain)
+
+
+def test_attaching_copies_the_branch_and_the_network_can_be_copied():
+    model = with_branches(quantized_model("vit"), 0.01)
+    net = quantized_net(model)
+    other = copy.deepcopy(net)
+    other.get_submodule("blocks.0.branch").bias.data.add_(1.0)
+    x = tiny_batches(1)[0]
+    with torch.no_grad():
+        assert not torch.equal(net(x), other(x))  # the copy's hook reads the copy's branch
+        assert torch.equal(net(x), quantized_net(model)(x))
+    assert not any("branch" in name for name, _ in model.net.named_modules())
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_the_exported_branch_has_its_own_names_and_the_graph_agrees(family):
+    model = with_branches(quantized_model(family), 0.01)
+    net = quantized_net(model)
+    graph = onnx_from_net(net, torch.zeros(2, 3, SIZE, SIZE))
+    names = {node.name for node in graph.graph.node}
+    product = "MatMul" if family == "vit" else "Conv"
+    assert {f"{block}.branch/{product}" for block in model.branches} <= names
+    before = {
+        node.name
+        for node in onnx_from_net(quantized_net(quantized_model(family)), torch.zeros(2, 3, SIZE, SIZE)).graph.node
+    }
+    assert before <= names
+    found = compare_with_onnx(net, graph, tiny_batches(1)[0].numpy())
+    assert found.failure() is None
+    assert found.rel_l2 < 1e-5
+    half = onnx_from_net(copy.deepcopy(net).half(), torch.zeros(2, 3, SIZE, SIZE).half())
+    assert check_strongly_typed(half) == ()
+
+
+def test_numbers_are_fp16_values_in_float32():
+    branch = branch_of(Layout(True, 5, 4), 1.0)
+    for value in branch.parameters():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, value.half().float())
+
+
+LAYOUTS = {
+    "tokens": (Layout(True, 6, 4), (3, 5, 6), (3, 5, 4)),
+    "maps": (Layout(False, 3, 4, 2, 1), (2, 6, 5, 5), (2, 8, 5, 5)),
+    "stride 2, odd": (Layout(False, 3, 4, 2, 2), (2, 6, 7, 5), (2, 8, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", sorted(LAYOUTS))
+def test_a_branch_computes_its_affine_maps_on_the_rows_of_its_layout(case):
+    layout, shape_x, shape_y = LAYOUTS[case]
+    torch.manual_seed(0)
+    x, branch = torch.randn(shape_x), branch_of(layout, 1.0)
+    y = branch(x)
+    assert y.shape == shape_y
+    assert layout_from_shapes("b", x.shape, y.shape, layout.channels_last).stride == layout.stride
+    rows = zip(branch.fits(), layout.input_rows(x), layout.output_rows(y), strict=True)
+    for fit, rows_x, rows_y in rows:
+        expected = rows_x.double() @ fit.weight.t() + fit.bias
+        torch.testing.assert_close(rows_y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [
+    (64, 128, 1), (256, 512, 4), (64, 256, 1), (384, 640, 4), (16, 24, 1), (512, 512, 8), (192, 320, 2), (130, 130, 2),
+])  # fmt: skip
+def test_groups_divide_both_channel_counts(c_in, c_out, groups):
+    assert group_count(c_in, c_out) == groups
+
+
+@pytest.mark.parametrize(("c_in", "c_out", "groups"), [(64, 128, 1), (256, 512, 4)])
+@pytest.mark.parametrize("side", [14, 15])
+def test_a_conv_fit_is_least_squares_per_group_on_the_strided_positions(c_in, c_out, groups, side):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, c_in, side, side, generator=generator)
+    r = torch.randn(8, c_out, -(-side // 2), -(-side // 2), generator=generator) + x.mean()
+    layout = layout_from_shapes("layer2.0", x.shape, r.shape, channels_last=False)
+    assert (layout.groups, layout.stride) == (groups, 2)
+    branch = FORMS["dense"](moments_of(layout, x, r), layout, 0)
+    strided = x[:, :, ::2, ::2]
+    for g, fit in enumerate(branch.fits()):
+        mine, theirs = (slice(g * c // groups, (g + 1) * c // groups) for c in (c_in, c_out))
+        columns = strided[:, mine].permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
+        targets = r[:, theirs].permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
+        expected = np.linalg.lstsq(np.c_[columns, np.ones(len(columns))], targets, rcond=None)[0]
+        np.testing.assert_allclose(fit.weight.t().numpy(), expected[:-1], atol=1e-3 * np.abs(expected).max())  # FP16
+        np.testing.assert_allclose(fit.bias.numpy(), expected[-1], atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_block_that_no_branch_can_serve_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'blocks\.1' turns tokens"):
+        layout_from_shapes("blocks.1", torch.Size((2, 5, 8)), torch.Size((2, 4, 8)), channels_last=True)
+    with pytest.raises(ValueError, match=r"'s1\.b1' turns a map"):
+        layout_from_shapes("s1.b1", torch.Size((2, 8, 9, 9)), torch.Size((2, 8, 4, 4)), channels_last=False)
+
+
+def correlated(mean=3.0):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 25, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + mean
+    r = x @ torch.randn(6, 6, generator=generator) + torch.randn(40, 25, 6, generator=generator)
+    return x, r
+
+
+def test_the_diagonal_form_is_one_regression_per_channel():
+    x, r = correlated()
+    layout = Layout(True, 6, 6)
+    branch = FORMS["diagonal"](moments_of(layout, x, r), layout, 0)
+    assert isinstance(branch, DiagonalBranch)
+    for channel in range(6):
+        slope, offset = np.polyfit(x[..., channel].flatten().double(), r[..., channel].flatten().double(), 1)
+        assert float(branch.scale[channel]) == pytest.approx(slope, rel=1e-3, abs=1e-4)
+        assert float(branch.bias[channel]) == pytest.approx(offset, rel=1e-3, abs=1e-2)
+    maps = Layout(False, 3, 3, 2, 1)
+    as_maps = FORMS["diagonal"](moments_of(maps, x.movedim(2, 1)[..., None], r.movedim(2, 1)[..., None]), maps, 0)
+    torch.testing.assert_close(as_maps(x.movedim(2, 1)[..., None])[..., 0].movedim(1, 2), branch(x))
+    with pytest.raises(NoFitError, match="keeps its shape"):
+        FORMS["diagonal"]([], Layout(False, 3, 4), 0)
+
+
+def test_a_constant_channel_gets_a_diagonal_of_zero():
+    x, r = correlated()
+    x[..., 1] = 7.1
+    layout = Layout(True, 6, 6)
+    branch = FORMS["diagonal"](moments_of(layout, x, r), layout, 0)
+    assert float(branch.scale[1]) == 0
+    assert float(branch.bias[1]) == pytest.approx(float(r[..., 1].mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 6])
+def test_the_low_rank_form_is_the_best_of_its_rank(rank):
+    x, r = correlated()
+    layout = Layout(True, 6, 6)
+    moments = moments_of(layout, x, r)
+    branch = FORMS["low_rank"](moments, layout, rank)
+    assert isinstance(branch, LowRankBranch)
+    (fit,) = branch.fits()
+    assert torch.linalg.matrix_rank(fit.weight) == rank
+    torch.testing.assert_close(branch(x).double(), x.double() @ fit.weight.t() + fit.bias, rtol=1e-4, atol=1e-3)
+    # Oracle: the truncated SVD of the fitted values of stored, centred samples (Eckart-Young).
+    xs, rs = x.flatten(0, 1).double().numpy(), r.flatten(0, 1).double().numpy()
+    xs, rs = xs - xs.mean(0), rs - rs.mean(0)
+    fitted = xs @ np.linalg.lstsq(xs, rs, rcond=None)[0]
+    u, s, vt = np.linalg.svd(fitted, full_matrices=False)
+    best = 1 - np.square(rs - (u[:, :rank] * s[:rank]) @ vt[:rank]).sum() / np.square(rs).sum()
+    assert r2(moments, [fit]) == pytest.approx(best, abs=1e-4)  # FP16 factors
+    with pytest.raises(NoFitError, match="tokens"):
+        FORMS["low_rank"](moments, Layout(False, 6, 6), rank)
