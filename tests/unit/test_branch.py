@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from deploy.parity import compare_with_onnx
 from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
 
 
-def quantized_model(family):
+@functools.cache
+def quantized_model(family, seed=0):
+    """A tiny model with all scales decided; nobody edits it."""
     batches = tiny_batches()
-    model = calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), [batches], Config("max"))
+    model = calibrate(fold_batch_norms(tiny_model(family, seed), batches[0][:1]), [batches], Config("max"))
     return rtn.reduce_error(model, batches, rtn.Config())
 
 
