@@ -22,6 +22,7 @@ from calib.quantizer import fake_quantize, qparams_from_amax
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0))
 MARGIN = 1.25  # of the maximum: new photographs exceed it
 PER_LAYER = "per layer"
+FOLD_THRESHOLDS = "fold_thresholds"  # in the record's details: what each fold alone would give, by layer
 
 
 class Batches(Protocol):
@@ -150,16 +151,19 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
         name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
         for name in observed[0].histograms
     }
-    if config.observer == "search":
-        picks, how = _search(model, observed, folds)
-        thresholds = {name: candidates(histogram)[picks[name]] for name, histogram in whole.items()}
-    else:
-        how = f"by '{config.observer}'"
-        thresholds = {
-            name: amax_from_histogram(histogram, config.observer, config.percentile)
-            for name, histogram in whole.items()
-        }
+    picks, how = (
+        _search(model, observed, folds) if config.observer == "search" else ({}, f"by '{config.observer}'")
+    )
+
+    def threshold(name: str, histogram: Histogram) -> float:
+        if name in picks:
+            return candidates(histogram)[picks[name]]
+        return amax_from_histogram(histogram, config.observer, config.percentile)
+
+    thresholds = {name: threshold(name, histogram) for name, histogram in whole.items()}
+    by_fold = {name: [threshold(name, fold.histograms[name]) for fold in observed] for name in whole}
     sites = {f"{name}:input": qparams_from_amax(torch.tensor(amax)) for name, amax in thresholds.items()}
     notes = (f"{len(sites)} activation scales {how}",)
-    record = StageRecord("calibrate", asdict(config), time.perf_counter() - start, notes=notes)
+    seconds = time.perf_counter() - start
+    record = StageRecord("calibrate", asdict(config), seconds, notes=notes, details={FOLD_THRESHOLDS: by_fold})
     return model.with_sites(sites).with_record(record)

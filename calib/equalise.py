@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from calib.calibrate import Batches
 from calib.layer_rows import Samples, channels_of_inputs, output_errors, sampled_inputs, weight_matrix
-from calib.moves import Move
+from calib.moves import Move, Moved
 from calib.quant_model import QuantModel, StageRecord
 
 LARGEST_RATIO = 100.0  # r stays within 1/100 .. 100: beyond that weights leave FP16's comfortable range
@@ -99,30 +99,37 @@ def sample_inputs(net: nn.Module, layers: Iterable[str], batches: Batches) -> Sa
     return samples
 
 
+def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
+    """`model` with these scales and shifts moved, each at a place where a move of the family applies."""
+    net = copy.deepcopy(model.net)
+    places = {(producer, consumer): move for move, producer, consumer in placed_moves(model)}
+    moved = tuple(moved)
+    for each in moved:
+        places[each.producer, each.consumer].produce(net, each.producer, each.scale, each.shift)
+        _consume(net.get_submodule(each.consumer), each.scale, each.shift)
+    return replace(model, net=net, exact_net=net, moved=(*model.moved, *moved))
+
+
 def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with channel scales (and shifts) moved; its float function is unchanged up to float rounding.
 
     `folds` are parts of the calibration set without a common photograph.
     """
     start = time.perf_counter()
-    net = copy.deepcopy(model.net)
-    moves = list(placed_moves(model))
-    samples = [sample_inputs(model.net, {consumer for *_, consumer in moves}, batches) for batches in folds]
-    chosen = []
-    for move, producer, consumer in moves:
-        layer = net.get_submodule(consumer)
-        exponent, centred = _best(layer, consumer, samples, config, move.shifts)
+    places = list(placed_moves(model))
+    samples = [sample_inputs(model.net, {consumer for *_, consumer in places}, batches) for batches in folds]
+    chosen, moved = [], []
+    for move, producer, consumer in places:
+        exponent, centred = _best(model.net.get_submodule(consumer), consumer, samples, config, move.shifts)
         if exponent or centred:
             low = torch.stack([fold.low[consumer] for fold in samples]).amin(0)
             high = torch.stack([fold.high[consumer] for fold in samples]).amax(0)
-            scale, shift = channel_scale(low, high, exponent, centred)
-            move.produce(net, producer, scale, shift)
-            _consume(layer, scale, shift)
+            moved.append(Moved(producer, consumer, *channel_scale(low, high, exponent, centred)))
         chosen.append((exponent, centred))
     exponents = [exponent for exponent, _ in chosen]
     notes = (
-        f"{sum(map(bool, exponents))} of {len(moves)} places rescaled, {sum(c for _, c in chosen)} centred; exponents "
+        f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(c for _, c in chosen)} centred; exponents "
         + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
     )
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
-    return replace(model, net=net, exact_net=net).with_record(record)
+    return apply_moves(model, moved).with_record(record)

@@ -6,6 +6,7 @@ T sampled rows, G groups (1 for a Linear), N outputs and K inputs per group. A r
 K = (in / groups) kh kw, the channel being the slow index.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,19 +77,30 @@ def _channel_extremes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return x.amin(axes), x.amax(axes)
 
 
+def _share(rows: int, batch: int, batches: int) -> int:
+    """How many of `rows` come from the `batch`-th of `batches`, counted from 1: equal shares that add up to `rows`."""
+    return rows * batch // batches - rows * (batch - 1) // batches
+
+
 @contextmanager
 def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: int = 0) -> Iterator[Samples]:
-    """While open, forward passes of `net` fill `Samples`; every one of the `batches` expected gives its share of rows."""
+    """While open, forward passes of `net` fill `Samples`; every one of the `batches` expected gives its share of rows.
+
+    The rows do not become more with the batches: of many batches, some give none.
+    """
     samples = Samples()
     generators = {name: torch.Generator().manual_seed(seed) for name in layers}
+    seen: Counter[str] = Counter()
 
     def observe(name: str, layer: nn.Module, x: Tensor) -> None:
         low, high = _channel_extremes(layer, x)
         samples.low[name] = torch.minimum(samples.low.get(name, low), low)
         samples.high[name] = torch.maximum(samples.high.get(name, high), high)
         width = channels_of_inputs(layer).numel()
-        count = max(1, min(ROWS, ELEMENTS // width) // batches)
-        samples.rows.setdefault(name, []).append(sample_rows(layer, x, count, generators[name]))
+        wanted = max(1, min(ROWS, ELEMENTS // width))
+        seen[name] += 1
+        if count := _share(wanted, seen[name], batches):
+            samples.rows.setdefault(name, []).append(sample_rows(layer, x, count, generators[name]))
 
     with input_hooks(net, generators, observe):
         yield samples

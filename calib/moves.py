@@ -98,6 +98,16 @@ class Insert(Move):
 
 
 @dataclass(frozen=True)
+class Moved:
+    """A move with its numbers: `scale` r and `shift` m, both (C,), of the tensor between two layers named in full."""
+
+    producer: str
+    consumer: str
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
 class Act(Move):
     """Into the rows of the layer before `activation`, which is ReLU, ReLU6 or nothing."""
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from calib.families import Family
+from calib.moves import Moved
 from calib.quantizer import QParams
 
 ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
@@ -16,7 +17,7 @@ SAME_AS_NET = nn.Identity()  # stands for an `exact_net` that was not given
 class StageRecord:
     """What one stage did: its options, seconds, error before and after (dB SQNR, None if not measured), notes.
 
-    `details`: one dictionary of plain values per block or layer, where the stage has something to say about each.
+    `details`: figures for later stages and the report, JSON values by name.
     """
 
     stage: str
@@ -25,7 +26,7 @@ class StageRecord:
     sqnr_before_db: float | None = None
     sqnr_after_db: float | None = None
     notes: tuple[str, ...] = ()
-    details: tuple[dict[str, Any], ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for manifest and report."""
@@ -45,7 +46,7 @@ class QuantModel:
 
     `sites` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
     `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
-    `branches` maps blocks to what runs beside them.
+    `branches` maps blocks to what runs beside them; `moved`: the channel scales already in `net`.
 
     `exact_net` is `float_net` in the coordinates of `net` (BatchNorm folded, channels equalised), so that single blocks can
     be compared: stages that move coordinates set both, stages that change the function set `net` alone. They are one
@@ -59,6 +60,7 @@ class QuantModel:
     sites: dict[str, QParams] = field(default_factory=dict)
     history: tuple[StageRecord, ...] = ()
     branches: dict[str, Branch] = field(default_factory=dict)
+    moved: tuple[Moved, ...] = ()
     exact_net: nn.Module = SAME_AS_NET
 
     def __post_init__(self) -> None:

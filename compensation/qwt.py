@@ -187,7 +187,7 @@ def compensate(model: QuantModel, images: Batches, config: Config) -> QuantModel
             details.append({"block": name, **found})
 
     record = StageRecord(
-        "qwt", asdict(config), time.perf_counter() - start, notes=_notes(details), details=tuple(details)
+        "qwt", asdict(config), time.perf_counter() - start, notes=_notes(details), details={"blocks": details}
     )
     return replace(model, branches=branches).with_record(record)
 

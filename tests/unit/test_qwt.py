@@ -108,7 +108,7 @@ def test_planted_maps_are_returned(carry, target):
         branch = found.branches[str(name)]
         torch.testing.assert_close(branch.weight.t(), weight, rtol=0, atol=1e-6)
         torch.testing.assert_close(branch.bias, bias, rtol=0, atol=1e-6)
-    assert all(detail["r2_cv"] == pytest.approx(1, abs=1e-9) for detail in found.history[-1].details)
+    assert all(detail["r2_cv"] == pytest.approx(1, abs=1e-9) for detail in found.history[-1].details["blocks"])
     with torch.no_grad():
         x = tokens(1, seed=9)[0]
         torch.testing.assert_close(quantized_net(found)(x), model.float_net(x), rtol=1e-5, atol=1e-5)
@@ -135,7 +135,7 @@ def test_unexplained_noise_gets_no_branch_in_the_network_nor_in_the_graph():
     model = noise_model()
     found = compensate(model, tokens(), Config())
     assert set(found.branches) == {"0"}
-    details = found.history[-1].details
+    details = found.history[-1].details["blocks"]
     assert details[1]["r2"] >= 0  # on its own samples least squares always gains
     assert details[1]["r2_cv"] <= 0
     assert any("no branch at 1" in note for note in found.history[-1].notes)
@@ -150,7 +150,7 @@ def test_a_block_without_error_gets_no_branch():
     model, _ = planted()
     found = compensate(dataclasses.replace(model, net=model.exact_net), tokens(), Config())
     assert not found.branches
-    assert all("changes nothing" in detail["reason"] for detail in found.history[-1].details)
+    assert all("changes nothing" in detail["reason"] for detail in found.history[-1].details["blocks"])
 
 
 def test_a_branch_whose_outputs_overflow_fp16_is_dropped():
@@ -208,7 +208,7 @@ def test_official_r2_of_maps_is_about_the_mean_of_every_position():
 @pytest.mark.parametrize("family", ["vit", "resnet", "mobilenet", "regnet"])
 def test_every_kept_branch_lowers_the_error_it_was_fitted_on(family):
     found = compensate(coarse(quantized_model(family)), tiny_batches(16), Config())
-    details = found.history[-1].details
+    details = found.history[-1].details["blocks"]
     assert [detail["block"] for detail in details] == list(found.family.blocks(found.net))
     assert found.branches
     for detail in details:
@@ -269,7 +269,7 @@ def test_all_carries_give_the_same_branches(family, target):
     model, images = coarse(quantized_model(family)), tiny_batches(3)
     found = [compensate(model, images, dataclasses.replace(ALWAYS, carry=carry, target=target)) for carry in CARRIES]
     for other in found[1:]:
-        assert other.history[-1].details == found[0].history[-1].details
+        assert other.history[-1].details["blocks"] == found[0].history[-1].details
         for name, branch in found[0].branches.items():
             for mine, theirs in zip(branch.parameters(), other.branches[name].parameters(), strict=True):
                 assert torch.equal(mine, theirs)
@@ -391,7 +391,7 @@ def test_cheaper_forms_compensate_too(form):
     found = compensate(coarse(quantized_model("vit")), tiny_batches(3), Config(form=form, rank=8, r2_min=-1.0))
     assert len(found.branches) == 2
     dense = compensate(coarse(quantized_model("vit")), tiny_batches(3), ALWAYS)
-    assert found.history[-1].details[0]["r2"] <= dense.history[-1].details[0]["r2"]
+    assert found.history[-1].details["blocks"][0]["r2"] <= dense.history[-1].details[0]["r2"]
 
 
 # 9. end to end
