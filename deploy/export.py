@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import calib.qdq  # noqa: F401 - defines the operators translated here
 from calib.errors import UserError
+from calib.fp16_range import require_fp16_weights
 
 OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
 INPUT, OUTPUT = "input", "output"
-FP16_MAX = 65504.0
 
 
 def _write_quantize_dequantize(x: Any, scale: Any) -> Any:
@@ -122,21 +122,12 @@ def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
     return proto
 
 
-def _refuse_fp16_overflow(net: nn.Module) -> None:
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        if tensor.is_floating_point() and float(tensor.abs().max()) > FP16_MAX:
-            raise UserError(
-                f"'{name}' holds {float(tensor.abs().max()):.3g}, beyond FP16's {FP16_MAX:.0f}: the engine would compute "
-                f"Inf; rescale this layer before export"
-            )
-
-
 def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network; `size` = (height, width) of its input.
 
     Raises UserError if a weight or scale does not fit FP16.
     """
-    _refuse_fp16_overflow(net)
+    require_fp16_weights(net)
     example = torch.zeros(2, 3, *size)
     fp32 = onnx_from_net(net, example)
     fp16 = onnx_from_net(copy.deepcopy(net).half(), example.half())

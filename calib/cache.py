@@ -1,0 +1,153 @@
+"""What equalise and calibrate decided, kept under everything that decided it.
+
+A file is named after the sha256 of its description: weights, images, options, and the code and libraries that ran. Any
+difference is another name, so a file is never out of date, only unused. It holds decisions, not modules: channel scales
+that moved, scales of the sites, and the stages' records. Replaying them on the folded network gives bit for bit what the
+stages gave. A file that is damaged, or was made from something else than its name says, is not used.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calib.equalise import apply_moves
+from calib.moves import Moved
+from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import QParams
+
+STAGES = ("equalise", "calibrate")
+# What decodes the images and computes the network, beside our own code.
+LIBRARIES = ("torch", "timm", "numpy", "pillow")
+
+
+class _Unusable(Exception):
+    """Why a file that exists is not used."""
+
+
+def made_by() -> dict[str, Any]:
+    """The code, and what else decides the last bits of a forward pass: libraries, instruction set, threads."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return {
+        "code": digest.hexdigest(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(content.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """One safetensors file with `content` as metadata, whole or absent. Raises OSError."""
+    text = json.dumps(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the rename stays on one file system and is atomic.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        fresh = Path(scratch) / path.name
+        save_file(tensors, fresh, {"content": text, "sha256": _digest(text, tensors)})
+        fresh.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `_write` wrote. Raises `_Unusable` for anything else."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise _Unusable(f"damaged ({error})") from error
+    text = metadata.get("content", "")
+    if _digest(text, tensors) != metadata.get("sha256"):
+        raise _Unusable("damaged (its sha256 differs)")
+    return json.loads(text), tensors
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The file for one description; `inputs`: JSON values of everything that decides the result, beside the code.
+
+    `folder`: where the files are, None to neither read nor write any.
+    """
+
+    inputs: dict[str, Any]
+    folder: Path | None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """`inputs` and `made_by`, as JSON gives them back."""
+        return json.loads(json.dumps({**self.inputs, "made_by": made_by()}))
+
+    @property
+    def key(self) -> str:
+        """Hex sha256 of the description."""
+        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
+
+    def _path(self) -> Path | None:
+        return self.folder and self.folder / f"{self.key}.safetensors"
+
+    def replayed(self, model: QuantModel) -> tuple[QuantModel | None, str]:
+        """(`model` after equalise and calibrate, what to tell the user); (None, why) where the stages have to run.
+
+        `model` is the folded network the stages would start from; it is not changed.
+        """
+        path = self._path()
+        if path is None:
+            return None, "off"
+        if not path.exists():
+            return None, f"nothing kept for exactly this input ({self.key[:12]})"
+        try:
+            content, tensors = _read(path)
+            if content["description"] != self.description:
+                raise _Unusable("made from other inputs than its name says")
+        except _Unusable as reason:
+            return None, f"{path} is {reason}: not used"
+        note = f"taken from cache {self.key[:12]}"
+        moved = [
+            Moved(producer, consumer, tensors[f"moved.{index}.scale"], tensors[f"moved.{index}.shift"])
+            for index, (producer, consumer) in enumerate(content["moved"])
+        ]
+        model = apply_moves(model, moved).with_sites(
+            {site: QParams(tensors[f"site.{site}"], **options) for site, options in content["sites"].items()}
+        )
+        for record in content["records"]:
+            model = model.with_record(StageRecord(**{**record, "notes": (*record["notes"], note)}))
+        return model, f"{' and '.join(record['stage'] for record in content['records'])} {note}"
+
+    def save(self, model: QuantModel) -> str:
+        """Keep what the stages decided; returns what to tell the user. A place that cannot be written is no error."""
+        path = self._path()
+        if path is None:
+            return "not kept: the cache is off"
+        content = {
+            "description": self.description,
+            "moved": [(each.producer, each.consumer) for each in model.moved],
+            "sites": {site: {"axis": params.axis, "narrow": params.narrow} for site, params in model.sites.items()},
+            "records": [record.to_json() for record in model.history if record.stage in STAGES],
+        }
+        tensors = {f"site.{site}": params.scale for site, params in model.sites.items()}
+        for index, each in enumerate(model.moved):
+            tensors |= {f"moved.{index}.scale": each.scale, f"moved.{index}.shift": each.shift}
+        try:
+            _write(path, content, tensors)
+        except (OSError, safetensors.SafetensorError) as error:
+            return f"not kept: {path.parent} cannot be written ({error})"
+        return f"kept in the cache as {self.key[:12]}"

@@ -1,0 +1,148 @@
+"""Does the float network fit FP16? Everything that stays unquantized, and everything between Q/DQ pairs, runs in it.
+
+Every torch function a forward pass calls is watched, with the module it is called from: layers, norms, activations, the
+additions of the residual stream, explicit matrix products, and the scores q k^T that a fused attention never shows (they
+are computed beside it). Not watched: what one operation accumulates inside. TensorRT sums products and normalisations
+in FP32, so what counts is what an operation returns.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from calib.errors import UserError
+
+FP16_MAX = 65504.0
+FP16_SMALLEST_NORMAL = 2.0**-14  # below, every halving loses one of the 11 significant bits
+MARGIN = 8.0  # the largest value of a few images is exceeded on others, rarely eightfold
+
+
+def _scores(query: Tensor, key: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+    """q k^T times scale, as the exported graph computes it."""
+    return query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the largest |value| that any torch function returned, by the module that called it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []  # modules whose forward is open, innermost last
+        self.largest: dict[str, float] = {}
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if self.running:
+            self._see(self.running[-1], found)
+            if function is F.scaled_dot_product_attention:
+                self._see(f"{self.running[-1]} (attention scores)", _scores(*args, **(kwargs or {})))
+        return found
+
+    def _see(self, module: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            low, high = (float(each) for each in torch.aminmax(value.detach()))
+            # NaN compares as false: written so that it wins and stays
+            before, now = self.largest.get(module, 0.0), max(-low, high)
+            self.largest[module] = before if before > now or before != before else now
+
+
+@contextmanager
+def watched(net: nn.Module) -> Iterator[dict[str, float]]:
+    """While open, forward passes of `net` fill the dict: module name -> largest |value| computed in it."""
+    watch = _Watch()
+    handles = []
+    for name, module in net.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name or "net")))
+        handles.append(module.register_forward_hook(lambda *_: watch.running.pop() and None))
+    try:
+        with watch:
+            yield watch.largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Fp16Range:
+    """The module with the largest |value|, and weights that FP16 holds with few bits (name, largest |value|)."""
+
+    module: str
+    largest: float
+    images: int
+    subnormal: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def headroom(self) -> float:
+        """How many times larger the values could be."""
+        return FP16_MAX / max(self.largest, 1e-30)
+
+    def warnings(self) -> list[str]:
+        """What comes close to the ends of FP16."""
+        found = []
+        if self.headroom < MARGIN:
+            found.append(
+                f"FP16 is nearly full: '{self.module}' reaches {self.largest:.4g} of {FP16_MAX:.0f} on {self.images} "
+                f"calibration images, other images may overflow"
+            )
+        if self.subnormal:
+            name, value = self.subnormal[0]
+            found.append(
+                f"{len(self.subnormal)} weight tensors lie below FP16's normal numbers and lose bits (largest |value| "
+                f"{value:.1e} in '{name}')"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        return {
+            "module": self.module,
+            "largest": self.largest,
+            "headroom": round(self.headroom, 3),
+            "images": self.images,
+            "subnormal": [name for name, _ in self.subnormal],
+        }
+
+
+def require_fp16_weights(net: nn.Module) -> tuple[tuple[str, float], ...]:
+    """(name, largest |value|) of floating-point tensors all of whose values are subnormal in FP16.
+
+    Raises UserError for one that FP16 cannot hold.
+    """
+    subnormal = []
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        largest = float(tensor.detach().abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+        if not largest <= FP16_MAX:
+            raise UserError(
+                f"'{name}' holds {largest:.3g}, beyond FP16's {FP16_MAX:.0f}: the engine would compute "
+                f"Inf; rescale this layer before export"
+            )
+        if 0 < largest < FP16_SMALLEST_NORMAL:
+            subnormal.append((name, largest))
+    return tuple(subnormal)
+
+
+def fp16_range(net: nn.Module, batches: Iterable[Tensor]) -> Fp16Range:
+    """The range of the float network `net` on `batches` (B, 3, H, W).
+
+    Raises UserError naming the module, the value and the limit where FP16 would overflow.
+    """
+    subnormal = require_fp16_weights(net)
+    images = 0
+    with torch.inference_mode(), watched(net) as largest:
+        for batch in batches:
+            net(batch)
+            images += len(batch)
+    for module, value in largest.items():  # in order of execution: the first one is the cause
+        if not value <= FP16_MAX:
+            raise UserError(
+                f"'{module}' reaches {value:.4g} on {images} calibration images, beyond FP16's {FP16_MAX:.0f}: an FP16 "
+                f"engine would compute Inf; these weights need FP32 or BF16 types, which this tool does not build"
+            )
+    module = max(largest, key=lambda name: largest[name])
+    return Fp16Range(module, largest[module], images, subnormal)
