@@ -10,6 +10,7 @@ SM ?=
 BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
+CACHE ?= on
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,10 +36,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 
 setup: $(VENV)/.ready ## Create the virtual environment (done by the other targets)
 
-engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT=
+engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT= CACHE=
 	@$(RUN) -m deploy engine --model "$(MODEL)" --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" \
-	  --out "$(OUT)"
+	  --out "$(OUT)" --cache "$(CACHE)"
 
 verify: $(VENV)/.ready ## Check a finished package again: MODEL= RECIPE= OUT=
 	@$(RUN) -m deploy verify "$(OUT)/$(MODEL)/$(RECIPE)"

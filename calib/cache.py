@@ -1,4 +1,4 @@
-"""What equalise and calibrate decided, kept under everything that decided it.
+"""What equalise, attention and calibrate decided, kept under everything that decided it.
 
 A file is named after the sha256 of its description: weights, images, options, and the code and libraries that ran. Any
 difference is another name, so a file is never out of date, only unused. It holds decisions, not modules: channel scales
@@ -25,12 +25,12 @@ from calib.moves import Moved
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
 
-STAGES = ("equalise", "calibrate")
+STAGES = ("equalise", "attention", "calibrate")
 # What decodes the images and computes the network, beside our own code.
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
     """Why a file that exists is not used."""
 
 
@@ -68,16 +68,16 @@ def _write(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> N
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `_write` wrote. Raises `_Unusable` for anything else."""
+    """What `_write` wrote. Raises `_UnusableError` for anything else."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise _Unusable(f"damaged ({error})") from error
+        raise _UnusableError(f"damaged ({error})") from error
     text = metadata.get("content", "")
     if _digest(text, tensors) != metadata.get("sha256"):
-        raise _Unusable("damaged (its sha256 differs)")
+        raise _UnusableError("damaged (its sha256 differs)")
     return json.loads(text), tensors
 
 
@@ -105,7 +105,7 @@ class Cache:
         return self.folder and self.folder / f"{self.key}.safetensors"
 
     def replayed(self, model: QuantModel) -> tuple[QuantModel | None, str]:
-        """(`model` after equalise and calibrate, what to tell the user); (None, why) where the stages have to run.
+        """(`model` after those stages, what to tell the user); (None, why) where the stages have to run.
 
         `model` is the folded network the stages would start from; it is not changed.
         """
@@ -117,8 +117,8 @@ class Cache:
         try:
             content, tensors = _read(path)
             if content["description"] != self.description:
-                raise _Unusable("made from other inputs than its name says")
-        except _Unusable as reason:
+                raise _UnusableError("made from other inputs than its name says")
+        except _UnusableError as reason:
             return None, f"{path} is {reason}: not used"
         note = f"taken from cache {self.key[:12]}"
         moved = [

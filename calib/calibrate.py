@@ -151,9 +151,7 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
         name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
         for name in observed[0].histograms
     }
-    picks, how = (
-        _search(model, observed, folds) if config.observer == "search" else ({}, f"by '{config.observer}'")
-    )
+    picks, how = _search(model, observed, folds) if config.observer == "search" else ({}, f"by '{config.observer}'")
 
     def threshold(name: str, histogram: Histogram) -> float:
         if name in picks:

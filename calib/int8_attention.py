@@ -12,7 +12,6 @@ the bias of v, W m in the bias of the projection): lost mass then counts as a va
 everything else is rounded, which blocks keep them.
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.calibrate import MARGIN, Batches
+from calib.equalise import apply_moves
 from calib.errors import UserError
+from calib.moves import Moved
 from calib.qdq import quantized_net
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
 from calib.quantizer import QParams, fake_quantize, qparams_from_amax
@@ -118,17 +119,6 @@ def fit(attention: nn.Module, packed: Sequence[Tensor]) -> Fit:
     return Fit(params | {"softmax": softmax}, shift)
 
 
-def shift_values(attention: nn.Module, shift: Tensor) -> None:
-    """Move `shift` (H, D) out of the values into the bias of the projection (edits `attention`)."""
-    qkv, proj, m = attention.get_submodule("qkv"), attention.get_submodule("proj"), shift.flatten()
-    for layer, moved in (
-        (qkv, torch.cat([m.new_zeros(2 * len(m)), -m])),
-        (proj, proj.get_parameter("weight").data @ m),
-    ):
-        bias = getattr(layer, "bias", None)
-        layer.bias = nn.Parameter(moved if bias is None else bias.data + moved, requires_grad=False)
-
-
 def _images(folds: Sequence[Batches], count: int) -> list[Tensor]:
     """`count` images of every fold, taken evenly from its batches."""
 
@@ -150,13 +140,12 @@ def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> Quan
     names = model.family.attentions(model.net)
     if not names:
         raise UserError(f"INT8 attention was asked for, but family '{model.family.name}' has none: use another RECIPE")
-    net = copy.deepcopy(model.net)
     images = _images(folds, FIT_IMAGES)
     refused: dict[str, str] = {}
     fits: dict[str, Fit] = {}
 
     def look(name: str) -> None:
-        attention = net.get_submodule(name)
+        attention = model.net.get_submodule(name)
 
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], packed: Tensor) -> None:
             if reason := obstacle(attention, packed.shape[1]):
@@ -171,18 +160,20 @@ def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> Quan
         look(name)
     try:
         with torch.inference_mode():
-            net(torch.cat(images))
+            model.net(torch.cat(images))
     finally:
         for handle in handles:
             handle.remove()
-    for name, found in fits.items():
-        shift_values(net.get_submodule(name), found.shift.clone())
+    moved = [
+        Moved(f"{name}.qkv", f"{name}.proj", torch.ones(found.shift.numel()), found.shift.flatten().clone())
+        for name, found in fits.items()
+    ]
     sites = {f"{name}:{role}": found.params[role] for name, found in fits.items() for role in ATTENTION_ROLES}
     notes = (f"{len(fits)} of {len(names)} attentions can compute in INT8, values shifted there", *(
         f"{name}: {reason}" for name, reason in refused.items()
     ))  # fmt: skip
     record = StageRecord("attention", asdict(config), time.perf_counter() - start, notes=notes)
-    return replace(model, net=net, exact_net=net).with_sites(sites).with_record(record)
+    return apply_moves(model, moved).with_sites(sites).with_record(record)
 
 
 def without_attention(model: QuantModel, kept: Sequence[str] = ()) -> QuantModel:

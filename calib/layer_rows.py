@@ -63,23 +63,19 @@ def _pair(padding: object) -> tuple[int, int]:
 class Samples:
     """Rows (T, G, K) by layer, and per-channel extremes (C,) of the layer's input over all images seen."""
 
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # allocated once: thousands of pieces fragment the heap
+    filled: dict[str, int] = field(default_factory=dict)  # how many of the rows are there yet
     low: dict[str, Tensor] = field(default_factory=dict)
     high: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, layer: str) -> Tensor:
         """All rows of a layer, (T, G, K)."""
-        return torch.cat(self.rows[layer])
+        return self.rows[layer][: self.filled[layer]]
 
 
 def _channel_extremes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
     return x.amin(axes), x.amax(axes)
-
-
-def _share(rows: int, batch: int, batches: int) -> int:
-    """How many of `rows` come from the `batch`-th of `batches`, counted from 1: equal shares that add up to `rows`."""
-    return rows * batch // batches - rows * (batch - 1) // batches
 
 
 @contextmanager
@@ -96,11 +92,15 @@ def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: in
         low, high = _channel_extremes(layer, x)
         samples.low[name] = torch.minimum(samples.low.get(name, low), low)
         samples.high[name] = torch.maximum(samples.high.get(name, high), high)
-        width = channels_of_inputs(layer).numel()
-        wanted = max(1, min(ROWS, ELEMENTS // width))
+        columns = channels_of_inputs(layer)
+        wanted = max(1, min(ROWS, ELEMENTS // columns.numel()))
+        if name not in samples.rows:
+            samples.rows[name] = x.new_empty(wanted, *columns.shape)
         seen[name] += 1
-        if count := _share(wanted, seen[name], batches):
-            samples.rows.setdefault(name, []).append(sample_rows(layer, x, count, generators[name]))
+        start, stop = samples.filled.get(name, 0), wanted * seen[name] // batches
+        if stop > start:
+            samples.rows[name][start:stop] = sample_rows(layer, x, stop - start, generators[name])
+        samples.filled[name] = stop
 
     with input_hooks(net, generators, observe):
         yield samples

@@ -77,14 +77,17 @@ class Norm(Move):
 
 
 class Value(Move):
-    """Into the rows of v in a packed qkv: attention mixes tokens, never channels."""
+    """Into the rows of v in a packed qkv: attention mixes tokens, never channels, with weights that sum to 1."""
 
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:  # noqa: ARG002
-        """The last third of the rows is divided by `scale`."""
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
+        """The last third of the rows is divided by `scale`, after `shift` is taken from their bias."""
         qkv = net.get_submodule(producer)
-        qkv.get_parameter("weight").data[-len(scale) :].div_(scale[:, None])
+        weight = qkv.get_parameter("weight").data
+        weight[-len(scale) :].div_(scale[:, None])
+        if shift.any() and getattr(qkv, "bias", None) is None:
+            qkv.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
         if getattr(qkv, "bias", None) is not None:
-            qkv.get_parameter("bias").data[-len(scale) :].div_(scale)
+            qkv.get_parameter("bias").data[-len(scale) :].sub_(shift).div_(scale)
 
 
 class Insert(Move):

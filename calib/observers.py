@@ -78,10 +78,14 @@ def mse_amax(histogram: Histogram) -> float:
     """
     centre, _, count = histogram.populated()
     thresholds = MSE_FRACTIONS * histogram.amax
-    scale = (thresholds / QMAX).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    rounded = torch.round(centre / scale).clamp(max=QMAX) * scale
-    error = ((rounded - centre) ** 2 * count).sum(1)
-    return float(thresholds[int(error.argmin())])
+
+    def error(scale: Tensor) -> Tensor:
+        rounded = torch.round(centre / scale).clamp(max=QMAX) * scale
+        return ((rounded - centre) ** 2 * count).sum()
+
+    # one at a time: all at once take 100 times the memory of the histogram
+    errors = torch.stack([error(scale) for scale in (thresholds / QMAX).clamp(min=torch.finfo(torch.float64).tiny)])
+    return float(thresholds[int(errors.argmin())])
 
 
 def amax_from_histogram(histogram: Histogram, observer: str, percentile: float) -> float:

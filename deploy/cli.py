@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-batch", type=_count, default=32, help="largest batch size (default 32)")
     engine.add_argument("--out", default="artifacts", help="root of the output folders (default artifacts)")
     engine.add_argument("--seed", type=int, default=0, help="decides the choice of images (default 0)")
+    engine.add_argument(
+        "--cache", choices=("on", "off"), default="on", help="off: calibrate anew though nothing changed (default on)"
+    )
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
@@ -78,6 +81,7 @@ def _engine(args: argparse.Namespace) -> int:
             profile=Profile(args.batch, args.max_batch),
             out=args.out,
             seed=args.seed,
+            cache=args.cache == "on",
         )
     )
     if args.json:

@@ -1,13 +1,13 @@
 """The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first.
 
-torch half:   load -> fold -> equalise -> calibrate -> reduce error
+torch half:   load -> fold -> equalise -> calibrate -> range -> reduce error -> adequacy
 bridge:       export -> parity
 engine half:  check -> build -> audit -> verify -> benchmark -> package
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ import torch
 from torch import nn
 
 from calib import int8_attention
+from calib.adequacy import adequacy
+from calib.cache import Cache
 from calib.calibrate import calibrate
 from calib.equalise import equalise
 from calib.families import family_of
 from calib.fold import fold_batch_norms
+from calib.fp16_range import fp16_range
 from calib.images import ImageSet, image_sets
 from calib.preprocess import preprocessing_from_config
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
+from calib.user_cache import cache_folder
 from calib.weights import load_net
 from calib.zoo import resolve_model
 from deploy.audit import audit, planned_attention, planned_layers, require_int8
@@ -42,6 +46,8 @@ from deploy.verify import cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
 GOLDEN_IMAGES = 8
+RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
+ADEQUACY_IMAGES = 256  # most evaluation images looked at for values outside the calibrated ranges
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Options:
     profile: Profile = field(default_factory=Profile)
     out: str = "artifacts"
     seed: int = 0
+    cache: bool = True  # take equalise and calibrate from the cache where every input is the same
 
 
 class Batches:
@@ -118,17 +125,37 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             model = fold_batch_norms(model, torch.from_numpy(golden[:1]))
             note(*model.history[-1].notes)
         folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
-        if recipe.equalise:
+        cache = Cache(
+            {
+                "network": [spec.tag, spec.img_size, loaded.sha256],
+                "images": [calibration.sha256, *(part.images.sha256 for part in folds)],
+                "batch": BATCH, "seed": options.seed,
+                "equalise": recipe.equalise and asdict(recipe.equalise),
+                "attention": recipe.attention and asdict(recipe.attention), "calibrate": asdict(recipe.calibrate),
+            },
+            cache_folder("calibration") if options.cache else None,
+        )  # fmt: skip
+        with progress.stage("cache") as note:
+            cached, said = cache.replayed(model)
+            note(said)
+        model = cached or model
+        if recipe.equalise and not cached:
             with progress.stage("equalise") as note:
                 model = equalise(model, folds, recipe.equalise)
                 note(*model.history[-1].notes)
-        if recipe.attention:
+        if recipe.attention and not cached:
             with progress.stage("attention") as note:
                 model = int8_attention.prepare(model, folds, recipe.attention)
                 note(*model.history[-1].notes)
-        with progress.stage("calibrate") as note:
-            model = calibrate(model, folds, recipe.calibrate)
-            note(*model.history[-1].notes)
+        if not cached:
+            with progress.stage("calibrate") as note:
+                model = calibrate(model, folds, recipe.calibrate)
+                note(*model.history[-1].notes, cache.save(model))
+        with progress.stage("range") as note:
+            few = Batches(calibration.subset(0, RANGE_IMAGES), progress, torch.from_numpy)
+            in_fp16 = fp16_range(model.net, few)
+            note(f"fits FP16 {in_fp16.headroom:.0f} times over: {in_fp16.largest:.4g} in {in_fp16.module}")
+            note(*in_fp16.warnings())
         with progress.stage(recipe.method) as note:
             model = method_module(recipe.method).reduce_error(model, folds, recipe.method_config)
             note(*model.history[-1].notes)
@@ -136,6 +163,10 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             with progress.stage("choose attention") as note:
                 model = int8_attention.choose(model, folds, recipe.attention)
                 note(*model.history[-1].notes)
+        with progress.stage("adequacy") as note:
+            others = Batches(evaluation.subset(0, ADEQUACY_IMAGES), progress, torch.from_numpy)
+            adequate = adequacy(model, others)
+            note(adequate.summary(), *adequate.warnings())
 
         with progress.stage("export") as note:
             simulation = quantized_net(model)
@@ -178,8 +209,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(f"{speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU")
 
         evidence = Evidence(
-            options, recipe, loaded, calibration, evaluation, model, parity, planned, built, audited, verdict, speed,
-            float_model.stat().st_size, progress.seconds,
+            options, recipe, loaded, calibration, evaluation, model, cache.key if cached else None, in_fp16, adequate,
+            parity, planned, built, audited, verdict, speed, float_model.stat().st_size, progress.seconds,
         )  # fmt: skip
         np.savez(
             folder / GOLDEN,

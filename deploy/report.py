@@ -16,6 +16,8 @@ from deploy.package import ENGINE, FILES, MANIFEST, MODEL, MODEL_FP32, file_sha2
 from deploy.runners import THREADS
 
 if TYPE_CHECKING:
+    from calib.adequacy import Adequacy
+    from calib.fp16_range import Fp16Range
     from calib.images import ImageSet
     from calib.quant_model import QuantModel
     from calib.weights import LoadedNet
@@ -42,6 +44,9 @@ class Evidence:
     calibration: "ImageSet"
     evaluation: "ImageSet"
     model: "QuantModel"
+    cache_key: str | None  # equalise and calibrate were taken from the cache under this key
+    fp16_range: "Fp16Range"
+    adequacy: "Adequacy"
     parity: "Parity"
     planned: tuple[str, ...]
     built: "Built"
@@ -68,7 +73,7 @@ class Evidence:
                 f"ONNX Runtime computes {self.speed.integer_layers} of the {len(self.planned)} INT8 layers in integers on "
                 f"this CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
             )
-        return [*found, *self.built.notes]
+        return [*found, *self.fp16_range.warnings(), *self.adequacy.warnings(), *self.built.notes]
 
 
 def peak_rss_mb() -> float:
@@ -114,6 +119,8 @@ def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "warnings": evidence.warnings(),
         "calibration": _images_json(evidence.calibration),
         "evaluation": _images_json(evidence.evaluation),
+        "adequacy": evidence.adequacy.to_json(),
+        "fp16_range": evidence.fp16_range.to_json(),
         "fidelity": verdict.fidelity.to_json(),
         "parity": {
             "torch_vs_ort_rel_l2": evidence.parity.rel_l2,
@@ -167,6 +174,7 @@ def manifest_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "calibration": _images_json(evidence.calibration),
         "preprocessing": evidence.calibration.preprocessing.to_json(),
         "recipe": evidence.recipe.to_json(),
+        "calibration_cache": evidence.cache_key,
         "planned_int8_layers": list(evidence.planned),
         "engine": {
             "backend": evidence.built.backend,

@@ -20,7 +20,7 @@ from deploy.package import FILES
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("tensorrt_rtx")
 
-COMMON = ["--model", "test_vit", "--calib-images", "16", "--sm", "89"]
+COMMON = ["--model", "test_vit", "--calib-images", "16", "--sm", "89", "--cache", "off"]
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -46,23 +46,27 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory, checkpoint):
-    """A package from the user's own weights and images."""
+def cache(tmp_path_factory):
+    """The user's cache during the tests of this file."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, checkpoint, cache) -> list[str]:
+    """A run on the user's own weights and images, with the cache on and empty."""
+    assert not list(cache.iterdir())
+    images = photographs(tmp_path_factory.mktemp("calib") / "images", 30)
+    return ["engine", *COMMON, "--cache", "on", "--weights", str(checkpoint), "--calib", str(images)]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory, command):
+    """The package of that run."""
     folder = tmp_path_factory.mktemp("run")
-    images = photographs(folder / "images", 30)
-    code = cli.main(
-        [
-            "engine",
-            *COMMON,
-            "--weights",
-            str(checkpoint),
-            "--calib",
-            str(images),
-            "--out",
-            str(folder / "out"),
-        ]
-    )
-    assert code == 0
+    assert cli.main([*command, "--out", str(folder / "out")]) == 0
     return folder / "out" / "test_vit" / "int8"
 
 
@@ -87,6 +91,63 @@ def test_the_report_has_every_figure(package):
     assert set(report["seconds"]) >= {"load", "calibrate", "export", "build", "verify", "total"}
     assert report["calibration"]["count"] == 16
     assert len([stage for stage in report["history"] if stage["stage"] == "calibrate"]) == 1
+
+
+def test_the_report_says_how_far_fp16_and_the_calibration_set_reach(package):
+    report = json.loads((package / "report.json").read_text())
+    assert report["fp16_range"]["images"] == 16
+    assert report["fp16_range"]["headroom"] == pytest.approx(65504 / report["fp16_range"]["largest"], abs=1e-3)
+    assert report["adequacy"]["spread"]["median"] >= 1
+    assert report["adequacy"]["images"] == report["evaluation"]["count"]
+    assert len(report["adequacy"]["outside"]) == 3
+
+
+def test_the_same_run_again_takes_calibration_from_the_cache_and_gives_the_same_graphs(
+    package, command, cache, tmp_path, capsys
+):
+    (file,) = cache.rglob("*.safetensors")
+    key = file.stem
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    said = f"taken from cache {key[:12]}"
+    assert f"equalise and calibrate {said}" in capsys.readouterr().err
+    again = tmp_path / "test_vit" / "int8"
+    for name in ("model.onnx", "model.fp32.onnx"):
+        assert (again / name).read_bytes() == (package / name).read_bytes()
+    report, manifest = (json.loads((again / name).read_text()) for name in ("report.json", "manifest.json"))
+    assert [stage["stage"] for stage in report["history"] if said in stage["notes"]] == ["equalise", "calibrate"]
+    assert manifest["calibration_cache"] == key
+    assert json.loads((package / "manifest.json").read_text())["calibration_cache"] is None
+
+
+@pytest.mark.usefixtures("package")
+def test_another_seed_is_not_taken_from_the_cache(command, tmp_path, capsys, monkeypatch):
+    def stop(*_args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("deploy.pipeline.equalise", stop)
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*command, "--out", str(tmp_path), "--seed", "1"])
+    assert "nothing kept for exactly this input" in capsys.readouterr().err
+
+
+def test_a_network_that_does_not_fit_fp16_is_one_line(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from calib import weights
+
+    def load_large(*args):
+        loaded = weights.load_net(*args)
+        with torch.no_grad():
+            loaded.net.blocks[1].mlp.fc2.bias.fill_(65000.0)
+            loaded.net.blocks[0].mlp.fc2.bias.fill_(65000.0)
+        return loaded
+
+    monkeypatch.setattr("deploy.pipeline.load_net", load_large)
+    code = cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")])
+    assert code == cli.EXIT_USER_ERROR
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: 'blocks.1' reaches 1.3e+05 on 16 calibration images, beyond FP16's 65504")
+    assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_small_and_broken_calibration_sets_are_said(package):

@@ -80,14 +80,16 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("change", CHANGES)
-def test_any_other_input_is_a_miss_that_says_so(cache, fresh, change):
+def test_any_other_input_is_a_miss_that_says_so(cache, change):
     other = Cache({**INPUTS, **CHANGES[change]}, cache.folder)
     assert other.replayed(folded()) == (None, f"nothing kept for exactly this input ({other.key[:12]})")
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("part", made_by())
-def test_other_code_libraries_or_processor_are_a_miss(cache, fresh, monkeypatch, part):
+def test_other_code_libraries_or_processor_are_a_miss(cache, monkeypatch, part):
     monkeypatch.setattr("calib.cache.made_by", lambda: {**made_by(), part: "other"})
     assert cache.replayed(folded())[0] is None
 
@@ -106,10 +108,10 @@ def flipped(content: bytes, where: int) -> bytes:
 
 
 DAMAGE = {
-    "empty": lambda whole: b"",
+    "empty": lambda _: b"",
     "truncated": lambda whole: whole[:-1],
     "cut in half": lambda whole: whole[: len(whole) // 2],
-    "garbage": lambda whole: os.urandom(1000),
+    "garbage": lambda _: os.urandom(1000),
     "a flipped bit in a scale": lambda whole: flipped(whole, len(whole) - 3),
     "a flipped bit in a name": lambda whole: flipped(whole, whole.index(b"blocks.1.mlp.fc1:input")),
     "a flipped bit in a note": lambda whole: flipped(whole, whole.index(b"places rescaled")),
@@ -129,7 +131,8 @@ def test_a_damaged_file_is_named_not_used_and_written_again(cache, fresh, damage
     assert cache.replayed(folded())[0] is not None
 
 
-def test_a_file_under_anothers_name_is_refused(cache, fresh):
+@pytest.mark.usefixtures("fresh")
+def test_a_file_under_anothers_name_is_refused(cache):
     other = Cache({**INPUTS, "weights": "ac"}, cache.folder)
     only_file(cache).rename(cache.folder / f"{other.key}.safetensors")
     found, said = other.replayed(folded())
@@ -145,7 +148,7 @@ def test_a_place_that_cannot_be_written_is_no_error(tmp_path):
     assert "cannot be written" in cache.save(model)
 
 
-def test_switched_off_it_neither_reads_nor_writes(cache, fresh, monkeypatch):
+def test_switched_off_it_neither_reads_nor_writes(cache, fresh):
     off = dataclasses.replace(cache, folder=None)
     assert off.replayed(folded()) == (None, "off")
     before = only_file(cache).stat().st_mtime_ns
@@ -153,5 +156,6 @@ def test_switched_off_it_neither_reads_nor_writes(cache, fresh, monkeypatch):
     assert only_file(cache).stat().st_mtime_ns == before
 
 
-def test_nothing_but_the_file_is_left_behind(cache, fresh):
+@pytest.mark.usefixtures("fresh")
+def test_nothing_but_the_file_is_left_behind(cache):
     assert [path.name for path in cache.folder.iterdir()] == [f"{cache.key}.safetensors"]

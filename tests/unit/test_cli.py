@@ -24,6 +24,7 @@ BAD = {
     "unknown recipe": (["engine", "--recipe", "int"], r"unknown RECIPE 'int'.*Did you mean 'int8'"),
     "unknown target": (["engine", "--target", "tensorrt_rtxx"], r"unknown TARGET 'tensorrt_rtxx'.*'tensorrt_rtx'"),
     "bad SM": (["engine", "--sm", "ada"], r"SM='ada': expected GPU architectures such as 86,89,120"),
+    "bad cache": (["engine", "--cache", "of"], r"--cache: invalid choice: 'of' \(choose from '?on'?, '?off'?\)"),
     "bad batch": (["engine", "--batch", "0"], r"'0': expected a whole number of 1 or more"),
     "batch over maximum": (["engine", "--batch", "64"], r"batch profile 1/64/32: expected 1 <= BATCH <= MAX_BATCH"),
     "unsupported architecture": (

@@ -8,7 +8,7 @@ from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.equalise import Config, channel_scale, equalise, placed_moves, rounding_error
 from calib.fold import fold_batch_norms
-from calib.layer_rows import channels_of_inputs, product, sample_rows, weight_matrix
+from calib.layer_rows import channels_of_inputs, product, sample_rows, sampled_inputs, weight_matrix
 from calib.methods import rtn
 from calib.qdq import quantized_net
 from calib.quantizer import fake_quantize, qparams_from_amax
@@ -120,3 +120,13 @@ def test_rounding_error_is_that_of_fake_quantization():
         w = fake_quantize(weight[0], rtn.channel_qparams(weight[0]))
         by_hand.append(float((x @ w.T - rows[:, 0] @ weight[0].T).pow(2).sum()))
     assert rounding_error(rows, weight, amax) == pytest.approx(min(by_hand), rel=1e-4)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7, 100])
+def test_the_number_of_sampled_rows_does_not_follow_the_batches(batches, monkeypatch):
+    monkeypatch.setattr("calib.layer_rows.ROWS", 20)
+    net = nn.Sequential(nn.Linear(6, 4))
+    with torch.no_grad(), sampled_inputs(net, ["0"], batches) as samples:
+        for _ in range(batches):
+            net(torch.randn(2, 6))
+    assert samples.of("0").shape == (20, 1, 6)

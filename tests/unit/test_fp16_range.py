@@ -46,7 +46,9 @@ ONES = [torch.ones(2, 1, 3, 4)]
 
 
 def test_the_largest_value_and_its_module_are_named():
-    found = fp16_range(nn.Sequential(Gain(100.0), Gain(0.01)), [torch.tensor([[-5.0, 2.0]]), torch.tensor([[3.0, 4.0]])])
+    found = fp16_range(
+        nn.Sequential(Gain(100.0), Gain(0.01)), [torch.tensor([[-5.0, 2.0]]), torch.tensor([[3.0, 4.0]])]
+    )
     assert (found.module, found.largest, found.images) == ("0", 500.0, 2)
     assert found.headroom == pytest.approx(FP16_MAX / 500)
     assert found.to_json()["module"] == "0"

@@ -5,9 +5,11 @@ import torch
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
+from calib.equalise import apply_moves
 from calib.errors import UserError
-from calib.int8_attention import Config, choose, fit, lost_mass, obstacle, prepare, shift_values
+from calib.int8_attention import Config, choose, fit, lost_mass, obstacle, prepare
 from calib.methods import rtn
+from calib.moves import Moved
 from calib.qdq import QuantAttention, quantized_net
 from calib.quant_model import ATTENTION_ROLES
 from calib.quantizer import fake_quantize, qparams_from_amax
@@ -27,16 +29,20 @@ def random_attention(seed: int = 0):
     return torch.softmax(torch.randn(2, 3, 40, 40), dim=-1), torch.randn(2, 3, 40, 5) + 4 * torch.randn(1, 3, 1, 5)
 
 
-def test_the_shift_keeps_the_function_and_takes_the_values_down():
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_shift_keeps_the_function_and_takes_the_values_down(bias):
     model = tiny_model("vit")
-    attention = model.net.blocks[0].attn.double()
+    model.net.double()
+    attention = model.net.blocks[0].attn
+    if not bias:
+        attention.qkv.bias = None
     x = torch.randn(2, 17, 48, dtype=torch.float64)
     with torch.no_grad():
-        before = attention(x)
-        value = attention.qkv(x)[..., -48:]
-        shift_values(attention, value.mean((0, 1)).reshape(3, 16))
-        torch.testing.assert_close(attention(x), before, rtol=1e-10, atol=1e-10)
-        assert float(attention.qkv(x)[..., -48:].mean((0, 1)).abs().max()) < 1e-12
+        mean = attention.qkv(x)[..., -48:].mean((0, 1))
+        shift = Moved("blocks.0.attn.qkv", "blocks.0.attn.proj", torch.ones(48).double(), mean)
+        moved = apply_moves(model, [shift]).net.blocks[0].attn
+        torch.testing.assert_close(moved(x), attention(x), rtol=1e-10, atol=1e-10)
+        assert float(moved.qkv(x)[..., -48:].mean((0, 1)).abs().max()) < 1e-12
 
 
 def test_the_shift_is_the_least_squares_one():

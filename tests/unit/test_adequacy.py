@@ -1,0 +1,104 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from calib.adequacy import MAX_OUTSIDE, MAX_SPREAD, Adequacy, Outside, adequacy, outside, spread
+from calib.calibrate import FOLD_THRESHOLDS, Config, calibrate
+from calib.methods import rtn
+from calib.quantizer import QMAX
+from tests.tiny import TINY, tiny_batches, tiny_model
+
+MAX = Config("max")
+FINE = (Outside("a", MAX_OUTSIDE, 1.2), Outside("b", 0.0, 0.9))
+
+
+def calibrated(folds, family="vit", config=MAX):
+    return rtn.reduce_error(calibrate(tiny_model(family), folds, config), folds, rtn.Config())
+
+
+def test_spread_is_the_ratio_of_the_folds_thresholds():
+    assert spread({"a": [2.0, 3.0], "b": [5.0, 4.0], "dead": [0.0, 0.0], "rare": [0.0, 1.0]}) == {"a": 1.5, "b": 1.25}
+    assert spread({"a": [2.0]}) == {}
+
+
+@pytest.mark.parametrize(
+    "config", [Config("max"), Config("mse"), Config("percentile", 99.0), Config("search")], ids=str
+)
+def test_calibrate_hands_out_what_each_fold_alone_would_give(config):
+    folds = [tiny_batches(2, seed=1), [batch * 2 for batch in tiny_batches(2, seed=2)]]
+    record = calibrate(tiny_model("vit"), folds, config).history[-1]
+    thresholds = record.details[FOLD_THRESHOLDS]
+    assert set(thresholds) == set(tiny_model("vit").family.layers(tiny_model("vit").net))
+    if config.observer != "search":  # it would choose anew
+        alone = [calibrate(tiny_model("vit"), [fold], config).history[-1].details[FOLD_THRESHOLDS] for fold in folds]
+        assert thresholds == {layer: [fold[layer][0] for fold in alone] for layer in thresholds}
+    assert json.loads(json.dumps(record.to_json())) is not None
+
+
+def test_halves_of_one_distribution_agree_and_of_two_do_not():
+    same = adequacy(calibrated([tiny_batches(4, seed=1), tiny_batches(4, seed=2)]), tiny_batches(2, seed=3))
+    assert same.warnings() == []
+    model = calibrated([tiny_batches(4, seed=1), [batch * 4 for batch in tiny_batches(4, seed=2)]], "resnet")
+    (warning,) = adequacy(model, tiny_batches(2, seed=3)).warnings()
+    assert "its halves disagree" in warning
+    assert "in 'layer" in warning
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_outside_is_what_the_quantizer_would_clip(family):
+    model = calibrated([tiny_batches(1)], family, Config("percentile", 99.0))
+    batches = [batch * 1.5 for batch in tiny_batches(2, seed=3)]
+    found, images = outside(model, batches)
+    assert images == 8
+    assert {each.layer for each in found} == set(model.quantized_layers)
+    assert [each.fraction for each in found] == sorted((each.fraction for each in found), reverse=True)
+
+    worst = found[0]
+    inputs = []
+    layer = model.net.get_submodule(worst.layer)
+    hook = layer.register_forward_hook(lambda _m, x, _y: inputs.append(x[0].abs().flatten()))
+    with torch.no_grad():
+        for batch in batches:
+            model.net(batch)
+    hook.remove()
+    limit = float(model.sites[f"{worst.layer}:input"].scale) * QMAX
+    assert worst.fraction == float((torch.cat(inputs) > limit).double().mean()) > 0
+    assert worst.largest == pytest.approx(float(torch.cat(inputs).max()) / limit)
+    assert not layer._forward_pre_hooks
+
+
+def test_other_images_that_are_clipped_are_a_warning():
+    model = calibrated([tiny_batches(2, seed=1), tiny_batches(2, seed=2)], "resnet")
+    assert adequacy(model, tiny_batches(2, seed=3)).warnings() == []
+    (warning,) = adequacy(model, [batch * 3 for batch in tiny_batches(2, seed=3)]).warnings()
+    assert "unlike the calibration images" in warning
+    assert "'layer" in warning
+
+
+def test_limits_themselves_are_still_fine():
+    at_limit = Adequacy({"a": 1.0, "b": MAX_SPREAD, "c": 9.0}, FINE, 4)
+    assert at_limit.warnings() == []
+    assert len(dataclasses.replace(at_limit, spread={"a": MAX_SPREAD * 1.01}).warnings()) == 1
+    assert len(dataclasses.replace(at_limit, outside=(Outside("a", MAX_OUTSIDE * 1.01, 1.0),)).warnings()) == 1
+
+
+def test_the_report_names_the_worst():
+    found = Adequacy({"a": 1.0, "b": 1.1, "c": 9.0}, FINE, 4)
+    assert found.to_json() == {
+        "spread": {"median": 1.1, "worst": 9.0, "worst_layer": "c"},
+        "outside": [
+            {"layer": "a", "fraction": MAX_OUTSIDE, "largest": 1.2},
+            {"layer": "b", "fraction": 0.0, "largest": 0.9},
+        ],
+        "images": 4,
+    }
+    assert found.summary() == "halves differ by a factor 1.10; at most 0.50% of 4 other images clipped, in a"
+
+
+def test_one_photograph_has_no_halves():
+    found = adequacy(calibrated([tiny_batches(1)]), tiny_batches(1))
+    assert found.to_json()["spread"] is None
+    assert "no halves" in found.summary()
+    assert not any("halves" in warning for warning in found.warnings())
