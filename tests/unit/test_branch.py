@@ -83,6 +83,7 @@ def test_a_branch_of_zeros_leaves_the_output_bit_identical_and_another_does_not(
 def test_attaching_copies_the_branch_and_the_network_can_be_copied():
     model = with_branches(quantized_model("vit"), 0.01)
     net = quantized_net(model)
+    assert net.get_submodule("blocks.0.branch") is not model.branches["blocks.0"]
     other = copy.deepcopy(net)
     other.get_submodule("blocks.0.branch").bias.data.add_(1.0)
     x = tiny_batches(1)[0]
@@ -197,8 +198,8 @@ def test_the_diagonal_form_is_one_regression_per_channel():
 
 
 def test_a_constant_channel_gets_a_diagonal_of_zero():
-    x, r = correlated()
-    x[..., 1] = 7.1
+    x, r = (values.double() for values in correlated())
+    x[..., 1] = 7.1  # its mean is not 7.1 in float64
     layout = Layout(True, 6, 6)
     branch = FORMS["diagonal"](moments_of(layout, x, r), layout, 0)
     assert float(branch.scale[1]) == 0
