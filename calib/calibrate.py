@@ -19,7 +19,7 @@ from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import fake_quantize, qparams_from_amax
 
 # What `search` tries for all layers at once, beside the best per layer.
-SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0))
+SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
 MARGIN = 1.25  # of the maximum: new photographs exceed it
 PER_LAYER = "per layer"
 FOLD_THRESHOLDS = "fold_thresholds"  # in the record's details: what each fold alone would give, by layer
@@ -36,7 +36,9 @@ class Batches(Protocol):
 class Config:
     """How an activation histogram becomes a scale."""
 
-    observer: str = "search"  # search | max | percentile | mse; search = what serves the network's output best
+    observer: str = (
+        "search"  # search | max | percentile | mse | entropy; search = what serves the network's output best
+    )
     percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = the family's
 
     def __post_init__(self) -> None:

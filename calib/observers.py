@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from calib.entropy import entropy_amax
 from calib.quantizer import QMAX
 
 DROPPED_BITS = 14  # mantissa bits of float32 (23) that a bin does not tell apart
 BINS = 1 << (31 - DROPPED_BITS)
 CHUNK = 1 << 21  # elements counted at a time: temporaries stay small enough to be reused
 
-OBSERVERS = ("max", "percentile", "mse")
+OBSERVERS = ("max", "percentile", "mse", "entropy")
 
 # Thresholds tried by `mse_amax`, as fractions of the maximum.
 MSE_FRACTIONS = torch.linspace(1.0, 0.02, 99, dtype=torch.float64)
@@ -47,10 +48,9 @@ class Histogram:
         return Histogram(self.counts + other.counts, max(self.amax, other.amax))
 
     def populated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(centre, upper edge, count) of the non-empty bins in ascending order, float64."""
+        """(lower edge, upper edge, count) of the non-empty bins in ascending order, float64."""
         bins = self.counts.nonzero().flatten()
-        lower, upper = _edges(bins), _edges(bins + 1)
-        return (lower + upper) / 2, upper, self.counts[bins].double()
+        return _edges(bins), _edges(bins + 1), self.counts[bins].double()
 
 
 def _edges(bins: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ def mse_amax(histogram: Histogram) -> float:
 
     Fractions of the maximum in steps of 1 % are tried; ties go to the larger threshold (less clipping).
     """
-    centre, _, count = histogram.populated()
+    lower, upper, count = histogram.populated()
+    centre = (lower + upper) / 2
     thresholds = MSE_FRACTIONS * histogram.amax
 
     def error(scale: Tensor) -> Tensor:
@@ -90,6 +91,8 @@ def mse_amax(histogram: Histogram) -> float:
 
 def amax_from_histogram(histogram: Histogram, observer: str, percentile: float) -> float:
     """Clipping threshold by the observer of that name, one of `OBSERVERS`."""
-    if observer == "max":
-        return max_amax(histogram)
-    return percentile_amax(histogram, percentile) if observer == "percentile" else mse_amax(histogram)
+    if observer == "percentile":
+        return percentile_amax(histogram, percentile)
+    if observer == "entropy":
+        return entropy_amax(*histogram.populated(), histogram.amax)
+    return max_amax(histogram) if observer == "max" else mse_amax(histogram)

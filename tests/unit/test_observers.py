@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib.entropy import linear_counts
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram, max_amax, mse_amax, percentile_amax
 
 BIN_WIDTH = 2**-9  # relative: 512 bins an octave
@@ -96,3 +97,55 @@ def test_memory_does_not_grow_with_the_data():
         histogram.update(heavy_tailed(seed=seed) * 10.0**seed)
     assert histogram.counts.numel() == size
     assert int(histogram.counts.sum()) == 20 * 20_000
+
+
+def entropy_by_the_book(x, bins=2048, levels=128, step=8):
+    """The calibrator written with numpy's histogram and plain loops."""
+    counts, edges = np.histogram(np.abs(x), bins=bins, range=(0, np.abs(x).max()))
+    counts = counts.astype(float)
+    counts[0] = counts[1]
+    best, threshold = np.inf, edges[-1]
+    for kept in range(bins, levels - 1, -step):
+        p = counts[:kept].copy()
+        p[-1] += counts[kept:].sum()
+        q = np.zeros(kept)
+        for level in range(levels):
+            inside = [i for i in range(kept) if i * levels // kept == level and counts[i] > 0]
+            for i in inside:
+                q[i] = sum(counts[j] for j in inside) / len(inside)
+        p, q = p / p.sum(), q / q.sum()
+        divergence = np.inf if (q[p > 0] == 0).any() else float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+        if divergence < best:
+            best, threshold = divergence, edges[kept]
+    return threshold
+
+
+def test_entropy_is_that_of_the_plain_loops():
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) ** 3
+    histogram = Histogram()
+    histogram.update(x)
+    expected = entropy_by_the_book(x.numpy())
+    assert amax_from_histogram(histogram, "entropy", 0) == pytest.approx(expected, rel=0.03)
+    assert expected < 0.8 * histogram.amax
+
+
+def test_entropy_of_a_uniform_tensor_is_its_range():
+    histogram = Histogram()
+    histogram.update(torch.linspace(-1, 1, 1_000_001))
+    assert amax_from_histogram(histogram, "entropy", 0) == pytest.approx(1.0, rel=0.01)
+
+
+def test_entropy_of_zeros_is_zero():
+    histogram = Histogram()
+    histogram.update(torch.zeros(10))
+    assert amax_from_histogram(histogram, "entropy", 0) == 0.0
+
+
+def test_linear_counts_keep_every_element():
+    x = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    histogram = Histogram()
+    histogram.update(x)
+    counts = linear_counts(*histogram.populated(), histogram.amax, bins=64)
+    assert float(counts.sum()) == pytest.approx(10_000, rel=1e-9)
+    expected = np.histogram(x.numpy(), bins=64, range=(0, histogram.amax))[0]
+    assert np.abs(counts.numpy() - expected).max() < 12  # a bin of the histogram may straddle an edge
