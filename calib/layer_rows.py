@@ -53,6 +53,18 @@ def sample_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Genera
     return torch.cat(parts).reshape(count, layer.groups, -1)
 
 
+def rows_of(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """All rows (T, G, K) of the input `x` of `layer`, or `count` random ones if there are more."""
+    if isinstance(layer, nn.Conv2d):
+        patches = F.unfold(x[:, :1], layer.kernel_size, layer.dilation, _pair(layer.padding), layer.stride)
+        if len(x) * patches.shape[2] > count:
+            return sample_rows(layer, x, count, generator)
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, _pair(layer.padding), layer.stride)
+        return patches.transpose(1, 2).reshape(-1, layer.groups, patches.shape[1] // layer.groups)
+    rows = x.reshape(-1, 1, x.shape[-1])
+    return rows if len(rows) <= count else sample_rows(layer, x, count, generator)
+
+
 def _pair(padding: object) -> tuple[int, int]:
     if not isinstance(padding, tuple):
         raise TypeError(f"convolution padding {padding!r} is not a pair of numbers")
@@ -104,6 +116,25 @@ def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: in
 
     with input_hooks(net, generators, observe):
         yield samples
+
+
+def input_rows(
+    net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor], count: int, seed: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """For every batch that goes through `net`, up to `count` rows (T, G, K) of each layer's input.
+
+    The same seed takes the same rows, also from another network with layers of the same shapes.
+    """
+    generators = {name: torch.Generator().manual_seed(seed) for name in layers}
+    rows: dict[str, Tensor] = {}
+
+    def take(name: str, layer: nn.Module, x: Tensor) -> None:
+        rows[name] = rows_of(layer, x, count, generators[name])
+
+    for batch in batches:
+        with input_hooks(net, generators, take), torch.inference_mode():
+            net(batch)
+        yield dict(rows)
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 
 from calib.calibrate import Batches
@@ -25,14 +24,18 @@ def channel_qparams(weight: Tensor) -> QParams:
     return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True)
 
 
+def weight_sites(model: QuantModel) -> dict[str, QParams]:
+    """A `:weight` site for every layer of `model` to be quantized."""
+    return {
+        f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"))
+        for name in model.family.layers(model.net)
+    }
+
+
 def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:  # noqa: ARG001 - the contract
     """`model` with a `:weight` site for every layer to be quantized."""
     start = time.perf_counter()
-    with torch.no_grad():
-        sites = {
-            f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"))
-            for name in model.family.layers(model.net)
-        }
+    sites = weight_sites(model)
     notes = (f"{len(sites)} weights rounded to nearest, one scale per output channel",)
     record = StageRecord("rtn", asdict(config), time.perf_counter() - start, notes=notes)
     return model.with_sites(sites).with_record(record)

@@ -17,30 +17,32 @@ METHODS = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
 
 
 def calibrated(family: str):
-    batches = tiny_batches()
-    return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), [batches], Config("max")), batches
+    batches = tiny_batches(4)
+    folds = [batches[:2], batches[2:]]
+    return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), folds, Config("max")), folds
 
 
-def output_error(model, batches) -> float:
+def output_error(model, folds) -> float:
+    net = quantized_net(model)
     with torch.no_grad():
-        return sum(float((quantized_net(model)(x) - model.float_net(x)).pow(2).sum()) for x in batches)
+        return sum(float((net(x) - model.float_net(x)).pow(2).sum()) for batches in folds for x in batches)
 
 
 @pytest.mark.parametrize("family", ["vit", "mobilenet"])
 @pytest.mark.parametrize("method", METHODS)
 def test_error_is_not_above_round_to_nearest(method, family):
-    model, batches = calibrated(family)
+    model, folds = calibrated(family)
     module = method_module(method)
-    found = module.reduce_error(model, batches, module.Config())
-    assert output_error(found, batches) <= output_error(rtn.reduce_error(model, batches, rtn.Config()), batches)
+    found = module.reduce_error(model, folds, module.Config())
+    assert output_error(found, folds) <= output_error(rtn.reduce_error(model, folds, rtn.Config()), folds)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_gives_the_same_integers_and_the_input_model_is_untouched(method):
-    model, batches = calibrated("vit")
+    model, folds = calibrated("vit")
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
     module = method_module(method)
-    first, second = (quantized_net(module.reduce_error(model, batches, module.Config())) for _ in range(2))
+    first, second = (quantized_net(module.reduce_error(model, folds, module.Config())) for _ in range(2))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
@@ -48,9 +50,9 @@ def test_same_seed_gives_the_same_integers_and_the_input_model_is_untouched(meth
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_layer_gets_weight_parameters_and_the_history_a_record(method):
-    model, batches = calibrated("vit")
+    model, folds = calibrated("vit")
     module = method_module(method)
-    found = module.reduce_error(model, batches, module.Config())
+    found = module.reduce_error(model, folds, module.Config())
     assert set(found.quantized_layers) == set(model.family.layers(model.net))
     assert found.history[-1].stage == method
     assert found.history[-1].notes

@@ -1,0 +1,117 @@
+"""ERQ: weights that expect rounded inputs, rounded so that they repair each other.
+
+Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", ICML 2024. Per layer, with
+x~ = [x^, 1] the rounded input, W~ = [W, b] and y = W x + b of the input that is not rounded:
+
+1. Aqer (eq. 8), a ridge regression that makes up for the rounding of the input:
+       W~ <- W~ + E[(y - W~ x~) x~^T] H^-1        H = E[x~ x~^T] + ridge I
+2. Wqer, the rounding of those weights under the same H: calib/rounding.py.
+
+Together they lower E|y - W~^ x~|^2 + ridge |W~^ - W~|^2 over integer weights. The paper has one ridge for all layers; here
+each layer takes the one that serves it best across photographs, or rounds to nearest, and the whole is dropped if the
+network's output on other photographs says so.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calib.calibrate import Batches
+from calib.held_out import adopt_if_better
+from calib.layer_rows import weight_matrix
+from calib.layer_sums import LayerSums, error_across, pooled, sums_of_inputs
+from calib.methods.rtn import channel_qparams, weight_sites
+from calib.qdq import quantized_net
+from calib.quant_model import QuantModel, StageRecord
+from calib.rounded_layer import RoundedLayer, rounded_layer, with_layers
+from calib.rounding import round_with_compensation
+
+MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is tried per layer, and on how much data."""
+
+    ridges: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)  # damping tried, as fractions of the input's mean square
+    rows: int = 32768  # rows of a layer's input over the whole calibration set; fit noise falls with columns / rows
+    propagate: bool = False  # fit each block to inputs that come through rounded blocks; two more passes per block
+
+    def __post_init__(self) -> None:
+        if not self.ridges or min(self.ridges) <= 0:
+            raise ValueError(f"ridges {self.ridges} are not positive numbers")
+        if self.rows < 1:
+            raise ValueError(f"rows {self.rows} is not a positive number")
+
+
+def make_up_for_inputs(sums: LayerSums, moment: Tensor) -> Tensor:
+    """Aqer: W~ (G, N, D) plus the ridge regression of what rounding the input costs; `moment` is H (G, D, D)."""
+    change = torch.cholesky_solve((sums.cross / sums.count).mT, torch.linalg.cholesky(moment)).mT
+    return sums.weight + change
+
+
+def fit(sums: LayerSums, ridge: float) -> RoundedLayer:
+    """Aqer, then Wqer on the grid of the weights Aqer found."""
+    moment = sums.moment(ridge)
+    weight = make_up_for_inputs(sums, moment)
+    params = channel_qparams(weight[..., :-1].flatten(0, 1))
+    integers, bias = round_with_compensation(weight, params.scale.reshape(weight.shape[:2]), moment)
+    return RoundedLayer(integers, params, bias.float())
+
+
+def best_fits(layer: nn.Module, folds: Sequence[LayerSums], config: Config) -> tuple[RoundedLayer, ...]:
+    """The layer fitted on each fold, then on all of them; empty if no ridge beats rounding to nearest across folds."""
+    tried = {ridge: [fit(sums, ridge) for sums in folds] for ridge in config.ridges}
+    errors = {ridge: error_across(found, folds) for ridge, found in tried.items()}
+    ridge = min(errors, key=lambda ridge: errors[ridge])
+    if errors[ridge] >= error_across([rounded_layer(layer)] * len(folds), folds):
+        return ()
+    return (*tried[ridge], fit(pooled(folds), ridge))
+
+
+def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
+    """Layers to be quantized that share passes over the images: as many as `MEMORY` allows, within a block if `by_block`."""
+    blocks = model.family.blocks(model.net)
+    part: list[str] = []
+    before, held = "", 0
+    for name in model.family.layers(model.net):
+        block = next((block for block in blocks if name.startswith(f"{block}.")), name)
+        groups, outputs, columns = weight_matrix(model.net.get_submodule(name)).shape
+        size = 8 * folds * groups * (columns + 1) * (columns + 1 + outputs)
+        if part and (held + size > MEMORY or (by_block and block != before)):
+            yield part
+            part, held = [], 0
+        part.append(name)
+        before, held = block, held + size
+    yield part
+
+
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with weights and biases that make up for the rounding of inputs and weights.
+
+    `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
+    """
+    start = time.perf_counter()
+    plain = model.with_sites(weight_sites(model))
+    rows = max(1, config.rows // sum(len(batches) for batches in folds))
+    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]  # by fold, then by all of them
+    rounded: list[str] = []
+    for part in parts(model, len(folds), config.propagate):
+        source = None
+        if config.propagate:
+            sites = {f"{name}:weight": plain.sites[f"{name}:weight"] for name in rounded}
+            source = quantized_net(with_layers(model.with_sites(sites), found[-1]))
+        inputs = {name: model.sites[f"{name}:input"] for name in part}
+        sums = [sums_of_inputs(model.net, inputs, batches, rows, source) for batches in folds]
+        for name in part:
+            fits = best_fits(model.net.get_submodule(name), [fold.pop(name) for fold in sums], config)
+            for layers, one in zip(found, fits, strict=False):
+                layers[name] = one
+        rounded += part
+    adopted, before, after, note = adopt_if_better(plain, found, folds)
+    notes = (f"{len(found[-1])} of {len(rounded)} layers fitted, the others round to nearest: less error", note)
+    record = StageRecord("erq", asdict(config), time.perf_counter() - start, before, after, notes)
+    return adopted.with_record(record)
