@@ -15,6 +15,7 @@ from calib.quant_model import QuantModel
 from calib.rounded_layer import RoundedLayer, with_layers
 
 JUDGED = 4  # batches per fold
+MARGIN_DB = 0.1  # a smaller gain is chance
 
 
 def sqnr_db(models: Sequence[QuantModel], folds: Sequence[Batches]) -> float:
@@ -33,13 +34,13 @@ def sqnr_db(models: Sequence[QuantModel], folds: Sequence[Batches]) -> float:
 def adopt_if_better(
     plain: QuantModel, found: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]
 ) -> tuple[QuantModel, float, float, str]:
-    """(the better model, its dB before and after, what happened): `plain`, or with the last of `found` put in.
+    """(model, dB before, dB after, what happened): `plain`, or with the last of `found` put in if that is better.
 
     `found` holds layers fitted on each of `folds`, then on all of them; the former decide, each on another fold.
     """
     before = sqnr_db([plain] * len(folds), folds)
     after = sqnr_db([with_layers(plain, layers) for layers in found[:-1]], folds)
     note = f"network output {after:.2f} dB against {before:.2f} dB on other photographs"
-    if after <= before:
+    if after < before + MARGIN_DB:
         return plain, before, before, f"dropped: {note}"
     return with_layers(plain, found[-1]), before, after, note

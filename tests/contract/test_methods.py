@@ -17,8 +17,8 @@ METHODS = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
 
 
 def calibrated(family: str):
-    batches = tiny_batches(4)
-    folds = [batches[:2], batches[2:]]
+    batches = tiny_batches(8)
+    folds = [batches[:4], batches[4:]]
     return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), folds, Config("max")), folds
 
 
