@@ -11,14 +11,16 @@ the mean; here the weights are damped around zero input, and a depthwise convolu
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from calib.calibrate import Batches
 from calib.layer_rows import input_rows
-from calib.quantizer import QParams, fake_quantize
-from calib.rounded_layer import RoundedLayer, augmented_weight
+from calib.quant_model import QuantModel
+from calib.quantizer import fake_quantize
+from calib.rounded_layer import RoundedLayer
 
 
 class LayerSums:
@@ -71,17 +73,22 @@ def error_across(found: Sequence[RoundedLayer], folds: Sequence[LayerSums]) -> f
     return sum(folds[index - 1].error(one) for index, one in enumerate(found))
 
 
-def sums_of_inputs(
-    net: nn.Module, layers: Mapping[str, QParams], batches: Batches, rows: int, source: nn.Module | None = None
-) -> dict[str, LayerSums]:
-    """One pass of `net` over `batches`, up to `rows` rows of each: sums of `layers` (name -> how its input rounds).
+class Sums(Protocol):
+    """Anything that learns from rows of a layer's input."""
 
-    x^ is the rounded input of the same layer in `source`, a network already partly rounded, instead of `net` itself.
+    def update(self, x: Tensor, rounded: Tensor) -> None:
+        """Add rows before and after rounding, both (T, G, K)."""
+
+
+def add_inputs(
+    sums: Mapping[str, Sums], model: QuantModel, batches: Batches, rows: int, source: nn.Module | None = None
+) -> None:
+    """One pass of `model.net` over `batches` that updates the `sums` of every layer named, with up to `rows` rows a batch.
+
+    x^ is the rounded input of the same layer in `source`, a network already partly rounded, instead of `model.net` itself.
     """
-    sums = {name: LayerSums(augmented_weight(net.get_submodule(name))) for name in layers}
-    exact = input_rows(net, layers, batches, rows)
-    pairs = zip(exact, input_rows(source, layers, batches, rows), strict=True) if source else ((x, x) for x in exact)
+    exact = input_rows(model.net, sums, batches, rows)
+    pairs = zip(exact, input_rows(source, sums, batches, rows), strict=True) if source else ((x, x) for x in exact)
     for x, given in pairs:
-        for name, params in layers.items():
-            sums[name].update(x[name], fake_quantize(given[name], params))
-    return sums
+        for name, one in sums.items():
+            one.update(x[name], fake_quantize(given[name], model.sites[f"{name}:input"]))

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from calib.calibrate import Batches
 from calib.held_out import adopt_if_better
 from calib.layer_rows import weight_matrix
-from calib.layer_sums import LayerSums, error_across, pooled, sums_of_inputs
+from calib.layer_sums import LayerSums, add_inputs, error_across, pooled
 from calib.methods.rtn import channel_qparams, weight_sites
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
-from calib.rounded_layer import RoundedLayer, rounded_layer, with_layers
+from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
 from calib.rounding import round_with_compensation
 
 MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
@@ -104,10 +104,11 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
         if config.propagate:
             sites = {f"{name}:weight": plain.sites[f"{name}:weight"] for name in rounded}
             source = quantized_net(with_layers(model.with_sites(sites), found[-1]))
-        inputs = {name: model.sites[f"{name}:input"] for name in part}
-        sums = [sums_of_inputs(model.net, inputs, batches, rows, source) for batches in folds]
+        sums = [{name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in part} for _ in folds]
+        for of_fold, batches in zip(sums, folds, strict=True):
+            add_inputs(of_fold, model, batches, rows, source)
         for name in part:
-            fits = best_fits(model.net.get_submodule(name), [fold.pop(name) for fold in sums], config)
+            fits = best_fits(model.net.get_submodule(name), [of_fold.pop(name) for of_fold in sums], config)
             for layers, one in zip(found, fits, strict=False):
                 layers[name] = one
         rounded += part

@@ -7,7 +7,7 @@ from calib.calibrate import calibrate
 from calib.fold import fold_batch_norms
 from calib.held_out import sqnr_db
 from calib.layer_rows import input_rows, rows_of, sample_rows
-from calib.layer_sums import LayerSums, pooled, sums_of_inputs
+from calib.layer_sums import LayerSums, add_inputs, pooled
 from calib.methods import erq, rtn
 from calib.quantizer import QParams, fake_quantize, quantize
 from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
@@ -115,7 +115,7 @@ def test_both_steps_help_on_new_rows_and_together_most():
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_weights_lie_on_the_grid_the_engine_stores(family):
     model, folds = calibrated(family)
-    sums = [sums_of_inputs(model.net, inputs(model), batches, 64) for batches in folds]
+    sums = [sums_of_layers(model, batches, 64) for batches in folds]
     fits = {name: erq.fit(pooled([fold[name] for fold in sums]), 0.1) for name in sums[0]}
     found = with_layers(model, fits)
     for name, fitted in fits.items():
@@ -126,8 +126,10 @@ def test_weights_lie_on_the_grid_the_engine_stores(family):
         assert layer.bias.shape == (layer.weight.shape[0],)
 
 
-def inputs(model):
-    return {name: model.sites[f"{name}:input"] for name in model.family.layers(model.net)}
+def sums_of_layers(model, batches, rows, source=None):
+    sums = {name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in model.family.layers(model.net)}
+    add_inputs(sums, model, batches, rows, source)
+    return sums
 
 
 @pytest.mark.parametrize("family", ["vit", "mobilenet"])
@@ -135,7 +137,7 @@ def test_sums_of_a_layer_tell_what_its_module_does(family):
     """Linear, dense, strided and depthwise convolutions: the error from sums is that of running the layer."""
     model, folds = calibrated(family)
     fold = folds[0][:1]
-    sums = sums_of_inputs(model.net, inputs(model), fold, 1 << 30)
+    sums = sums_of_layers(model, fold, 1 << 30)
     plain = with_layers(model, {name: rounded_layer(model.net.get_submodule(name)) for name in sums})
     seen = {}
 
@@ -203,9 +205,9 @@ def test_a_propagated_fit_aims_at_the_float_output_from_rounded_inputs():
     for parameter in source.net.parameters():
         parameter.data.mul_(1.01)
     name = "blocks.1.mlp.fc2"
-    layer, params = {name: model.sites[f"{name}:input"]}, model.sites[f"{name}:input"]
-    sums = sums_of_inputs(model.net, layer, folds[0], 1 << 30, source.net)[name]
-    exact, given = (list(input_rows(net, layer, folds[0], 1 << 30)) for net in (model.net, source.net))
+    params = model.sites[f"{name}:input"]
+    sums = sums_of_layers(model, folds[0], 1 << 30, source.net)[name]
+    exact, given = (list(input_rows(net, [name], folds[0], 1 << 30)) for net in (model.net, source.net))
     module = model.net.get_submodule(name)
     expected = sum(
         float((module(fake_quantize(b[name], params)) - module(a[name])).double().pow(2).sum())
