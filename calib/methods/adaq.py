@@ -102,6 +102,16 @@ def corrected(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer
     return RoundedLayer(layer.integers * signs[..., None], params, layer.bias + offset.float())
 
 
+def best_fits(folds: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:
+    """The layer corrected by each fold, then by all of them; empty if that does not help across folds."""
+    fits = [correction(sums) for sums in folds]
+    before = sum(float(sums.sums[5].sum()) for sums in folds)
+    if sum(folds[index - 1].error(*one) for index, one in enumerate(fits)) >= before:
+        return ()
+    fits.append(correction(functools.reduce(ChannelSums.merge, folds)))
+    return tuple(corrected(folds[0].rounded, *one) for one in fits)
+
+
 def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` as the base method rounds it, its output channels corrected where that helps across photographs.
 
@@ -122,14 +132,10 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     for of_fold, batches in zip(sums, folds, strict=True):
         add_inputs(of_fold, model, batches, rows)
     found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]  # by fold, then by all of them
-    for name, layer in rounded.items():
-        seen = [of_fold[name] for of_fold in sums]
-        fits = [correction(one) for one in seen]
-        before = sum(float(one.sums[5].sum()) for one in seen)
-        if sum(seen[index - 1].error(*one) for index, one in enumerate(fits)) < before:
-            fits.append(correction(functools.reduce(ChannelSums.merge, seen)))
+    for name in rounded:
+        if fits := best_fits([of_fold[name] for of_fold in sums]):
             for layers, one in zip(found, fits, strict=True):
-                layers[name] = corrected(layer, *one)
+                layers[name] = one
     adopted, db_before, db_after, note = adopt_if_better(base, found, folds)
     notes = (f"{len(found[-1])} of {len(rounded)} layers corrected on top of {config.base}", note)
     record = StageRecord("adaq", asdict(config), time.perf_counter() - start, db_before, db_after, notes)

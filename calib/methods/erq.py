@@ -108,9 +108,9 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
         for of_fold, batches in zip(sums, folds, strict=True):
             add_inputs(of_fold, model, batches, rows, source)
         for name in part:
-            fits = best_fits(model.net.get_submodule(name), [of_fold.pop(name) for of_fold in sums], config)
-            for layers, one in zip(found, fits, strict=False):
-                layers[name] = one
+            if fits := best_fits(model.net.get_submodule(name), [of_fold.pop(name) for of_fold in sums], config):
+                for layers, one in zip(found, fits, strict=True):
+                    layers[name] = one
         rounded += part
     adopted, before, after, note = adopt_if_better(plain, found, folds)
     notes = (f"{len(found[-1])} of {len(rounded)} layers fitted, the others round to nearest: less error", note)

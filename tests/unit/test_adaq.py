@@ -161,8 +161,20 @@ def test_a_net_dequantized_with_wrong_scales_is_repaired(monkeypatch):
     assert found.history[-1].notes[0].startswith("8 of 8 layers corrected")
 
 
-def test_a_layer_that_gains_nothing_elsewhere_is_left_alone(monkeypatch):
-    """Offsets that are right on one fold and wrong on the other."""
+def test_a_correction_has_to_help_across_folds():
+    layer, x_rounded = linear(), rows_of_input()[1]
+    rounded, halves = rounded_layer(layer), (slice(1000), slice(1000, None))
+    contrary = [sums_of(layer, rounded, (x_rounded + shift, x_rounded)) for shift in (-0.5, 0.5)]
+    assert adaq.best_fits(contrary) == ()
+    agreeing = [sums_of(layer, rounded, (x_rounded[half] + 0.5, x_rounded[half])) for half in halves]
+    fits = adaq.best_fits(agreeing)
+    assert len(fits) == 3
+    whole = sums_of(layer, rounded, (x_rounded + 0.5, x_rounded))
+    torch.testing.assert_close(fits[-1].bias, adaq.corrected(rounded, *adaq.correction(whole)).bias, rtol=0, atol=1e-6)
+    assert not torch.equal(fits[0].bias, fits[1].bias)
+
+
+def test_layers_that_gain_nothing_are_left_alone(monkeypatch):
     model, folds = calibrated()
     monkeypatch.setattr(adaq, "correction", lambda sums: (torch.ones_like(sums.gain()), torch.ones_like(sums.gain())))
     found = adaq.reduce_error(model, folds, adaq.Config())
