@@ -42,7 +42,7 @@ def peak_rss(images: int) -> int:
     return int(done.stdout)
 
 
-def test_sixty_four_times_the_images_take_at_most_a_twentieth_more_memory():
+def test_sixty_four_times_the_images_take_no_more_memory():
     few, many = peak_rss(64), peak_rss(4096)
     print(f"peak RSS: {few} kB with 64 images, {many} kB with 4096")
-    assert many <= 1.05 * few
+    assert many <= 1.01 * few  # 8 MB; the images of one fold alone are 25 MB
