@@ -1,4 +1,4 @@
-"""The forms a branch may take, as modules: block(x) becomes block(x) + branch(x) (QwT eq. 6).
+"""The forms a branch may take, as modules: block(x) becomes block(x) + branch(f), f = x (QwT eq. 6) or LN1(x).
 
 A branch hangs inside its block as `block.branch`, so its nodes in the graph are called `blocks.3.branch/MatMul` and no other
 name changes. Its numbers are rounded to FP16 once and for all: the engine multiplies them in FP16, the float32 simulation
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.methods.rtn import channel_qparams
 from calib.moments import Fit
+from calib.qdq import QuantLinear, dequantize
+from calib.quantizer import QParams
 
 
 def fp16_parameter(values: Tensor) -> nn.Parameter:
@@ -23,11 +26,19 @@ def fp16_parameter(values: Tensor) -> nn.Parameter:
 
 def add_branch(block: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """The forward hook of a block with a branch. A plain function, so that copies of the block keep working."""
-    return output + block.branch(inputs[0])
+    return output + block.branch.of(block, inputs[0])
 
 
 class BlockBranch(nn.Module):
     """What all forms share. `fits` says what a branch computes, one affine map per group of channels."""
+
+    def read(self, block: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG002 - some forms look inside the block
+        """What the branch of `block` reads when the block reads `x`."""
+        return x
+
+    def of(self, block: nn.Module, x: Tensor) -> Tensor:
+        """What the branch adds to the output of `block` for its input `x`."""
+        return self(self.read(block, x))
 
     def attach(self, block: nn.Module) -> None:
         """Add a copy of this branch to what `block` returns (edits `block`)."""
@@ -40,20 +51,52 @@ class BlockBranch(nn.Module):
 
 
 class DenseBranch(BlockBranch):
-    """Tokens (..., d_in) -> (..., d_out): x W + b. `weight` (d_in, d_out), the layout of an ONNX MatMul."""
+    """Tokens (B, N, d_in) -> (B, N, d_out): x W^T + b, written as a 1x1 convolution over the tokens.
+
+    A matrix product takes the sum at the end of the block into its kernel and tears that from the LayerNorm behind it: two
+    more kernels a block in TensorRT-RTX where a convolution is one (benchmarks/results/branch_forms.json).
+    """
 
     def __init__(self, fit: Fit) -> None:
         super().__init__()
-        self.weight = fp16_parameter(fit.weight.t())
+        self.weight = fp16_parameter(fit.weight[:, :, None, None])
         self.bias = fp16_parameter(fit.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
-        return torch.matmul(x, self.weight) + self.bias
+        """(B, N, d_in) -> (B, N, d_out)."""
+        return F.conv2d(x.transpose(1, 2).unsqueeze(3), self.weight, self.bias).squeeze(3).transpose(1, 2)
 
     def fits(self) -> list[Fit]:
         """One map."""
-        return [Fit(self.weight.t().double(), self.bias.double())]
+        return [Fit(self.weight.flatten(1).double(), self.bias.double())]
+
+
+class SharedBranch(QuantLinear, BlockBranch):
+    """block(x) + Q(LN1(x)) W + b with W in INT8: a layer beside `attn.qkv`, which reads the same integers.
+
+    The compiler computes both as one INT8 product; bias and sum join the kernel that ends the block: the branch costs no
+    kernel. Two things must hold: it has the input scale of `attn.qkv`, so that there is one QuantizeLinear; both products
+    have one tensor-wide scale, however small W is (deploy/graph/split_channel_scales.py). LN1(x) is written twice, the
+    exporter finds that both are one.
+    """
+
+    def __init__(self, fit: Fit, norm: str, input_params: QParams) -> None:
+        d_out, d_in = fit.weight.shape
+        linear = nn.Linear(d_in, d_out).requires_grad_(False)
+        linear.weight.copy_(fit.weight)
+        linear.bias = fp16_parameter(fit.bias)
+        super().__init__(linear, input_params, channel_qparams(linear.weight))
+        self.norm = norm
+
+    def read(self, block: nn.Module, x: Tensor) -> Tensor:
+        """LN1(x)."""
+        return block.get_submodule(self.norm)(x)
+
+    def fits(self) -> list[Fit]:
+        """One map, of LN1(x) rounded: what the integers stand for."""
+        weight = dequantize(self.get_buffer("weight"), self.get_buffer("weight_scale"), 1)
+        assert self.bias is not None
+        return [Fit(weight.t().double(), self.bias.double())]
 
 
 class ConvBranch(BlockBranch):

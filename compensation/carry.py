@@ -6,7 +6,7 @@ recompute    nothing is kept: the network runs up to the block for every batch, 
 """
 
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -82,6 +82,9 @@ class Folder(MutableMapping[int, Tensor]):
         return len(self._indices)
 
 
+Added = Callable[[Tensor], Tensor]  # block input -> what a branch adds to the block's output
+
+
 class Carry(Protocol):
     """The inputs of one block after another, along one network."""
 
@@ -91,7 +94,7 @@ class Carry(Protocol):
     def keep(self, index: int, output: Tensor) -> None:
         """Remember that the block now at turn gave `output` for batch `index`, before any branch."""
 
-    def advance(self, branch: nn.Module | None) -> None:
+    def advance(self, branch: Added | None) -> None:
         """Go on to the next block: its inputs are the outputs kept, plus `branch` of the inputs they came from."""
 
 
@@ -108,7 +111,7 @@ class Recomputed:
     def keep(self, index: int, output: Tensor) -> None:
         """Nothing to do: the next block's inputs are computed from the images."""
 
-    def advance(self, branch: nn.Module | None) -> None:
+    def advance(self, branch: Added | None) -> None:
         """Nothing to do: the branch hangs in `net`."""
 
 
@@ -135,7 +138,7 @@ class Stored:
         """See Carry."""
         self.outputs[index] = output
 
-    def advance(self, branch: nn.Module | None) -> None:
+    def advance(self, branch: Added | None) -> None:
         """See Carry."""
         for index in list(self.outputs):
             output = self.outputs.pop(index)

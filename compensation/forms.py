@@ -1,14 +1,17 @@
-"""From running sums to a branch: one function per form, `FORMS[name](groups, layout, rank)`.
+"""From running sums to a branch: the forms a branch may take, `FORMS[name]`, each with what it reads and costs.
 
-Every form is the least-squares answer within its own kind; `dense` is QwT's (eq. 6, for maps its grouped convolution).
+Every form is the least-squares answer within its own kind; `dense` is QwT's (eq. 6, for maps its grouped convolution),
+`shared` reads what the block's first INT8 layer reads already.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from calib.moments import Moments
-from compensation.branch import BlockBranch, ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch
+from calib.quantizer import QParams
+from compensation.branch import BlockBranch, ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
 from compensation.layout import Layout
 
 
@@ -16,14 +19,32 @@ class NoFitError(ValueError):
     """This form cannot serve this block; the text says why."""
 
 
-def dense_branch(groups: Sequence[Moments], layout: Layout, rank: int) -> BlockBranch:  # noqa: ARG001 - the signature of all
+@dataclass(frozen=True)
+class Place:
+    """Where a branch goes: how it sees its block, and the norm (with the scale behind it) that it may share."""
+
+    layout: Layout
+    rank: int  # of a low-rank branch
+    norm: str | None = None
+    norm_params: QParams | None = None
+
+
+def dense_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
     """A full matrix, or for maps one per group."""
     fits = [group.solve() for group in groups]
-    return DenseBranch(fits[0]) if layout.channels_last else ConvBranch(fits, layout.stride)
+    return DenseBranch(fits[0]) if place.layout.channels_last else ConvBranch(fits, place.layout.stride)
 
 
-def diagonal_branch(groups: Sequence[Moments], layout: Layout, rank: int) -> BlockBranch:  # noqa: ARG001
+def shared_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
+    """A full matrix in INT8 behind the block's first norm."""
+    assert place.norm is not None
+    assert place.norm_params is not None
+    return SharedBranch(groups[0].solve(), place.norm, place.norm_params)
+
+
+def diagonal_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
     """A scale and a bias per channel: as many regressions with one input each."""
+    layout = place.layout
     if layout.d_in != layout.d_out or layout.stride != 1:
         raise NoFitError("a diagonal branch needs a block that keeps its shape")
     scales, biases = [], []
@@ -38,25 +59,35 @@ def diagonal_branch(groups: Sequence[Moments], layout: Layout, rank: int) -> Blo
     return DiagonalBranch(scales, biases, layout.channels_last)
 
 
-def low_rank_branch(groups: Sequence[Moments], layout: Layout, rank: int) -> BlockBranch:
+def low_rank_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
     """Reduced-rank regression: of all maps of `rank`, the one whose output is nearest r.
 
     With C the covariance of x and W the full fit, its output has the covariance W C W^T; keeping the leading eigenvectors V
     of that, W V V^T loses least (Izenman 1975). Truncating W itself would keep what is large in W, whether x uses it or not.
     """
-    if not layout.channels_last:
+    if not place.layout.channels_last:
         raise NoFitError("a low-rank branch works on tokens, not on maps")
     (moments,) = groups
     full = moments.solve()
     centred = moments.about(moments.shift + moments.a[-1, :-1] / moments.count)
-    leading = torch.linalg.eigh(full.weight @ centred.a[:-1, :-1] @ full.weight.t()).eigenvectors[:, -rank:]
+    leading = torch.linalg.eigh(full.weight @ centred.a[:-1, :-1] @ full.weight.t()).eigenvectors[:, -place.rank :]
     mean_r = moments.b[-1] / moments.count
     down, up = full.weight.t() @ leading, leading.t()
     return LowRankBranch(down, up, mean_r - (centred.shift @ down) @ up)
 
 
-FORMS: dict[str, Callable[[Sequence[Moments], Layout, int], BlockBranch]] = {
-    "dense": dense_branch,
-    "diagonal": diagonal_branch,
-    "low_rank": low_rank_branch,
+@dataclass(frozen=True)
+class Form:
+    """`kernels`: what a branch adds to a TensorRT-RTX engine, measured (benchmarks/results/branch_forms.json)."""
+
+    fit: Callable[[Sequence[Moments], Place], BlockBranch]
+    kernels: int
+    on_norm: bool = False  # reads the quantized output of the block's first norm, not the block's input
+
+
+FORMS = {
+    "dense": Form(dense_branch, kernels=1),
+    "shared": Form(shared_branch, kernels=0, on_norm=True),
+    "diagonal": Form(diagonal_branch, kernels=0),
+    "low_rank": Form(low_rank_branch, kernels=3),
 }

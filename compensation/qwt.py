@@ -6,56 +6,66 @@ For block l with input x from the already compensated quantized network, in the 
 
 What differs from the reference code, and why:
 1. Sums in float64 with a shift (calib/moments.py) instead of a float32 inverse, which gave negative R2 on its training data.
-2. A branch is judged on photographs it was not fitted on (K folds), in its FP16 form; the reference's test, R2 > 0 on the
-   training data, can never fail for exact least squares.
+2. A branch is judged on photographs it was not fitted on, with the numbers that run (FP16, INT8); the reference's test,
+   R2 > 0 on the training data, can never fail for exact least squares. All of them together are judged by the network's
+   output, again on other photographs.
 3. A branch that does not pass is left out of the network instead of being filled with zeros.
 4. `exact_net` is the target: switching the quantizers of the network itself off would give a wrong one, once a method has
    changed weights.
-5. `target = "global"` aims at the float path from the images on instead: r = l_exact(x_exact) - l_quant(x), so that what one
+5. The form is chosen per block by what it brings and costs (compensation/select.py): `shared` costs no kernel at all.
+6. `target = "global"` aims at the float path from the images on instead: r = l_exact(x_exact) - l_quant(x), so that what one
    block leaves is the next one's to mend.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calib.calibrate import Batches
-from calib.moments import Moments, cross_validated_r2, pooled, r2
+from calib.held_out import MARGIN_DB, sqnr_db
+from calib.moments import Fit, Moments, cross_validated_r2, pooled, r2
 from calib.qdq import quantized_net
 from calib.quant_model import Branch, QuantModel, StageRecord
+from calib.quantizer import fake_quantize
 from compensation.branch import BlockBranch
-from compensation.carry import CARRIES, Carry
+from compensation.carry import CARRIES, Call, Carry
 from compensation.chain import chain_shapes
-from compensation.forms import FORMS, NoFitError
-from compensation.layout import Layout, layout_from_shapes
+from compensation.forms import FORMS, NoFitError, Place
+from compensation.layout import layout_from_shapes
+from compensation.select import UNLIMITED, Option, front, select
 
 FP16_MAX = 65504.0
 LOSSLESS = 1e-12  # variance of r per sample below which there is nothing to mend
+Forms = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Config:
     """How branches are fitted, and when one is kept."""
 
-    form: str = "dense"  # dense | diagonal | low_rank
+    forms: Forms = ("shared", "dense")  # tried at every block: dense | shared | diagonal | low_rank
     rank: int = 32  # of the low-rank form; the others ignore it
     target: str = "local"  # local: the exact block on the same input; global: the exact network's own path
-    folds: int = 4  # contiguous parts of the images for cross-validation
+    rows: int = 65536  # samples per block and fold; more tokens than that are thinned out evenly
     r2_min: float = 0.0  # a branch is kept if its cross-validated R2 is above this
+    kernel_price: float = 0.05  # R2 that one more kernel must bring
+    min_gain_db: float = MARGIN_DB  # of the network's output on other photographs, or all branches go
+    max_extra_kernels: int = UNLIMITED  # of all branches together
+    max_extra_bytes: int = UNLIMITED
     carry: str = "memory"  # memory | disk | recompute: where block inputs wait (compensation/carry.py)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("form", self.form, FORMS), ("target", self.target, ("local", "global")), ("carry", self.carry, CARRIES)
-        ):  # fmt: skip
+        for form in self.forms:
+            if form not in FORMS:
+                raise ValueError(f"form '{form}' is not one of {', '.join(FORMS)}")
+        for name, value, known in (("target", self.target, ("local", "global")), ("carry", self.carry, CARRIES)):
             if value not in known:
                 raise ValueError(f"{name} '{value}' is not one of {', '.join(known)}")
-        for name, number, least in (("folds", self.folds, 2), ("rank", self.rank, 1)):
+        for name, number, least in (("rows", self.rows, 1), ("rank", self.rank, 1)):
             if number < least:
                 raise ValueError(f"{name} is {number}: expected {least} or more")
 
@@ -63,18 +73,19 @@ class Config:
 class BlockSums:
     """All that is remembered of one block's samples: sums per fold and group, and what the official R2 of maps needs."""
 
-    def __init__(self, layout: Layout, folds: int) -> None:
+    def __init__(self, place: Place, folds: int) -> None:
+        layout = place.layout
         self.layout = layout
         self.folds = [[Moments(layout.d_in, layout.d_out) for _ in range(layout.groups)] for _ in range(folds)]
         self.reach = torch.zeros(layout.groups, layout.d_in)  # largest |x| per channel
         self.images = 0
         self.position_sum: Tensor | float = 0.0
 
-    def update(self, x: Tensor, r: Tensor, fold: int) -> None:
-        """Add the images `x`, `r` (block input, what the branch should return) to `fold`."""
+    def update(self, x: Tensor, r: Tensor, fold: int, step: int = 1) -> None:
+        """Add every `step`-th sample of the images `x`, `r` (what is read, what the branch should return) to `fold`."""
         rows = self.layout.input_rows(x)
         for moments, inputs, targets in zip(self.folds[fold], rows, self.layout.output_rows(r), strict=True):
-            moments.update(inputs, targets)
+            moments.update(inputs[::step], targets[::step])
         self.reach = torch.maximum(self.reach, torch.stack([group.abs().amax(0) for group in rows]))
         self.images += len(x)
         if not self.layout.channels_last:
@@ -84,19 +95,19 @@ class BlockSums:
         """The sums of all folds, per group."""
         return [pooled(group) for group in zip(*self.folds, strict=True)]
 
-    def official_total(self, groups: Sequence[Moments]) -> float:
-        """SS_tot of the reference code: for maps about the mean of every (c, h, w), else of every channel."""
+    def official_r2(self, error: float, groups: Sequence[Moments]) -> float | None:
+        """R2 of the reference code: for maps about the mean of every (c, h, w), else of every channel.
+
+        None where samples were thinned out, so that the mean of a position is not that of its samples.
+        """
         if self.layout.channels_last:
-            return sum(group.total() for group in groups)
-        assert isinstance(self.position_sum, Tensor)
-        return float(sum(group.q.sum() for group in groups) - self.position_sum.square().sum() / self.images)
-
-
-def fold_slices(index: int, batch: int, batches: int, folds: int) -> Iterator[tuple[int, slice]]:
-    """(fold, images of it) within batch `index` of `batches`: folds are contiguous, as neighbours share a photograph."""
-    fold_of = [(index * batch + image) * folds // (batches * batch) for image in range(batch)]
-    for fold in sorted(set(fold_of)):
-        yield fold, slice(fold_of.index(fold), fold_of.index(fold) + fold_of.count(fold))
+            total = sum(group.total() for group in groups)
+        else:
+            assert isinstance(self.position_sum, Tensor)
+            if groups[0].count != self.images * self.position_sum[0].numel():
+                return None
+            total = float(sum(group.q.sum() for group in groups) - self.position_sum.square().sum() / self.images)
+        return 1 - error / total
 
 
 def fp16_bound(branch: BlockBranch, reach: Tensor) -> float:
@@ -107,20 +118,37 @@ def fp16_bound(branch: BlockBranch, reach: Tensor) -> float:
     )
 
 
-def fit_branch(sums: BlockSums, config: Config) -> tuple[BlockBranch | None, dict[str, Any]]:
+def branch_bytes(branch: nn.Module) -> int:
+    """Bytes of its numbers in an engine: FP16, or INT8 where they are integers."""
+    tensors = [*branch.parameters(), *branch.buffers()]
+    return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A branch of one form at one block: fitted on all images, and without each of the folds. `found`: plain values."""
+
+    branch: BlockBranch
+    without: tuple[BlockBranch, ...]
+    found: dict[str, Any]
+
+
+def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tuple[Fitted | None, dict[str, Any]]:
     """(the branch, or None if it is not worth its place; what was found, as plain values)."""
-    layout, groups = sums.layout, sums.groups()
+    groups, layout = sums.groups(), place.layout
     total, samples = sum(group.total() for group in groups), groups[0].count
-    found: dict[str, Any] = {"samples": int(samples), "groups": layout.groups, "stride": layout.stride}
-
-    def fitted(parts: Sequence[Moments]) -> BlockBranch:
-        return FORMS[config.form](parts, layout, config.rank)
-
+    found: dict[str, Any] = {"form": form, "samples": int(samples), "groups": layout.groups, "stride": layout.stride}
     if total <= LOSSLESS * samples:
         return None, found | {"kept": False, "reason": "rounding changes nothing here"}
+    without: list[BlockBranch] = []
+
+    def left_out(parts: Sequence[Moments]) -> list[Fit]:
+        without.append(FORMS[form].fit(parts, place))
+        return without[-1].fits()
+
     try:
-        branch = fitted(groups)
-        r2_cv = cross_validated_r2(sums.folds, lambda parts: fitted(parts).fits())
+        branch = FORMS[form].fit(groups, place)
+        r2_cv = cross_validated_r2(sums.folds, left_out)
     except (NoFitError, torch.linalg.LinAlgError) as refusal:
         return None, found | {"kept": False, "reason": str(refusal)}
     fits = branch.fits()
@@ -128,26 +156,81 @@ def fit_branch(sums: BlockSums, config: Config) -> tuple[BlockBranch | None, dic
     found |= {
         "r2": r2(groups, fits),
         "r2_cv": r2_cv,
-        "r2_official": 1 - error / sums.official_total(groups),
+        "r2_official": sums.official_r2(error, groups),
         "largest_weight": max(float(fit.weight.abs().max()) for fit in fits),
+        "ridge": max(group.solve().ridge for group in groups),
         "error_before": sum(float(group.q.sum()) for group in groups) / samples,  # squared, per sample
         "error_after": error / samples,
+        "variance": total / samples,
+        "kernels": FORMS[form].kernels,
+        "bytes": branch_bytes(branch),
     }
     if (bound := fp16_bound(branch, sums.reach)) > FP16_MAX:
         return None, found | {"kept": False, "reason": f"outputs up to {bound:.0f} overflow FP16"}
     if not r2_cv > config.r2_min:
         return None, found | {"kept": False, "reason": f"cross-validated R2 {r2_cv:.3f} is not above {config.r2_min:g}"}
-    return branch, found | {"kept": True, "reason": f"cross-validated R2 {r2_cv:.3f}"}
+    found |= {"kept": True, "reason": f"cross-validated R2 {r2_cv:.3f}"}
+    return Fitted(branch, tuple(without), found), found
+
+
+def option(block: str, found: Mapping[str, Any]) -> Option:
+    """What `fit_branch` found, as a choice: its gain is the squared error per sample it takes away on other photographs."""
+    return Option(
+        block, found["form"], found["r2_cv"] * found["variance"], found["variance"], found["kernels"], found["bytes"]
+    )
+
+
+class Joined:
+    """Several folds as one set of batches; `fold_of[index]` says where a batch comes from."""
+
+    def __init__(self, folds: Sequence[Batches]) -> None:
+        self.folds = folds
+        self.fold_of = [fold for fold, batches in enumerate(folds) for _ in range(len(batches))]
+        if len(folds) == 1:  # one photograph: halves of it have to judge each other
+            self.fold_of = [2 * index // len(self.fold_of) for index in range(len(self.fold_of))]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (batch for batches in self.folds for batch in batches)
+
+    def __len__(self) -> int:
+        return len(self.fold_of)
+
+
+def places(model: QuantModel, net: nn.Module, images: Tensor, config: Config) -> dict[str, Place]:
+    """Where branches go, by block; raises ValueError naming the blocks if they are no chain."""
+    shapes = chain_shapes(net, model.family.blocks(model.net), images)
+    found = {}
+    for name, shape in shapes.items():
+        norm, reader = model.family.first_norm or ("", "")
+        params = model.sites.get(f"{name}.{reader}:input")
+        layout = layout_from_shapes(name, *shape, model.family.channels_last)
+        found[name] = Place(layout, config.rank, norm if params else None, params)
+    return found
+
+
+def _inputs(block: nn.Module, call: Call, place: Place, on_norm: bool) -> Tensor:
+    """What a branch of `block` is fitted to: the block's input, or the integers behind its first norm."""
+    if not on_norm:
+        return call.x
+    assert place.norm is not None
+    assert place.norm_params is not None
+    return fake_quantize(block.get_submodule(place.norm)(call.x), place.norm_params)
 
 
 def _add_samples(
-    sums: BlockSums, blocks: tuple[nn.Module, nn.Module], path: Carry, float_path: Carry | None, name: str, batches: int
+    sums: Mapping[bool, BlockSums],
+    blocks: tuple[nn.Module, nn.Module],
+    paths: tuple[Carry, Carry | None],
+    name: str,
+    place: Place,
+    images: Joined,
+    rows: int,
 ) -> None:
     """One pass over the images: run block `name`, (exact, quantized), and add up what separates them.
 
-    The exact block reads what the quantized one reads, or with `float_path` what it finds there.
+    The exact block reads what the quantized one reads, or with a second path what it finds there.
     """
-    exact, quantized = blocks
+    (exact, quantized), (path, float_path) = blocks, paths
     float_calls = float_path.calls(name) if float_path else None
     for index, call in enumerate(path.calls(name)):
         float_call = next(float_calls) if float_calls else call
@@ -155,47 +238,106 @@ def _add_samples(
         path.keep(index, output)
         if float_path:
             float_path.keep(index, target)
-        for fold, part in fold_slices(index, len(call.x), batches, len(sums.folds)):
-            sums.update(call.x[part], (target - output)[part], fold)
+        samples = (output.numel() // (place.layout.d_out * place.layout.groups)) * len(images)
+        for on_norm, found in sums.items():
+            x = _inputs(quantized, call, place, on_norm)
+            found.update(x, target - output, images.fold_of[index], max(1, samples // (rows * len(images.folds))))
+
+
+def _fit_blocks(
+    model: QuantModel, images: Joined, config: Config, allowed: Mapping[str, Forms]
+) -> tuple[dict[str, Fitted], dict[str, list[dict[str, Any]]]]:
+    """(the branch at every block that gets one, all that was tried by block); blocks in turn, each after the ones before.
+
+    Of several forms that pass, a block goes on with the one worth most by itself.
+    """
+    net, exact = quantized_net(model), model.exact_net
+    where = places(model, net, next(iter(images)), config)
+    kept: dict[str, Fitted] = {}
+    tried: dict[str, list[dict[str, Any]]] = {}
+    carry = CARRIES[config.carry]
+    with carry(net, images) as path, carry(exact, images) as float_path:
+        for name, place in where.items():
+            forms = [form for form in allowed[name] if place.norm or not FORMS[form].on_norm]
+            sums = {FORMS[form].on_norm: BlockSums(place, max(images.fold_of) + 1) for form in forms}
+            block = net.get_submodule(name)
+            paths = (path, float_path if config.target == "global" else None)
+            _add_samples(sums, (exact.get_submodule(name), block), paths, name, place, images, config.rows)
+            fits = [fit_branch(form, sums[FORMS[form].on_norm], place, config) for form in forms]
+            tried[name] = [found for _, found in fits]
+            passed = {found["form"]: fitted for fitted, found in fits if fitted}
+            chosen = select([option(name, fitted.found) for fitted in passed.values()], config.kernel_price)
+            branch = passed[chosen[name].form] if name in chosen else None
+            if branch is not None:
+                branch.branch.attach(block)
+                kept[name] = branch
+            path.advance(_added(branch, block))
+            float_path.advance(None)
+    return kept, tried
+
+
+def _added(fitted: Fitted | None, block: nn.Module) -> Any:
+    return None if fitted is None else lambda x: fitted.branch.of(block, x)
 
 
 @torch.no_grad()
-def compensate(model: QuantModel, images: Batches, config: Config) -> QuantModel:
+def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with a branch beside every block where it helps; those it had are replaced.
 
-    `images` come with those of one photograph next to each other. Raises ValueError naming the blocks if they are no chain.
+    `folds` are parts of the calibration set without a common photograph. Raises ValueError naming the blocks if they are no
+    chain.
     """
     start = time.perf_counter()
-    model = replace(model, branches={})
-    names, net, exact = model.family.blocks(model.net), quantized_net(model), model.exact_net
-    shapes = chain_shapes(net, names, next(iter(images)))
-    layouts = {name: layout_from_shapes(name, *shapes[name], model.family.channels_last) for name in names}
-    carry = CARRIES[config.carry]
-    branches: dict[str, Branch] = {}
-    details = []
-    with carry(net, images) as path, carry(exact, images) as float_path:
-        for name in names:
-            sums, block = BlockSums(layouts[name], config.folds), net.get_submodule(name)
-            pair = exact.get_submodule(name), block
-            _add_samples(sums, pair, path, float_path if config.target == "global" else None, name, len(images))
-            branch, found = fit_branch(sums, config)
-            if branch is not None:
-                branch.attach(block)
-                branches[name] = branch
-            path.advance(branch)
-            float_path.advance(None)
-            details.append({"block": name, **found})
-
-    record = StageRecord(
-        "qwt", asdict(config), time.perf_counter() - start, notes=_notes(details), details={"blocks": details}
+    model, images = replace(model, branches={}), Joined(folds)
+    names = model.family.blocks(model.net)
+    kept, tried = _fit_blocks(model, images, config, dict.fromkeys(names, config.forms))
+    options = [option(name, found) for name, several in tried.items() for found in several if found["kept"]]
+    limits = (config.max_extra_kernels, config.max_extra_bytes)
+    chosen = select(options, config.kernel_price, *limits)
+    if {name: one.form for name, one in chosen.items()} != {name: one.found["form"] for name, one in kept.items()}:
+        # the branches left out change what the later ones have to mend
+        kept, _ = _fit_blocks(
+            model, images, config, {name: (chosen[name].form,) if name in chosen else () for name in names}
+        )
+    branches: dict[str, Branch] = {name: fitted.branch for name, fitted in kept.items()}
+    # held_out judges the images of fold i - 1 with the i-th model
+    judges = [
+        replace(model, branches={name: fitted.without[index - 1] for name, fitted in kept.items()})
+        for index in range(len(folds))
+    ]
+    before, after = sqnr_db([model] * len(folds), folds), sqnr_db(judges, folds)
+    worth = bool(branches) and after >= before + config.min_gain_db
+    notes = (
+        *_notes(kept, tried, options, config),
+        f"{'kept' if worth else 'not worth it, dropped'}: network output {after:.2f} dB against {before:.2f} dB without "
+        "branches, on other photographs",
     )
-    return replace(model, branches=branches).with_record(record)
+    record = StageRecord(
+        "qwt", asdict(config), time.perf_counter() - start, before, after if worth else before, notes,
+        {"tried": tried, "kept": {name: fitted.found for name, fitted in kept.items()} if worth else {},
+         "front": front(options, config.kernel_price)},
+    )  # fmt: skip
+    return replace(model, branches=branches if worth else {}).with_record(record)
 
 
-def _notes(details: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    kept = [found for found in details if found["kept"]]
-    dropped = tuple(f"no branch at {found['block']}: {found['reason']}" for found in details if not found["kept"])
-    if not kept:
-        return (f"0 of {len(details)} blocks compensated", *dropped)
-    worst, best = (reduce(pick, [found["r2_cv"] for found in kept]) for pick in (min, max))
-    return (f"{len(kept)} of {len(details)} blocks compensated, cross-validated R2 {worst:.2f} to {best:.2f}", *dropped)
+def _notes(
+    kept: Mapping[str, Fitted],
+    tried: Mapping[str, Sequence[Mapping[str, Any]]],
+    options: Sequence[Option],
+    config: Config,
+) -> tuple[str, ...]:
+    dropped = tuple(
+        f"no branch at {name}: " + "; ".join(f"{found['form']}: {found['reason']}" for found in several)
+        for name, several in tried.items()
+        if not any(found["kept"] for found in several)
+    )
+    points = [
+        f"+{p['kernels']} kernels, {p['bytes'] / 1e6:.2f} MB: {p['r2']:.1%}"
+        for p in front(options, config.kernel_price)
+    ]
+    shown = ("block error mended, by cost: " + " | ".join(points),) if points else ()
+    forms = [fitted.found["form"] for fitted in kept.values()]
+    counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms)) or "none"
+    scores = [fitted.found["r2_cv"] for fitted in kept.values()]
+    ranges = f", cross-validated R2 {min(scores):.2f} to {max(scores):.2f}" if scores else ""
+    return (f"{len(kept)} of {len(tried)} blocks compensated ({counts}){ranges}", *shown, *dropped)

@@ -32,6 +32,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _limit(text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"'{text}': expected a whole number of 0 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
@@ -51,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--seed", type=int, default=0, help="decides the choice of images (default 0)")
     engine.add_argument(
         "--cache", choices=("on", "off"), default="on", help="off: calibrate anew though nothing changed (default on)"
+    )
+    engine.add_argument(
+        "--max-extra-kernels", type=_limit, help="kernels that QwT branches may add (default: the recipe's)"
+    )
+    engine.add_argument(
+        "--max-extra-bytes", type=_limit, help="bytes that QwT branches may add (default: the recipe's)"
     )
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
@@ -81,6 +93,8 @@ def _engine(args: argparse.Namespace) -> int:
             profile=Profile(args.batch, args.max_batch),
             out=args.out,
             seed=args.seed,
+            max_extra_kernels=args.max_extra_kernels,
+            max_extra_bytes=args.max_extra_bytes,
             cache=args.cache == "on",
         )
     )

@@ -7,7 +7,7 @@ engine half:  check -> build -> audit -> verify -> benchmark -> package
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from calib.quant_model import QuantModel
 from calib.user_cache import cache_folder
 from calib.weights import load_net
 from calib.zoo import resolve_model
+from compensation.qwt import compensate
 from deploy.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.backends import choose_backend
 from deploy.errors import ContractError
@@ -65,6 +66,8 @@ class Options:
     profile: Profile = field(default_factory=Profile)
     out: str = "artifacts"
     seed: int = 0
+    max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
+    max_extra_bytes: int | None = None
     cache: bool = True  # take equalise and calibrate from the cache where every input is the same
 
 
@@ -101,7 +104,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
 
     Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
     """
-    spec, recipe = resolve_model(options.model), load_recipe(options.recipe)
+    spec = resolve_model(options.model)
+    recipe = load_recipe(options.recipe).limited(options.max_extra_kernels, options.max_extra_bytes)
     backend, why = choose_backend(options.target)
     name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
     final = Path(options.out) / name / recipe.name
@@ -163,6 +167,10 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             with progress.stage("choose attention") as note:
                 model = int8_attention.choose(model, folds, recipe.attention)
                 note(*model.history[-1].notes)
+        if recipe.compensate:
+            with progress.stage("compensate") as note:
+                model = compensate(model, folds, recipe.compensate)
+                note(*model.history[-1].notes)
         with progress.stage("adequacy") as note:
             others = Batches(evaluation.subset(0, ADEQUACY_IMAGES), progress, torch.from_numpy)
             adequate = adequacy(model, others)
@@ -193,6 +201,11 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             built = backend.build(fp16, options.profile, options.sms)
             (folder / ENGINE).write_bytes(built.plan)
             note(f"{len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}", *built.notes)
+            plain = None
+            if model.branches:
+                plain_net = quantized_net(replace(model, branches={}))
+                plain = backend.build(export_pair(plain_net, size)[0], options.profile, options.sms)
+                note(f"{len(built.kernels)} kernels with branches, {len(plain.kernels)} without")
         with progress.stage("audit") as note:
             audited = audit(built.kernels, planned, products)
             require_int8(audited)
@@ -210,7 +223,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
 
         evidence = Evidence(
             options, recipe, loaded, calibration, evaluation, model, cache.key if cached else None, in_fp16, adequate,
-            parity, planned, built, audited, verdict, speed, float_model.stat().st_size, progress.seconds,
+            parity, planned, built, plain, audited, verdict, speed, float_model.stat().st_size, progress.seconds,
         )  # fmt: skip
         np.savez(
             folder / GOLDEN,

@@ -12,6 +12,7 @@ from typing import Any
 import calib.methods
 from calib import calibrate, equalise, int8_attention
 from calib.errors import UserError, nearest
+from compensation import qwt
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -27,10 +28,21 @@ class Recipe:
     calibrate: calibrate.Config
     method: str
     method_config: Any
+    compensate: qwt.Config | None  # None: no branches
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return dataclasses.asdict(self)
+
+    def limited(self, max_extra_kernels: int | None, max_extra_bytes: int | None) -> "Recipe":
+        """A copy with these limits for branches, where given. Raises UserError if the recipe has no branches."""
+        limits = {"max_extra_kernels": max_extra_kernels, "max_extra_bytes": max_extra_bytes}
+        given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+        if given and self.compensate is None:
+            raise UserError(
+                f"recipe '{self.name}' adds no branches to limit: expected one with [compensate], as int8_qwt"
+            )
+        return dataclasses.replace(self, compensate=self.compensate and dataclasses.replace(self.compensate, **given))
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -72,7 +84,7 @@ def recipe_from_toml(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    known = ("description", "equalise", "attention", "calibrate", "method")
+    known = ("description", "equalise", "attention", "calibrate", "method", "compensate")
     for key in content:
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
@@ -90,6 +102,7 @@ def recipe_from_toml(path: Path) -> Recipe:
         calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"recipe '{path}', [calibrate]"),
         method=name,
         method_config=_config(method_module(name).Config, method, f"recipe '{path}', [method]"),
+        compensate=optional("compensate", qwt.Config),
     )
 
 

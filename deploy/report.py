@@ -50,6 +50,7 @@ class Evidence:
     parity: "Parity"
     planned: tuple[str, ...]
     built: "Built"
+    plain: "Built | None"  # the engine without branches, if there are any
     audit: "Audit"
     verdict: "Verdict"
     speed: "CpuSpeed"
@@ -144,7 +145,10 @@ def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
             "targets": list(built.targets),
             "bytes": len(built.plan),
             **evidence.audit.to_json(),
+            "kernels_without_branches": None if evidence.plain is None else len(evidence.plain.kernels),
+            "bytes_without_branches": None if evidence.plain is None else len(evidence.plain.plan),
         },
+        "branches": list(evidence.model.branches),
         "history": [record.to_json() for record in evidence.model.history],
         "float_layers": evidence.model.float_layers,
         "int8_attention": list(evidence.model.int8_attention),
@@ -189,6 +193,23 @@ def manifest_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
     }
 
 
+def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What every stage that measured itself did to the output, and what branches cost."""
+    steps = [
+        f"{record['stage']} {record['sqnr_before_db']:.1f} -> {record['sqnr_after_db']:.1f} dB"
+        for record in report["history"]
+        if record["sqnr_after_db"] is not None
+    ]
+    rows = [("repairs, on other photographs", "; ".join(steps))] if steps else []
+    engine = report["engine"]
+    if report["branches"]:
+        rows.append((
+            "branches", f"{len(report['branches'])}: {engine['kernels'] - engine['kernels_without_branches']:+d} kernels, "
+            f"{(engine['bytes'] - engine['bytes_without_branches']) / 1e6:+.2f} MB",
+        ))  # fmt: skip
+    return rows
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
     rows = [
@@ -204,6 +225,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("top-1 accuracy", f"{fidelity['top1']:.2%} (float {fidelity['reference_top1']:.2%})"))
     return [
         *rows,
+        *_repairs(report),
         ("simulation vs ONNX", f"{parity['torch_vs_ort_rel_l2']:.1e} relative L2, same integers in every layer"),
         ("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB"),
         ("speed, ONNX Runtime CPU", f"{report['speed']['ort_cpu_ratio']:.2f}x float (batch 8, 2 threads)"),

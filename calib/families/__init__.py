@@ -21,7 +21,8 @@ class Family:
     pairs of a regular expression over layer names and the reason. `percentile` (%) is where activations are clipped
     when the recipe does not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular
     expression for the names of attention modules with a packed qkv (calib/int8_attention.py). `channels_last`: blocks
-    pass tokens (B, ..., C) on, not maps (B, C, H, W).
+    pass tokens (B, ..., C) on, not maps (B, C, H, W). `first_norm`: names within a block of the norm that reads the
+    block's input and of the layer that reads the norm, if all blocks are like that.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family:
     moves: tuple[Move, ...] = ()
     attention: str = "(?!)"  # matches nothing
     channels_last: bool = False
+    first_norm: tuple[str, str] | None = None
 
     def float_reason(self, layer: str) -> str | None:
         """Why `layer` stays in FP16, or None if it is to be quantized."""

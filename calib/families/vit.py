@@ -26,4 +26,5 @@ FAMILY = Family(
     ),
     attention=r"blocks\.\d+\.attn",
     channels_last=True,
+    first_norm=("norm1", "attn.qkv"),
 )  # fmt: skip

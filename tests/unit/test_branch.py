@@ -13,12 +13,15 @@ from calib.fold import fold_batch_norms
 from calib.methods import rtn
 from calib.moments import Fit, Moments, r2
 from calib.qdq import quantized_net
-from compensation.branch import ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch
-from compensation.forms import FORMS, NoFitError
+from calib.quantizer import fake_quantize
+from compensation.branch import ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
+from compensation.forms import FORMS, NoFitError, Place
 from compensation.layout import Layout, group_count, layout_from_shapes
-from deploy.export import onnx_from_net
+from deploy.audit import audit, planned_layers
+from deploy.export import export_pair, onnx_from_net
 from deploy.graph.check import check_strongly_typed
 from deploy.parity import compare_with_onnx
+from deploy.serialize import Profile
 from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
 
 
@@ -27,7 +30,7 @@ def quantized_model(family, seed=0):
     """A tiny model with all scales decided; nobody edits it."""
     batches = tiny_batches()
     model = calibrate(fold_batch_norms(tiny_model(family, seed), batches[0][:1]), [batches], Config("max"))
-    return rtn.reduce_error(model, batches, rtn.Config())
+    return rtn.reduce_error(model, [batches], rtn.Config())
 
 
 def block_layouts(model):
@@ -99,8 +102,7 @@ def test_the_exported_branch_has_its_own_names_and_the_graph_agrees(family):
     net = quantized_net(model)
     graph = onnx_from_net(net, torch.zeros(2, 3, SIZE, SIZE))
     names = {node.name for node in graph.graph.node}
-    product = "MatMul" if family == "vit" else "Conv"
-    assert {f"{block}.branch/{product}" for block in model.branches} <= names
+    assert {f"{block}.branch/Conv" for block in model.branches} <= names
     before = {
         node.name
         for node in onnx_from_net(quantized_net(quantized_model(family)), torch.zeros(2, 3, SIZE, SIZE)).graph.node
@@ -156,7 +158,7 @@ def test_a_conv_fit_is_least_squares_per_group_on_the_strided_positions(c_in, c_
     r = torch.randn(8, c_out, -(-side // 2), -(-side // 2), generator=generator) + x.mean()
     layout = layout_from_shapes("layer2.0", x.shape, r.shape, channels_last=False)
     assert (layout.groups, layout.stride) == (groups, 2)
-    branch = FORMS["dense"](moments_of(layout, x, r), layout, 0)
+    branch = FORMS["dense"].fit(moments_of(layout, x, r), Place(layout, 0))
     strided = x[:, :, ::2, ::2]
     for g, fit in enumerate(branch.fits()):
         mine, theirs = (slice(g * c // groups, (g + 1) * c // groups) for c in (c_in, c_out))
@@ -184,24 +186,26 @@ def correlated(mean=3.0):
 def test_the_diagonal_form_is_one_regression_per_channel():
     x, r = correlated()
     layout = Layout(True, 6, 6)
-    branch = FORMS["diagonal"](moments_of(layout, x, r), layout, 0)
+    branch = FORMS["diagonal"].fit(moments_of(layout, x, r), Place(layout, 0))
     assert isinstance(branch, DiagonalBranch)
     for channel in range(6):
         slope, offset = np.polyfit(x[..., channel].flatten().double(), r[..., channel].flatten().double(), 1)
         assert float(branch.scale[channel]) == pytest.approx(slope, rel=1e-3, abs=1e-4)
         assert float(branch.bias[channel]) == pytest.approx(offset, rel=1e-3, abs=1e-2)
     maps = Layout(False, 3, 3, 2, 1)
-    as_maps = FORMS["diagonal"](moments_of(maps, x.movedim(2, 1)[..., None], r.movedim(2, 1)[..., None]), maps, 0)
+    as_maps = FORMS["diagonal"].fit(
+        moments_of(maps, x.movedim(2, 1)[..., None], r.movedim(2, 1)[..., None]), Place(maps, 0)
+    )
     torch.testing.assert_close(as_maps(x.movedim(2, 1)[..., None])[..., 0].movedim(1, 2), branch(x))
     with pytest.raises(NoFitError, match="keeps its shape"):
-        FORMS["diagonal"]([], Layout(False, 3, 4), 0)
+        FORMS["diagonal"].fit([], Place(Layout(False, 3, 4), 0))
 
 
 def test_a_constant_channel_gets_a_diagonal_of_zero():
     x, r = (values.double() for values in correlated())
     x[..., 1] = 7.1  # its mean is not 7.1 in float64
     layout = Layout(True, 6, 6)
-    branch = FORMS["diagonal"](moments_of(layout, x, r), layout, 0)
+    branch = FORMS["diagonal"].fit(moments_of(layout, x, r), Place(layout, 0))
     assert float(branch.scale[1]) == 0
     assert float(branch.bias[1]) == pytest.approx(float(r[..., 1].mean()), rel=1e-3)
 
@@ -211,7 +215,7 @@ def test_the_low_rank_form_is_the_best_of_its_rank(rank):
     x, r = correlated()
     layout = Layout(True, 6, 6)
     moments = moments_of(layout, x, r)
-    branch = FORMS["low_rank"](moments, layout, rank)
+    branch = FORMS["low_rank"].fit(moments, Place(layout, rank))
     assert isinstance(branch, LowRankBranch)
     (fit,) = branch.fits()
     assert torch.linalg.matrix_rank(fit.weight) == rank
@@ -224,4 +228,62 @@ def test_the_low_rank_form_is_the_best_of_its_rank(rank):
     best = 1 - np.square(rs - (u[:, :rank] * s[:rank]) @ vt[:rank]).sum() / np.square(rs).sum()
     assert r2(moments, [fit]) == pytest.approx(best, abs=1e-4)  # FP16 factors
     with pytest.raises(NoFitError, match="tokens"):
-        FORMS["low_rank"](moments, Layout(False, 6, 6), rank)
+        FORMS["low_rank"].fit(moments, Place(Layout(False, 6, 6), rank))
+
+
+# the shared form
+
+
+def small_fit(width):
+    """Weights a hundred times smaller than those of qkv, as the branch of a good quantization has."""
+    torch.manual_seed(1)
+    return Fit(torch.randn(width, width) / width**0.5 / 100, torch.randn(width) / 100)
+
+
+def with_shared_branches():
+    model = quantized_model("vit")
+    width = model.net.embed_dim
+    return dataclasses.replace(
+        model,
+        branches={
+            name: SharedBranch(small_fit(width), "norm1", model.sites[f"{name}.attn.qkv:input"])
+            for name in model.family.blocks(model.net)
+        },
+    )
+
+
+def test_a_shared_branch_adds_its_map_of_the_rounded_norm_output():
+    model = with_shared_branches()
+    branch, block = model.branches["blocks.1"], quantized_net(quantized_model("vit")).blocks[1]
+    x = torch.randn(2, 5, 48)
+    (fit,) = branch.fits()
+    with torch.no_grad():
+        read = fake_quantize(block.norm1(x), model.sites["blocks.1.attn.qkv:input"]).double()
+        expected = block(x).double() + read @ fit.weight.t() + fit.bias
+        found = quantized_net(model).blocks[1](x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    exact = small_fit(48)
+    assert float((fit.weight - exact.weight).abs().max()) <= float(branch.weight_scale.max()) / 2 * 1.01
+
+
+def test_norm_and_quantizer_are_written_once_for_qkv_and_branch():
+    net = quantized_net(with_shared_branches())
+    _, fp32 = export_pair(net, (SIZE, SIZE))
+    readers = {n.name: n.input[0] for n in fp32.graph.node if n.op_type == "MatMul"}
+    for block in ("blocks.0", "blocks.1"):
+        assert readers[f"{block}.branch/MatMul"] == readers[f"{block}.attn.qkv/MatMul"]
+    assert sum(n.op_type == "LayerNormalization" for n in fp32.graph.node) == 5
+    assert compare_with_onnx(net, fp32, tiny_batches(1)[0].numpy()).failure() is None
+
+
+def test_a_shared_branch_costs_no_kernel_and_all_layers_are_int8():
+    pytest.importorskip("tensorrt_rtx")
+    from deploy.backends import tensorrt_rtx
+
+    def built(model):
+        fp16, _ = export_pair(quantized_net(model), (SIZE, SIZE))
+        return audit(tensorrt_rtx.build(fp16, Profile(2, 4), (89,)).kernels, planned_layers(fp16))
+
+    plain, shared = built(quantized_model("vit")), built(with_shared_branches())
+    assert (shared.planned, shared.lost) == (plain.planned + 2, ())
+    assert shared.kernels == plain.kernels
