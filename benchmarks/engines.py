@@ -1,7 +1,10 @@
-"""`make bench`: build the reference models with their defaults and keep the reports in benchmarks/results/.
+"""`make bench`: build the reference models and keep the reports in benchmarks/results/.
 
-Every figure in the README comes from these files (`deploy/readme.py` puts them there). Each model runs in a process of its
-own, so that its peak memory is its own.
+    python -m benchmarks.engines                        all of RUNS
+    python -m benchmarks.engines dinov2_s.int8_qwt      some of them
+
+Every figure in the README comes from these files (`deploy/readme.py` puts them there). Each run has a process of its own, so
+that its peak memory is its own. Runs of the default recipe calibrate anew, for their time; the others may use the cache.
 """
 
 import json
@@ -11,22 +14,34 @@ import tempfile
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = ("dinov2_s", "mobilenetv2")
+DEFAULT = "int8"
+RECIPES = {
+    "dinov2_s": (DEFAULT, "int8_erq", "int8_qwt", "int8_plain_qwt", "int8_attention", "int8_attention_all"),
+    "mobilenetv2": (DEFAULT, "int8_erq", "int8_qwt"),
+}
+RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recipe in recipes)
 
 
-def main() -> int:
-    """Build each reference model in a scratch folder; write `results/<model>.<recipe>.json`."""
-    reports = []
-    for model in MODELS:
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, "-m", "deploy", "engine", "--model", model, "--out", out, "--json"]
-            command += ["--cache", "off"]  # the time of the whole work
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        reports.append(json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model})"})
-    for report in reports:  # only now, so that the checkout they describe was clean
-        (RESULTS / f"{report['model']}.{report['recipe']}.json").write_text(json.dumps(report, indent=2) + "\n")
+def run(name: str) -> None:
+    """Build `<model>.<recipe>` in a scratch folder; write `results/<model>.<recipe>.json`."""
+    model, recipe = name.split(".")
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "deploy", "engine", "--model", model, "--recipe", recipe, "--out", out, "--json"]
+        command += ["--cache", "off" if recipe == DEFAULT else "on"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    report = json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model} RECIPE={recipe})"}
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def main(names: list[str]) -> int:
+    """Make the runs of these names, or all."""
+    if unknown := [name for name in names if name not in RUNS]:
+        print(f"unknown run '{unknown[0]}': expected some of {', '.join(RUNS)}", file=sys.stderr)
+        return 2
+    for name in names or RUNS:
+        run(name)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
