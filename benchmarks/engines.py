@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = "int8"
@@ -22,15 +23,14 @@ RECIPES = {
 RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recipe in recipes)
 
 
-def run(name: str) -> None:
-    """Build `<model>.<recipe>` in a scratch folder; write `results/<model>.<recipe>.json`."""
+def run(name: str) -> dict[str, Any]:
+    """Build `<model>.<recipe>` in a scratch folder; the report."""
     model, recipe = name.split(".")
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "deploy", "engine", "--model", model, "--recipe", recipe, "--out", out, "--json"]
         command += ["--cache", "off" if recipe == DEFAULT else "on"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    report = json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model} RECIPE={recipe})"}
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    return json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model} RECIPE={recipe})"}
 
 
 def main(names: list[str]) -> int:
@@ -38,8 +38,9 @@ def main(names: list[str]) -> int:
     if unknown := [name for name in names if name not in RUNS]:
         print(f"unknown run '{unknown[0]}': expected some of {', '.join(RUNS)}", file=sys.stderr)
         return 2
-    for name in names or RUNS:
-        run(name)
+    reports = {name: run(name) for name in names or RUNS}
+    for name, report in reports.items():  # only now, so that the checkout they describe was clean
+        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from deploy.package import read_json
+from deploy.recipe import recipe_names
 from deploy.report import print_report
 
 ROOT = Path(__file__).parents[1]
 SHOWN = "dinov2_s"  # the model of the README's first command
 
 
-def reports() -> dict[str, dict[str, Any]]:
-    """The checked-in reports of the default recipe by model."""
-    found = (read_json(path) for path in sorted((ROOT / "benchmarks/results").glob("*.int8.json")))
+def reports(recipe: str = "int8") -> dict[str, dict[str, Any]]:
+    """The checked-in reports of a recipe by model."""
+    found = (read_json(path) for path in sorted((ROOT / "benchmarks/results").glob(f"*.{recipe}.json")))
     return {report["model"]: report for report in found}
 
 
@@ -52,6 +53,25 @@ def results_table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([head, "|---" * 8 + "|", *map(_row, found.values()), "", source])
 
 
+def repairs_table() -> str:
+    """One row per run of another recipe than the default, after the default's of the same model."""
+    head = "| model | recipe | SQNR | top-1 agreement | kernels | engine | INT8 attentions | branches | time |"
+    rows, commits = [], set()
+    for recipe in ("int8", *(name for name in recipe_names() if name != "int8")):
+        for report in reports(recipe).values():
+            fidelity, engine = report["fidelity"], report["engine"]
+            cells = (
+                report["model"], f"`{recipe}`", f"{fidelity['sqnr_db']:.1f} dB", f"{fidelity['top1_agreement']:.1%}",
+                f"{engine['kernels']}", f"{engine['bytes'] / 1e6:.1f} MB", f"{len(report['int8_attention'])}",
+                f"{len(report['branches'])}", f"{report['seconds']['total']:.0f} s",
+            )  # fmt: skip
+            rows.append((report["model"], f"| {' | '.join(cells)} |"))
+            commits.add(report["commit"])
+    rows.sort(key=lambda row: row[0])
+    source = f"Measured by `make bench` at commit {', '.join(sorted(commits))}; runs beside the default take scales from the cache."
+    return "\n".join([head, "|---" * 9 + "|", *(row for _, row in rows), "", source])
+
+
 def _between(content: str, marks: re.Match[str]) -> str:
     return marks[1] + content + marks[2]
 
@@ -59,7 +79,8 @@ def _between(content: str, marks: re.Match[str]) -> str:
 def rendered(readme: str) -> str:
     """`readme` with everything between its `<!-- name -->` and `<!-- /name -->` marks made anew."""
     found = reports()
-    for name, content in (("output", shown_output(found[SHOWN])), ("results", results_table(found))):
+    contents = {"output": shown_output(found[SHOWN]), "results": results_table(found), "repairs": repairs_table()}
+    for name, content in contents.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         readme, count = re.subn(pattern, partial(_between, content), readme, flags=re.DOTALL)
         assert count == 1, f"the README has {count} places for '{name}'"
