@@ -29,6 +29,21 @@ def _(x: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG001 - the shape depends o
     return torch.empty_like(x)
 
 
+def _keep_inside(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001 - torch's signature
+    x, scale = inputs
+    integers = torch.round(x / scale)
+    ctx.save_for_backward((integers >= -QMAX - 1) & (integers <= QMAX))  # a byte per element, where x takes four
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (inside,) = ctx.saved_tensors
+    return gradient * inside, None
+
+
+# Rounding passes gradients on as they are, clipping stops them; the scale is frozen (Bengio et al., 2013).
+quantize_dequantize.register_autograd(_straight_through, setup_context=_keep_inside)
+
+
 @torch.library.custom_op("int8::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Integers `q` times `scale` (C,) along `axis`, in the dtype of `scale`."""
