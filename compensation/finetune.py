@@ -135,16 +135,13 @@ def _batches_from(step: int, split: Split, labels: Sequence[int] | None, config:
 def _train(
     net: nn.Module, exact: nn.Module, masters: Masters, split: Split, labels: Sequence[int] | None, config: Config, done: int
 ) -> Iterator[float]:  # fmt: skip
-    """Step after step from `done` on, the loss of each; a loss that is no number is the last and takes no step."""
+    """Train step by step from `done` on; yields the loss of each."""
     steps = config.epochs * math.ceil(split.count / config.batch)
     for step, batch in zip(range(done, steps), _batches_from(done, split, labels, config), strict=True):
         loss = loss_of(net, exact, batch, config.feature_weight)
-        if loss.isfinite():
-            loss.backward()
-            masters.step(cosine(config.learning_rate, step, steps))
+        loss.backward()
+        masters.step(cosine(config.learning_rate, step, steps))
         yield float(loss.detach())
-        if not loss.isfinite():
-            return
 
 
 def _check_labels(labels: Sequence[int], images: Batches, size: int, net: nn.Module) -> None:
@@ -189,9 +186,9 @@ def _entropy(model: QuantModel, held_out: Sequence[Tensor], labels: Sequence[int
 
 
 def _loss_note(losses: Sequence[float]) -> str:
-    tenth = max(1, len(losses) // 10)  # batches differ: one alone says little
+    tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return f"{len(losses)} steps, loss {first:.4g} in the first tenth, {last:.4g} in the last"
+    return f"{len(losses)} steps, loss {first:.4g} in the first tenth, {last:.4g} (other images) in the last"
 
 
 def finetune(

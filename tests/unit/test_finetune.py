@@ -166,7 +166,15 @@ def test_loss_falls_and_images_never_seen_gain():
     assert record.stage == "qwt_star"
     assert record.sqnr_after_db > record.sqnr_before_db + 0.1
     assert record.notes[0].startswith("network output")
-    assert "63 steps" in record.notes[1]
+    first, last = sum(step[2] for step in seen[:6]) / 6, sum(step[2] for step in seen[-6:]) / 6
+    assert record.notes[1] == f"63 steps, loss {first:.4g} in the first tenth, {last:.4g} (other images) in the last"
+    moved = [
+        mine != theirs
+        for name in model.branches
+        for mine, theirs in zip(found.branches[name].parameters(), model.branches[name].parameters(), strict=True)
+    ]
+    share = torch.cat([each.flatten() for each in moved]).float().mean()
+    assert record.notes[2] == f"learning rate 0.001 (given), {share:.1%} of the FP16 numbers moved"
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
