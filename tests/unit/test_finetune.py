@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 
 import pytest
 import timm
@@ -231,6 +232,15 @@ def test_labels_lower_the_cross_entropy_of_images_that_do_not_train(monkeypatch)
     assert found.history[-1].notes[3] == strict.history[-1].notes[3] == note
 
 
+def test_the_cross_entropy_told_is_of_the_images_that_judge():
+    model, labels = compensated(), torch.randint(1000, (64,), generator=torch.Generator().manual_seed(0))
+    found = finetune(model, tiny_batches(16), dataclasses.replace(FAST, learning_rate=1e-9), labels.tolist())
+    with torch.no_grad():
+        logits = quantized_net(model)(torch.cat(tiny_batches(16)[14:]))
+    before = float(-logits.log_softmax(1)[range(8), labels[56:]].mean())
+    assert f"against {before:.3f} on images held out" in found.history[-1].notes[3]
+
+
 def test_both_classifiers_of_a_distilled_network_are_found_and_none_where_there_is_none():
     torch.manual_seed(0)
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", **TINY["vit"][1])
@@ -371,12 +381,15 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, named)
     assert path.read_bytes() == kept
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"hello"])
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"hello",
+    lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+], ids=["half", "empty", "other", "one bit"])  # fmt: skip
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "run.pt"
     finetune(compensated(), tiny_batches(8), FAST, checkpoint=path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"checkpoint '{path}' cannot be read"):
+    with pytest.raises(UserError, match=f"checkpoint '{path}' is damaged"):
         finetune(compensated(), tiny_batches(8), FAST, checkpoint=path)
 
 
@@ -388,7 +401,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def breaks(*_args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", breaks)
+    monkeypatch.setattr(os, "fsync", breaks)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, {"a": 1}, {"step": 2})
     assert load_checkpoint(path, {"a": 1}) == {"step": 1}
