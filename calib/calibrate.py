@@ -22,6 +22,7 @@ from calib.quantizer import fake_quantize, qparams_from_amax
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
 MARGIN = 1.25  # of the maximum: new photographs exceed it
 PER_LAYER = "per layer"
+JUDGE_IMAGES = 16  # per fold
 FOLD_THRESHOLDS = "fold_thresholds"  # in the record's details: what each fold alone would give, by layer
 
 
@@ -30,6 +31,13 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[Tensor]: ...
     def __len__(self) -> int: ...
+
+
+def spread_images(batches: Batches, count: int) -> Tensor:
+    """`count` images (or all, if there are fewer) taken evenly from `batches`: neighbours often share a photograph."""
+    share = math.ceil(count / len(batches))
+    taken = torch.cat([batch[:: max(len(batch) // share, 1)][:share] for batch in batches])
+    return taken[:: max(len(taken) // count, 1)][:count]
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,12 @@ def candidates(histogram: Histogram) -> dict[str, float]:
     return found | {f"max x{MARGIN:g}": histogram.amax * MARGIN}
 
 
-def best_for_layer(layer: nn.Module, histograms: Sequence[Histogram], rows: Sequence[Tensor]) -> str:
+def best_for_layer(layer: nn.Module, offers: Sequence[Mapping[str, float]], rows: Sequence[Tensor]) -> str:
     """The candidate with the least error of the layer's output: threshold from one fold, rows from another."""
     weight = weight_matrix(layer)
     error: defaultdict[str, float] = defaultdict(float)
-    for index, histogram in enumerate(histograms):
-        offers = candidates(histogram)
-        for candidate, found in zip(offers, output_errors(rows[index - 1], weight, offers.values()), strict=True):
+    for index, offer in enumerate(offers):
+        for candidate, found in zip(offer, output_errors(rows[index - 1], weight, offer.values()), strict=True):
             error[candidate] += found
     return min(error, key=lambda candidate: error[candidate])
 
@@ -92,33 +99,34 @@ class Observed:
     samples: Samples
 
 
-def _search(model: QuantModel, observed: Sequence[Observed], folds: Sequence[Batches]) -> tuple[dict[str, str], str]:
-    """(candidate by layer, what was found), by the network's output when all its inputs round.
+Offers = dict[str, dict[str, float]]  # layer -> candidate -> threshold
+
+
+def _search(
+    model: QuantModel, offers: Sequence[Offers], samples: Sequence[Samples], folds: Sequence[Batches]
+) -> tuple[dict[str, str], str]:
+    """(candidate by layer, what was found), by the network's output when all its inputs round. `offers`: by fold.
 
     A layer's own error is no judge of this: in a transformer it favours clipping the few huge activations that later
     layers live on. Thresholds come from one fold, the images they are judged on from the next.
     """
-    layers = list(observed[0].histograms)
     each = {
         name: best_for_layer(
-            model.net.get_submodule(name),
-            [o.histograms[name] for o in observed],
-            [o.samples.of(name) for o in observed],
+            model.net.get_submodule(name), [of_fold[name] for of_fold in offers], [rows.of(name) for rows in samples]
         )
-        for name in layers
+        for name in offers[0]
     }
-    choices = {name: dict.fromkeys(layers, name) for name in candidates(observed[0].histograms[layers[0]])}
+    choices = {name: dict.fromkeys(offers[0], name) for name in next(iter(offers[0].values()))}
     choices[PER_LAYER] = each
     noise: defaultdict[str, float] = defaultdict(float)
     signal = 0.0
     with torch.inference_mode():
-        for index, fit in enumerate(observed):
-            images = next(iter(folds[index - 1]))
+        for index, of_fold in enumerate(offers):
+            images = spread_images(folds[index - 1], JUDGE_IMAGES)
             exact = model.float_net(images)
             signal += float(exact.pow(2).sum())
-            offers = {name: candidates(histogram) for name, histogram in fit.histograms.items()}
             for choice, picks in choices.items():
-                with rounded_inputs(model.net, {name: offers[name][pick] for name, pick in picks.items()}):
+                with rounded_inputs(model.net, {name: of_fold[name][pick] for name, pick in picks.items()}):
                     noise[choice] += float((model.net(images) - exact).pow(2).sum())
     ranked = sorted(noise, key=lambda choice: noise[choice])
     shown = ", ".join(f"{choice} {_db(signal, noise[choice]):.1f} dB" for choice in ranked)
@@ -129,10 +137,10 @@ def _db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
-def _observe(net: nn.Module, layers: Sequence[str], batches: Batches) -> Observed:
+def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, sampled: Sequence[str]) -> Observed:
     with (
         observed_inputs(net, layers) as histograms,
-        sampled_inputs(net, layers, len(batches)) as samples,
+        sampled_inputs(net, sampled, len(batches)) as samples,
         torch.inference_mode(),
     ):
         for batch in batches:
@@ -148,22 +156,30 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)
-    observed = [_observe(model.net, model.family.layers(model.net), batches) for batches in folds]
+    layers = model.family.layers(model.net)
+    sampled = layers if config.observer == "search" else ()
+    observed = [_observe(model.net, layers, batches, sampled) for batches in folds]
     whole = {
         name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
         for name in observed[0].histograms
     }
-    picks, how = _search(model, observed, folds) if config.observer == "search" else ({}, f"by '{config.observer}'")
-
-    def threshold(name: str, histogram: Histogram) -> float:
-        if name in picks:
-            return candidates(histogram)[picks[name]]
-        return amax_from_histogram(histogram, config.observer, config.percentile)
-
-    thresholds = {name: threshold(name, histogram) for name, histogram in whole.items()}
-    by_fold = {name: [threshold(name, fold.histograms[name]) for fold in observed] for name in whole}
+    by_fold = [fold.histograms for fold in observed]
+    if config.observer == "search":
+        offers = [{name: candidates(histogram) for name, histogram in found.items()} for found in (*by_fold, whole)]
+        picks, how = _search(model, offers[:-1], [fold.samples for fold in observed], folds)
+        chosen = [
+            {name: offer[pick] for (name, pick), offer in zip(picks.items(), of.values(), strict=True)} for of in offers
+        ]
+    else:
+        how = f"by '{config.observer}'"
+        chosen = [
+            {name: amax_from_histogram(each, config.observer, config.percentile) for name, each in found.items()}
+            for found in (*by_fold, whole)
+        ]
+    thresholds = chosen.pop()
     sites = {f"{name}:input": qparams_from_amax(torch.tensor(amax)) for name, amax in thresholds.items()}
     notes = (f"{len(sites)} activation scales {how}",)
+    details = {name: [found[name] for found in chosen] for name in whole}
     seconds = time.perf_counter() - start
-    record = StageRecord("calibrate", asdict(config), seconds, notes=notes, details={FOLD_THRESHOLDS: by_fold})
+    record = StageRecord("calibrate", asdict(config), seconds, notes=notes, details={FOLD_THRESHOLDS: details})
     return model.with_sites(sites).with_record(record)

@@ -3,18 +3,18 @@
 A layer's own error is a poor judge of that: in a transformer a few huge activations decide it.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from calib.calibrate import Batches
+from calib.calibrate import Batches, spread_images
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.rounded_layer import RoundedLayer, with_layers
 
-JUDGED = 4  # batches per fold
+JUDGED = 64  # images per fold
+BATCH = 16
 MARGIN_DB = 0.1  # a smaller gain is chance
 
 
@@ -24,7 +24,7 @@ def sqnr_db(models: Sequence[QuantModel], folds: Sequence[Batches]) -> float:
     for index, model in enumerate(models):
         net = quantized_net(model)
         with torch.inference_mode():
-            for images in itertools.islice(folds[index - 1], JUDGED):
+            for images in spread_images(folds[index - 1], JUDGED).split(BATCH):
                 exact = model.float_net(images).double()
                 signal += float(exact.square().sum())
                 noise += float((net(images) - exact).square().sum())

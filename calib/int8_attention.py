@@ -14,14 +14,14 @@ everything else is rounded, which blocks keep them.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import MARGIN, Batches
+from calib.calibrate import MARGIN, Batches, spread_images
 from calib.equalise import apply_moves
 from calib.errors import UserError
 from calib.moves import Moved
@@ -119,18 +119,6 @@ def fit(attention: nn.Module, packed: Sequence[Tensor]) -> Fit:
     return Fit(params | {"softmax": softmax}, shift)
 
 
-def _images(folds: Sequence[Batches], count: int) -> list[Tensor]:
-    """`count` images of every fold, taken evenly from its batches."""
-
-    def spread(batches: Batches) -> Iterator[Tensor]:
-        share = math.ceil(count / len(batches))
-        for batch in batches:
-            step = max(len(batch) // share, 1)
-            yield batch[::step][:share]
-
-    return [torch.cat(list(spread(batches)))[:count] for batches in folds]
-
-
 def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with sites for every attention that can compute in INT8, its values shifted (same float function).
 
@@ -140,7 +128,7 @@ def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> Quan
     names = model.family.attentions(model.net)
     if not names:
         raise UserError(f"INT8 attention was asked for, but family '{model.family.name}' has none: use another RECIPE")
-    images = _images(folds, FIT_IMAGES)
+    images = [spread_images(batches, FIT_IMAGES) for batches in folds]
     refused: dict[str, str] = {}
     fits: dict[str, Fit] = {}
 
@@ -185,7 +173,7 @@ def without_attention(model: QuantModel, kept: Sequence[str] = ()) -> QuantModel
 def choose(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with the attention sites that stay, by the network's output on calibration images."""
     start = time.perf_counter()
-    images = torch.cat(_images(folds, JUDGE_IMAGES))
+    images = torch.cat([spread_images(batches, JUDGE_IMAGES) for batches in folds])
     names = model.int8_attention
     layers_in_float = replace(model, sites={s: p for s, p in model.sites.items() if not s.endswith(":weight")})
 

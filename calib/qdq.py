@@ -129,8 +129,10 @@ class QuantAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         root = self.head_dim**-0.25
-        query, key = self.query(self.q_norm(query) * root), self.key(self.k_norm(key) * root)
-        weights = self.softmax(torch.softmax(query @ key.transpose(-2, -1), dim=-1))
+        query = self.query(self.q_norm(query) * root)
+        # transposed first: ONNX Runtime's optimizer writes an invalid graph for a DequantizeLinear before a Transpose
+        key = self.key((self.k_norm(key) * root).transpose(-2, -1))
+        weights = self.softmax(torch.softmax(query @ key, dim=-1))
         return self.proj((weights @ self.value(value)).transpose(1, 2).reshape(batch, tokens, -1))
 
 

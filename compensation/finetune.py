@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from calib.calibrate import Batches
 from calib.errors import UserError
-from calib.held_out import JUDGED, MARGIN_DB, sqnr_db
+from calib.held_out import MARGIN_DB, sqnr_db
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
 from compensation.checkpoint import load_checkpoint, save_checkpoint, tensors_sha256
@@ -43,6 +43,8 @@ LEARNING_RATES = (
     ("resnet", 1e-5, "QwT, appendix A"),
     ("", 1e-5, "none published: as ResNet"),
 )
+
+JUDGED_BATCHES = 4  # at most, of those that do not train
 
 ProgressCallback = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
@@ -86,7 +88,7 @@ class Split:
 
     def held_out(self) -> list[Tensor]:
         """Batches that judge, as many as `sqnr_db` looks at."""
-        return list(itertools.islice(self.images, self.batches, self.batches + JUDGED))
+        return list(itertools.islice(self.images, self.batches, self.batches + JUDGED_BATCHES))
 
 
 def split_of(images: Batches, size: int, share: float) -> Split:

@@ -31,6 +31,7 @@ from calib.quant_model import QuantModel
 from calib.user_cache import cache_folder
 from calib.weights import load_net
 from calib.zoo import resolve_model
+from compensation.finetune import finetune
 from compensation.qwt import compensate
 from deploy.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.backends import choose_backend
@@ -170,6 +171,11 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
         if recipe.compensate:
             with progress.stage("compensate") as note:
                 model = compensate(model, folds, recipe.compensate)
+                note(*model.history[-1].notes)
+        if recipe.finetune:
+            with progress.stage("finetune") as note:
+                by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
+                model = finetune(model, by_photograph, recipe.finetune)
                 note(*model.history[-1].notes)
         with progress.stage("adequacy") as note:
             others = Batches(evaluation.subset(0, ADEQUACY_IMAGES), progress, torch.from_numpy)

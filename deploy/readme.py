@@ -68,7 +68,10 @@ def repairs_table() -> str:
             rows.append((report["model"], f"| {' | '.join(cells)} |"))
             commits.add(report["commit"])
     rows.sort(key=lambda row: row[0])
-    source = f"Measured by `make bench` at commit {', '.join(sorted(commits))}; runs beside the default take scales from the cache."
+    where = ", ".join(sorted(commits))
+    source = (
+        f"Measured by `make bench` at commit {where}; recipes other than `int8` may take their scales from the cache."
+    )
     return "\n".join([head, "|---" * 9 + "|", *(row for _, row in rows), "", source])
 
 

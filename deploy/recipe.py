@@ -12,7 +12,7 @@ from typing import Any
 import calib.methods
 from calib import calibrate, equalise, int8_attention
 from calib.errors import UserError, nearest
-from compensation import qwt
+from compensation import finetune, qwt
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -29,6 +29,7 @@ class Recipe:
     method: str
     method_config: Any
     compensate: qwt.Config | None  # None: no branches
+    finetune: finetune.Config | None  # None: branches stay as the closed form gives them
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -84,7 +85,7 @@ def recipe_from_toml(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    known = ("description", "equalise", "attention", "calibrate", "method", "compensate")
+    known = ("description", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
     for key in content:
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
@@ -103,6 +104,7 @@ def recipe_from_toml(path: Path) -> Recipe:
         method=name,
         method_config=_config(method_module(name).Config, method, f"recipe '{path}', [method]"),
         compensate=optional("compensate", qwt.Config),
+        finetune=optional("finetune", finetune.Config),
     )
 
 

@@ -99,7 +99,7 @@ def test_memory_does_not_grow_with_the_data():
     assert int(histogram.counts.sum()) == 20 * 20_000
 
 
-def entropy_by_the_book(x, bins=2048, levels=128, step=8):
+def entropy_by_the_book(x, bins=2048, levels=128, step=16):
     """The calibrator written with numpy's histogram and plain loops."""
     counts, edges = np.histogram(np.abs(x), bins=bins, range=(0, np.abs(x).max()))
     counts = counts.astype(float)
@@ -109,10 +109,9 @@ def entropy_by_the_book(x, bins=2048, levels=128, step=8):
         p = counts[:kept].copy()
         p[-1] += counts[kept:].sum()
         q = np.zeros(kept)
-        for level in range(levels):
-            inside = [i for i in range(kept) if i * levels // kept == level and counts[i] > 0]
-            for i in inside:
-                q[i] = sum(counts[j] for j in inside) / len(inside)
+        for inside in np.split(np.arange(kept), np.flatnonzero(np.diff(np.arange(kept) * levels // kept)) + 1):
+            inside = inside[counts[inside] > 0]
+            q[inside] = counts[inside].mean() if len(inside) else 0
         p, q = p / p.sum(), q / q.sum()
         divergence = np.inf if (q[p > 0] == 0).any() else float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
         if divergence < best:

@@ -1,0 +1,60 @@
+"""The promise of every recipe: it runs to a verified package on a small network, and says what it did."""
+
+import json
+
+import pytest
+
+from deploy import cli
+from deploy.recipe import load_recipe, recipe_names
+
+pytest.importorskip("tensorrt_rtx")
+
+MODELS = {"vit": "test_vit", "cnn": "test_resnet"}
+
+
+def report_of(tmp_path, monkeypatch, model, recipe, *options):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ["engine", "--model", model, "--weights", "random", "--calib-images", "48", "--sm", "89"]
+    assert cli.main([*command, "--recipe", recipe, "--out", str(tmp_path / "out"), *options]) == 0
+    (path,) = tmp_path.rglob("report.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, recipe):
+    report = report_of(tmp_path, monkeypatch, MODELS["vit"], recipe)
+    stages = [record["stage"] for record in report["history"]]
+    loaded = load_recipe(recipe)
+    expected = {
+        "equalise": loaded.equalise, "attention": loaded.attention, "choose attention": loaded.attention,
+        "qwt": loaded.compensate, "qwt_star": loaded.finetune, loaded.method: True, "calibrate": True,
+    }  # fmt: skip
+    assert set(stages) == {"fold", *(stage for stage, wanted in expected.items() if wanted is not None)}
+    assert report["engine"]["lost"] == report["engine"]["lost_attention"] == []
+    assert report["engine"]["int8_attention"] == len(report["int8_attention"])
+
+
+@pytest.mark.parametrize("recipe", ["int8_erq", "int8_plain_qwt"])
+def test_repairs_run_on_a_cnn(tmp_path, monkeypatch, recipe):
+    report = report_of(tmp_path, monkeypatch, MODELS["cnn"], recipe)
+    assert report["engine"]["int8_convs"] == report["engine"]["planned"]
+
+
+def test_no_extra_kernel_means_none(tmp_path, monkeypatch):
+    report = report_of(tmp_path, monkeypatch, MODELS["vit"], "int8_qwt", "--max-extra-kernels", "0")
+    if report["branches"]:
+        assert report["engine"]["kernels"] <= report["engine"]["kernels_without_branches"]
+    (record,) = (record for record in report["history"] if record["stage"] == "qwt")
+    assert record["config"]["max_extra_kernels"] == 0
+
+
+def test_limits_without_branches_are_refused(capsys):
+    assert cli.main(["engine", "--recipe", "int8", "--max-extra-kernels", "0"]) == 2
+    assert "adds no branches to limit" in capsys.readouterr().err
+
+
+def test_attention_on_a_network_without_any_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["engine", "--model", MODELS["cnn"], "--weights", "random", "--calib-images", "16", "--sm", "89"]
+    assert cli.main([*command, "--recipe", "int8_attention", "--out", str(tmp_path)]) == 2
+    assert "family 'resnet' has none" in capsys.readouterr().err
