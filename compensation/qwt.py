@@ -50,7 +50,7 @@ class Config:
     forms: Forms = ("shared", "dense")  # tried at every block: dense | shared | diagonal | low_rank
     rank: int = 32  # of the low-rank form; the others ignore it
     target: str = "local"  # local: the exact block on the same input; global: the exact network's own path
-    rows: int = 65536  # samples per block and fold; more tokens than that are thinned out evenly
+    rows: int = 16384  # samples per block and fold; more tokens than that are thinned out evenly
     r2_min: float = 0.0  # a branch is kept if its cross-validated R2 is above this
     kernel_price: float = 0.05  # R2 that one more kernel must bring
     min_gain_db: float = MARGIN_DB  # of the network's output on other photographs, or all branches go

@@ -1,0 +1,32 @@
+"""Equalisation costs nothing at run time: the engine has as many kernels with it as without."""
+
+import pytest
+
+from calib.calibrate import Config as CalibrateConfig
+from calib.calibrate import calibrate
+from calib.equalise import Config, equalise
+from calib.fold import fold_batch_norms
+from calib.methods import rtn
+from calib.qdq import quantized_net
+from deploy.export import export_pair
+from tests.tiny import SIZE, tiny_batches, tiny_model
+
+FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+
+
+def kernels(model) -> int:
+    from deploy.backends import tensorrt_rtx
+    from deploy.serialize import Profile
+
+    model = rtn.reduce_error(calibrate(model, FOLDS, CalibrateConfig("max")), FOLDS, rtn.Config())
+    fp16, _ = export_pair(quantized_net(model), (SIZE, SIZE))
+    return len(tensorrt_rtx.build(fp16, Profile(2, 4), (89,)).kernels)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_no_kernel_is_added(family):
+    pytest.importorskip("tensorrt_rtx")
+    model = fold_batch_norms(tiny_model(family), tiny_batches(1)[0][:1])
+    moved = equalise(model, FOLDS, Config(exponents=(0.7,)))
+    assert moved.moved
+    assert kernels(moved) == kernels(model)
