@@ -87,7 +87,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_list_and_explain_show_what_exists(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
-    for word in ("vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_plain", "rtn", "tensorrt, tensorrt_rtx"):
+    for word in ("vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_attention", "rtn", "tensorrt, tensorrt_rtx"):
         assert word in out
     code, out, _ = run(capsys, "explain", "int8")
     assert json.loads(out)["calibrate"]["observer"] == "search"

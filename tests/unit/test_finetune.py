@@ -29,7 +29,7 @@ from compensation.qwt import compensate
 from compensation.trainable import classifier_layers, trained_parameters, with_values, zero_branches
 from tests.tiny import TINY, tiny_batches
 from tests.unit.test_branch import quantized_model
-from tests.unit.test_qwt import ALWAYS, coarse
+from tests.unit.test_qwt import ALWAYS, coarse, halves
 
 FAST = Config(batch=8, learning_rate=1e-3)
 IMAGES = 48  # batches of four
@@ -38,7 +38,7 @@ IMAGES = 48  # batches of four
 @functools.cache
 def compensated(family="vit"):
     """A tiny model of about four bits with a branch at every block; nobody edits it."""
-    return compensate(coarse(quantized_model(family)), tiny_batches(12), ALWAYS)
+    return compensate(coarse(quantized_model(family)), halves(tiny_batches(48)), ALWAYS)
 
 
 def classes(model, count):
