@@ -209,8 +209,8 @@ def test_a_lost_int8_layer_fails_the_build_by_name_and_leaves_nothing(tmp_path, 
 
     from deploy import audit
 
-    def blind(kernels, planned):
-        return replace(audit.audit(kernels, planned), lost=("blocks.1.mlp.fc1/MatMul",))
+    def blind(kernels, planned, attention):
+        return replace(audit.audit(kernels, planned, attention), lost=("blocks.1.mlp.fc1/MatMul",))
 
     monkeypatch.setattr("deploy.pipeline.audit", blind)
     code = cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")])
