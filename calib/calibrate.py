@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from calib.decibels import decibels
 from calib.hooks import input_hooks
 from calib.layer_rows import Samples, output_errors, sampled_inputs, weight_matrix
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
@@ -129,12 +130,8 @@ def _search(
                 with rounded_inputs(model.net, {name: of_fold[name][pick] for name, pick in picks.items()}):
                     noise[choice] += float((model.net(images) - exact).pow(2).sum())
     ranked = sorted(noise, key=lambda choice: noise[choice])
-    shown = ", ".join(f"{choice} {_db(signal, noise[choice]):.1f} dB" for choice in ranked)
+    shown = ", ".join(f"{choice} {decibels(signal, noise[choice]):.1f} dB" for choice in ranked)
     return choices[ranked[0]], f"by '{ranked[0]}' ({shown} on other photographs)"
-
-
-def _db(signal: float, noise: float) -> float:
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
 def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, sampled: Sequence[str]) -> Observed:

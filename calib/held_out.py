@@ -3,12 +3,12 @@
 A layer's own error is a poor judge of that: in a transformer a few huge activations decide it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from calib.calibrate import Batches, spread_images
+from calib.decibels import decibels
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.rounded_layer import RoundedLayer, with_layers
@@ -18,17 +18,21 @@ BATCH = 16
 MARGIN_DB = 0.1  # a smaller gain is chance
 
 
-def sqnr_db(models: Sequence[QuantModel], folds: Sequence[Batches]) -> float:
-    """Output SQNR (dB) over all folds; fold i - 1 runs through `models[i]`, which was fitted on fold i."""
-    signal = noise = 0.0
-    for index, model in enumerate(models):
-        net = quantized_net(model)
+def sqnr_db(folds: Sequence[Batches], *candidates: Sequence[QuantModel]) -> list[float]:
+    """Output SQNR (dB) of each candidate over all folds; fold i - 1 runs through its i-th model, fitted on fold i.
+
+    The candidates are repairs of one network: its float outputs are computed once for all.
+    """
+    signal, noise = 0.0, [0.0] * len(candidates)
+    for index, models in enumerate(zip(*candidates, strict=True)):
+        nets = [quantized_net(model) for model in models]
         with torch.inference_mode():
             for images in spread_images(folds[index - 1], JUDGED).split(BATCH):
-                exact = model.float_net(images).double()
+                exact = models[0].float_net(images).double()
                 signal += float(exact.square().sum())
-                noise += float((net(images) - exact).square().sum())
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+                for which, net in enumerate(nets):
+                    noise[which] += float((net(images) - exact).square().sum())
+    return [decibels(signal, each) for each in noise]
 
 
 def adopt_if_better(
@@ -38,8 +42,7 @@ def adopt_if_better(
 
     `found` holds layers fitted on each of `folds`, then on all of them; the former decide, each on another fold.
     """
-    before = sqnr_db([plain] * len(folds), folds)
-    after = sqnr_db([with_layers(plain, layers) for layers in found[:-1]], folds)
+    before, after = sqnr_db(folds, [plain] * len(folds), [with_layers(plain, layers) for layers in found[:-1]])
     note = f"network output {after:.2f} dB against {before:.2f} dB on other photographs"
     if after < before + MARGIN_DB:
         return plain, before, before, f"dropped: {note}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
-from calib.quantizer import fake_quantize, qparams_from_amax
+from calib.quantizer import channel_qparams, fake_quantize, qparams_from_amax
 
 ROWS = 1024  # rows kept per layer ...
 ELEMENTS = 1 << 20  # ... but no more elements than this (4 MB)
@@ -145,9 +145,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 def output_errors(rows: Tensor, weight: Tensor, thresholds: Iterable[float]) -> list[float]:
     """Squared error of the product when `weight` (G, N, K) rounds per channel and `rows` (T, G, K) at each threshold."""
     exact, channels = product(rows, weight), weight.flatten(0, 1)
-    rounded = fake_quantize(channels, qparams_from_amax(channels.abs().amax(1), axis=0, narrow=True)).reshape(
-        weight.shape
-    )
+    rounded = fake_quantize(channels, channel_qparams(channels)).reshape(weight.shape)
 
     def error(amax: float) -> float:
         x = fake_quantize(rows, qparams_from_amax(torch.tensor(amax)))

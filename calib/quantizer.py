@@ -46,6 +46,11 @@ def qparams_from_amax(amax: Tensor, axis: int | None = None, narrow: bool = Fals
     return QParams(fp16_scale(amax / QMAX), axis, narrow)
 
 
+def channel_qparams(weight: Tensor) -> QParams:
+    """Narrow-range parameters per output channel of `weight` (out, ...)."""
+    return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True)
+
+
 def _broadcast(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     if axis is None:
         return scale

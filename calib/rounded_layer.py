@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.layer_rows import weight_matrix
-from calib.methods.rtn import channel_qparams
 from calib.quant_model import QuantModel
-from calib.quantizer import QParams, dequantize, quantize
+from calib.quantizer import QParams, channel_qparams, dequantize, quantize
 
 
 def augmented_weight(layer: nn.Module) -> Tensor:

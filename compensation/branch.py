@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.methods.rtn import channel_qparams
 from calib.moments import Fit
 from calib.qdq import QuantLinear, dequantize
-from calib.quantizer import QParams
+from calib.quantizer import QParams, channel_qparams
 
 
 def fp16_parameter(values: Tensor) -> nn.Parameter:

@@ -172,7 +172,7 @@ def _description(
 
 def _adopt_if_better(model: QuantModel, tuned: QuantModel, held_out: Batches) -> tuple[QuantModel, float, float, str]:
     """(`tuned` or else `model`, dB before, dB after, what happened)."""
-    before, after = (sqnr_db([candidate], [held_out]) for candidate in (model, tuned))
+    before, after = sqnr_db([held_out], [model], [tuned])
     note = f"network output {after:.2f} dB against {before:.2f} dB on images held out"
     if after - before >= MARGIN_DB:  # false, too, where a difference is not a number
         return tuned, before, after, note

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.calibrate import Batches
+from calib.fp16_range import FP16_MAX
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.moments import Fit, Moments, cross_validated_r2, pooled, r2
 from calib.qdq import quantized_net
@@ -38,7 +39,6 @@ from compensation.forms import FORMS, NoFitError, Place
 from compensation.layout import layout_from_shapes
 from compensation.select import UNLIMITED, Option, front, select
 
-FP16_MAX = 65504.0
 LOSSLESS = 1e-12  # variance of r per sample below which there is nothing to mend
 Forms = tuple[str, ...]
 
@@ -118,7 +118,7 @@ def fp16_bound(branch: BlockBranch, reach: Tensor) -> float:
     )
 
 
-def branch_bytes(branch: nn.Module) -> int:
+def engine_bytes(branch: nn.Module) -> int:
     """Bytes of its numbers in an engine: FP16, or INT8 where they are integers."""
     tensors = [*branch.parameters(), *branch.buffers()]
     return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
@@ -158,12 +158,11 @@ def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tupl
         "r2_cv": r2_cv,
         "r2_official": sums.official_r2(error, groups),
         "largest_weight": max(float(fit.weight.abs().max()) for fit in fits),
-        "ridge": max(group.solve().ridge for group in groups),
         "error_before": sum(float(group.q.sum()) for group in groups) / samples,  # squared, per sample
         "error_after": error / samples,
         "variance": total / samples,
         "kernels": FORMS[form].kernels,
-        "bytes": branch_bytes(branch),
+        "bytes": engine_bytes(branch),
     }
     if (bound := fp16_bound(branch, sums.reach)) > FP16_MAX:
         return None, found | {"kept": False, "reason": f"outputs up to {bound:.0f} overflow FP16"}
@@ -305,7 +304,7 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
         replace(model, branches={name: fitted.without[index - 1] for name, fitted in kept.items()})
         for index in range(len(folds))
     ]
-    before, after = sqnr_db([model] * len(folds), folds), sqnr_db(judges, folds)
+    before, after = sqnr_db(folds, [model] * len(folds), judges)
     worth = bool(branches) and after >= before + config.min_gain_db
     notes = (
         *_notes(kept, tried, options, config),

@@ -23,9 +23,10 @@ from calib.calibrate import Batches
 from calib.held_out import adopt_if_better
 from calib.layer_rows import weight_matrix
 from calib.layer_sums import LayerSums, add_inputs, error_across, pooled
-from calib.methods.rtn import channel_qparams, weight_sites
+from calib.methods.rtn import weight_sites
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import channel_qparams
 from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
 from calib.rounding import round_with_compensation
 

@@ -7,21 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
-
 from calib.calibrate import Batches
 from calib.quant_model import QuantModel, StageRecord
-from calib.quantizer import QParams, qparams_from_amax
+from calib.quantizer import QParams, channel_qparams
 
 
 @dataclass(frozen=True)
 class Config:
     """Round to nearest has no options."""
-
-
-def channel_qparams(weight: Tensor) -> QParams:
-    """Narrow-range parameters per output channel of `weight` (out, ...)."""
-    return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True)
 
 
 def weight_sites(model: QuantModel) -> dict[str, QParams]:

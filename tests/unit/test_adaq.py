@@ -155,7 +155,7 @@ def test_a_net_dequantized_with_wrong_scales_is_repaired(monkeypatch):
     monkeypatch.setattr(rtn, "reduce_error", lambda *_: broken)
     found = adaq.reduce_error(model, folds, adaq.Config())
     new = [tiny_batches(4, seed=9)]
-    exact, harmed, repaired = (sqnr_db([one], new) for one in (right, broken, found))
+    exact, harmed, repaired = sqnr_db(new, [right], [broken], [found])
     assert harmed < exact - 3
     assert repaired > exact - 0.5
     assert found.history[-1].notes[0].startswith("8 of 8 layers corrected")
