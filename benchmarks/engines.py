@@ -27,20 +27,9 @@ def run(name: str) -> dict[str, Any]:
     """Build `<model>.<recipe>` in a scratch folder; the report."""
     model, recipe = name.split(".")
     with tempfile.TemporaryDirectory() as out:
-        command = [
-            sys.executable,
-            "-m",
-            "deploy",
-            "engine",
-            "--model",
-            model,
-            "--recipe",
-            recipe,
-            "--out",
-            out,
-            "--json",
-        ]
-        command += ["--cache", "off" if recipe == DEFAULT else "on"]
+        options = {"model": model, "recipe": recipe, "out": out, "cache": "off" if recipe == DEFAULT else "on"}
+        command = [sys.executable, "-m", "deploy", "engine", "--json"]
+        command += [part for name, value in options.items() for part in (f"--{name}", value)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model} RECIPE={recipe})"}
 

@@ -9,8 +9,6 @@ stages gave. A file that is damaged, or was made from something else than its na
 import hashlib
 import importlib.metadata
 import json
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib.equalise import apply_moves
+from calib.kept_files import replacing, tensors_sha256
 from calib.moves import Moved
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
@@ -48,23 +47,11 @@ def made_by() -> dict[str, Any]:
     }
 
 
-def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(content.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _write(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """One safetensors file with `content` as metadata, whole or absent. Raises OSError."""
     text = json.dumps(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename stays on one file system and is atomic.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        fresh = Path(scratch) / path.name
-        save_file(tensors, fresh, {"content": text, "sha256": _digest(text, tensors)})
-        fresh.replace(path)
+    with replacing(path) as fresh:
+        save_file(tensors, fresh, {"content": text, "sha256": tensors_sha256(tensors, text)})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -76,7 +63,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as error:
         raise _UnusableError(f"damaged ({error})") from error
     text = metadata.get("content", "")
-    if _digest(text, tensors) != metadata.get("sha256"):
+    if tensors_sha256(tensors, text) != metadata.get("sha256"):
         raise _UnusableError("damaged (its sha256 differs)")
     return json.loads(text), tensors
 

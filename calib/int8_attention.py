@@ -12,20 +12,21 @@ the bias of v, W m in the bias of the projection): lost mass then counts as a va
 everything else is rounded, which blocks keep them.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from calib.calibrate import MARGIN, Batches, spread_images
+from calib.decibels import decibels
 from calib.equalise import apply_moves
 from calib.errors import UserError
+from calib.hooks import input_hooks
 from calib.moves import Moved
-from calib.qdq import quantized_net
+from calib.qdq import attention_factors, quantized_net
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
 from calib.quantizer import QParams, fake_quantize, qparams_from_amax
 
@@ -71,15 +72,6 @@ def lost_mass(weights: Tensor, value: Tensor, params: QParams) -> LostMass:
     return LostMass(*(term.double().sum((0, 2)) for term in (mass.square(), mass * error, error.square())))
 
 
-def factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key, each times d^-1/4, and value, all (B, H, N, D), from the output (B, N, 3 H D) of `qkv`."""
-    query, key, value = (
-        packed.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    )
-    root = attention.head_dim**-0.25
-    return attention.q_norm(query) * root, attention.k_norm(key) * root, value
-
-
 def obstacle(attention: nn.Module, tokens: int) -> str | None:
     """Why TensorRT has no INT8 kernel for this attention, or None."""
     if attention.head_dim not in HEAD_SIZES:
@@ -101,7 +93,7 @@ class Fit:
 
 def fit(attention: nn.Module, packed: Sequence[Tensor]) -> Fit:
     """Scales and shift from the outputs of `qkv`, one tensor (B, N, 3 H D) per fold; the folds judge each other."""
-    folds = [factors(attention, part) for part in packed]
+    folds = [attention_factors(attention, part) for part in packed]
     found: list[tuple[float, QParams, Tensor]] = []
     for threshold in SOFTMAX_THRESHOLDS:
         rounding = qparams_from_amax(torch.tensor(threshold))
@@ -132,26 +124,15 @@ def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> Quan
     refused: dict[str, str] = {}
     fits: dict[str, Fit] = {}
 
-    def look(name: str) -> None:
-        attention = model.net.get_submodule(name)
+    def look(name: str, attention: nn.Module, x: Tensor) -> None:
+        if reason := obstacle(attention, x.shape[1]):
+            refused[name] = reason
+        else:
+            packed = attention.get_submodule("qkv")(x)
+            fits[name] = fit(attention, packed.split([len(part) for part in images]))
 
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], packed: Tensor) -> None:
-            if reason := obstacle(attention, packed.shape[1]):
-                refused[name] = reason
-            else:
-                fits[name] = fit(attention, packed.split([len(part) for part in images]))
-
-        handles.append(attention.get_submodule("qkv").register_forward_hook(hook))
-
-    handles: list = []
-    for name in names:
-        look(name)
-    try:
-        with torch.inference_mode():
-            model.net(torch.cat(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with input_hooks(model.net, names, look), torch.inference_mode():
+        model.net(torch.cat(images))
     moved = [
         Moved(f"{name}.qkv", f"{name}.proj", torch.ones(found.shift.numel()), found.shift.flatten().clone())
         for name, found in fits.items()
@@ -184,7 +165,7 @@ def choose(model: QuantModel, folds: Sequence[Batches], config: Config) -> Quant
             return float((quantized_net(candidate)(images) - reference).square().sum())
 
         def db(candidate: QuantModel) -> float:
-            return 10 * math.log10(float(reference.square().sum()) / noise(candidate))
+            return decibels(float(reference.square().sum()), noise(candidate))
 
         none, everywhere = db(without_attention(model)), db(model)
         kept, reached = names, everywhere

@@ -108,6 +108,14 @@ class Quantizer(nn.Module):
         return quantize_dequantize(x, self.get_buffer("scale"))
 
 
+def attention_factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key, each times d^-1/4, and value, all (B, H, N, D), from the output (B, N, 3 H D) of `attention.qkv`."""
+    parts = packed.reshape(*packed.shape[:2], 3, attention.num_heads, attention.head_dim)
+    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    root = attention.head_dim**-0.25
+    return attention.q_norm(query) * root, attention.k_norm(key) * root, value
+
+
 class QuantAttention(nn.Module):
     """Attention over a packed qkv whose query, key, softmax output and value round (timm's `Attention`).
 
@@ -125,15 +133,11 @@ class QuantAttention(nn.Module):
         """(B, N, C) -> (B, N, C). Masks are not supported: TensorRT has no INT8 kernel with one."""
         if attn_mask is not None or is_causal:
             raise NotImplementedError("INT8 attention with a mask")
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        root = self.head_dim**-0.25
-        query = self.query(self.q_norm(query) * root)
+        query, key, value = attention_factors(self, self.qkv(x))
         # transposed first: ONNX Runtime's optimizer writes an invalid graph for a DequantizeLinear before a Transpose
-        key = self.key((self.k_norm(key) * root).transpose(-2, -1))
-        weights = self.softmax(torch.softmax(query @ key, dim=-1))
-        return self.proj((weights @ self.value(value)).transpose(1, 2).reshape(batch, tokens, -1))
+        scores = self.query(query) @ self.key(key.transpose(-2, -1))
+        weights = self.softmax(torch.softmax(scores, dim=-1))
+        return self.proj((weights @ self.value(value)).transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
 def quantized_net(model: QuantModel) -> nn.Module:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from calib.quant_model import QuantModel
+from compensation.layout import Layout, layout_from_shapes
+
 
 def _same(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
@@ -19,6 +22,15 @@ def _same_extras(first: tuple[tuple, dict], second: tuple[tuple, dict]) -> bool:
         return False
     pairs = [*zip(args, others, strict=True), *((kwargs[key], other_kwargs[key]) for key in kwargs)]
     return all(_same(*pair) for pair in pairs)
+
+
+def block_layouts(model: QuantModel, net: nn.Module, images: Tensor) -> dict[str, Layout]:
+    """How a branch sees each block of `net`, a form of the network of `model`, found by running it on `images`.
+
+    Raises ValueError naming the blocks if they are no chain, or one that no branch can serve.
+    """
+    shapes = chain_shapes(net, model.family.blocks(model.net), images)
+    return {name: layout_from_shapes(name, *shape, model.family.channels_last) for name, shape in shapes.items()}
 
 
 def chain_shapes(net: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Size, Size]]:

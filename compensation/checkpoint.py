@@ -5,27 +5,16 @@ A file is the sha256 of what follows, then what torch saves: torch itself reads 
 
 import hashlib
 import io
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calib.errors import UserError
+from calib.kept_files import replacing
 
 DIGEST = hashlib.sha256().digest_size
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hex digest of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_checkpoint(path: Path, run: Mapping[str, Any], state: dict[str, Any]) -> None:
@@ -33,15 +22,8 @@ def save_checkpoint(path: Path, run: Mapping[str, Any], state: dict[str, Any]) -
     buffer = io.BytesIO()
     torch.save({"run": dict(run), "state": state}, buffer)
     content = buffer.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename stays on one file system and is atomic.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        fresh = Path(scratch) / path.name
-        with fresh.open("wb") as file:
-            file.write(hashlib.sha256(content).digest() + content)
-            file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before the content does
-        fresh.replace(path)
+    with replacing(path) as fresh:
+        fresh.write_bytes(hashlib.sha256(content).digest() + content)
 
 
 def load_checkpoint(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from calib.calibrate import Batches
 from calib.errors import UserError
 from calib.held_out import MARGIN_DB, sqnr_db
+from calib.kept_files import tensors_sha256
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
-from compensation.checkpoint import load_checkpoint, save_checkpoint, tensors_sha256
+from compensation.checkpoint import load_checkpoint, save_checkpoint
 from compensation.masters import Masters
 from compensation.minibatches import Minibatch, minibatches
 from compensation.trainable import trained_parameters, with_values, zero_branches

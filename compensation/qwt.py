@@ -34,9 +34,8 @@ from calib.quant_model import Branch, QuantModel, StageRecord
 from calib.quantizer import fake_quantize
 from compensation.branch import BlockBranch
 from compensation.carry import CARRIES, Call, Carry
-from compensation.chain import chain_shapes
+from compensation.chain import block_layouts
 from compensation.forms import FORMS, NoFitError, Place
-from compensation.layout import layout_from_shapes
 from compensation.select import UNLIMITED, Option, front, select
 
 LOSSLESS = 1e-12  # variance of r per sample below which there is nothing to mend
@@ -197,12 +196,10 @@ class Joined:
 
 def places(model: QuantModel, net: nn.Module, images: Tensor, config: Config) -> dict[str, Place]:
     """Where branches go, by block; raises ValueError naming the blocks if they are no chain."""
-    shapes = chain_shapes(net, model.family.blocks(model.net), images)
+    norm, reader = model.family.first_norm or (None, None)
     found = {}
-    for name, shape in shapes.items():
-        norm, reader = model.family.first_norm or ("", "")
+    for name, layout in block_layouts(model, net, images).items():
         params = model.sites.get(f"{name}.{reader}:input")
-        layout = layout_from_shapes(name, *shape, model.family.channels_last)
         found[name] = Place(layout, config.rank, norm if params else None, params)
     return found
 
@@ -298,6 +295,7 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
         kept, _ = _fit_blocks(
             model, images, config, {name: (chosen[name].form,) if name in chosen else () for name in names}
         )
+    points = front(options, config.kernel_price)
     branches: dict[str, Branch] = {name: fitted.branch for name, fitted in kept.items()}
     # held_out judges the images of fold i - 1 with the i-th model
     judges = [
@@ -307,14 +305,14 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
     before, after = sqnr_db(folds, [model] * len(folds), judges)
     worth = bool(branches) and after >= before + config.min_gain_db
     notes = (
-        *_notes(kept, tried, options, config),
+        *_notes(kept, tried, points),
         f"{'kept' if worth else 'not worth it, dropped'}: network output {after:.2f} dB against {before:.2f} dB without "
         "branches, on other photographs",
     )
     record = StageRecord(
         "qwt", asdict(config), time.perf_counter() - start, before, after if worth else before, notes,
         {"tried": tried, "kept": {name: fitted.found for name, fitted in kept.items()} if worth else {},
-         "front": front(options, config.kernel_price)},
+         "front": points},
     )  # fmt: skip
     return replace(model, branches=branches if worth else {}).with_record(record)
 
@@ -322,19 +320,15 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
 def _notes(
     kept: Mapping[str, Fitted],
     tried: Mapping[str, Sequence[Mapping[str, Any]]],
-    options: Sequence[Option],
-    config: Config,
+    points: Sequence[Mapping[str, Any]],
 ) -> tuple[str, ...]:
     dropped = tuple(
         f"no branch at {name}: " + "; ".join(f"{found['form']}: {found['reason']}" for found in several)
         for name, several in tried.items()
         if not any(found["kept"] for found in several)
     )
-    points = [
-        f"+{p['kernels']} kernels, {p['bytes'] / 1e6:.2f} MB: {p['r2']:.1%}"
-        for p in front(options, config.kernel_price)
-    ]
-    shown = ("block error mended, by cost: " + " | ".join(points),) if points else ()
+    costs = [f"+{p['kernels']} kernels, {p['bytes'] / 1e6:.2f} MB: {p['r2']:.1%}" for p in points]
+    shown = ("block error mended, by cost: " + " | ".join(costs),) if costs else ()
     forms = [fitted.found["form"] for fitted in kept.values()]
     counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms)) or "none"
     scores = [fitted.found["r2_cv"] for fitted in kept.values()]

@@ -11,8 +11,7 @@ from calib.moments import Fit
 from calib.qdq import quantized_net
 from calib.quant_model import Branch, QuantModel
 from compensation.branch import ConvBranch, DenseBranch
-from compensation.chain import chain_shapes
-from compensation.layout import layout_from_shapes
+from compensation.chain import block_layouts
 
 BRANCH = ".branch."  # between the name of a block and the name of a parameter of its branch
 
@@ -22,11 +21,9 @@ def zero_branches(model: QuantModel, images: Tensor) -> dict[str, Branch]:
 
     Raises ValueError naming the blocks if they are no chain.
     """
-    names, found = model.family.blocks(model.net), dict[str, Branch]()
-    shapes = chain_shapes(quantized_net(model), names, images)
-    for name in names:
+    found: dict[str, Branch] = {}
+    for name, layout in block_layouts(model, quantized_net(model), images).items():
         if name not in model.branches:
-            layout = layout_from_shapes(name, *shapes[name], model.family.channels_last)
             zero = Fit(torch.zeros(layout.d_out, layout.d_in), torch.zeros(layout.d_out))
             tokens = layout.channels_last
             found[name] = DenseBranch(zero) if tokens else ConvBranch([zero] * layout.groups, layout.stride)

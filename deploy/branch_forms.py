@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from calib.modules import replace_module
+from calib.moments import Fit
 from calib.qdq import QuantLinear, dequantize
-from calib.quantizer import QParams, qparams_from_amax
+from calib.quantizer import channel_qparams, qparams_from_amax
+from compensation.branch import DenseBranch, DiagonalBranch
 from deploy import host
 from deploy.audit import audit, planned_layers
 from deploy.backends import tensorrt_rtx
@@ -39,12 +41,8 @@ def _linear(n_in: int, n_out: int, size: float = 1.0) -> nn.Linear:
     return linear
 
 
-def _channel_params(linear: nn.Linear) -> QParams:
-    return qparams_from_amax(linear.weight.abs().amax(1), 0, narrow=True)
-
-
 def _int8(linear: nn.Linear) -> QuantLinear:
-    return QuantLinear(linear, INPUT, _channel_params(linear))
+    return QuantLinear(linear, INPUT, channel_qparams(linear.weight))
 
 
 def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
@@ -69,28 +67,12 @@ class Int8WeightsOnly(nn.Module):
         return x @ dequantize(self.held.weight, self.held.weight_scale, 1) + self.held.bias
 
 
-class PointwiseConv(nn.Module):
-    """A Linear written as a 1x1 convolution over the tokens."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, in) -> (B, N, out)."""
-        return self.conv(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+def _dense(linear: nn.Linear) -> nn.Module:
+    return DenseBranch(Fit(linear.weight, linear.bias))
 
 
-class Diagonal(nn.Module):
-    """A factor and an offset per channel."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.factor, self.offset = nn.Buffer(linear.weight[0].clone()), nn.Buffer(linear.bias.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return x * self.factor + self.offset
+def _diagonal(linear: nn.Linear) -> nn.Module:
+    return DiagonalBranch([linear.weight[0]], [linear.bias], channels_last=True)
 
 
 class BranchBlock(nn.Module):
@@ -218,9 +200,9 @@ FORMS = (
     Form("packed_fc1", "fifth part of fc1", PackedFc1),
     Form("concat_proj", "LN1 output beside the attention output, as inputs of proj", ConcatProj),
     Form("separate_qkv", "four INT8 MatMuls: q, k, v and the branch", SeparateQkv),
-    Form("diagonal", "factor and offset per channel of x", _beside("x", Diagonal)),
+    Form("diagonal", "factor and offset per channel of x", _beside("x", _diagonal)),
     Form("dense_fp16", "FP16 MatMul on x", _beside("x", nn.Sequential)),
-    Form("dense_fp16_conv", "FP16 1x1 convolution on x", _beside("x", PointwiseConv)),
+    Form("dense_fp16_conv", "FP16 1x1 convolution on x", _beside("x", _dense)),
     Form("dense_w8a16", "FP16 MatMul on x, INT8 weights", _beside("x", Int8WeightsOnly)),
     Form("dense_w8a8", "INT8 MatMul on x, quantized for the branch alone", _beside("x", _int8)),
     Form("low_rank", "two FP16 MatMuls on x, rank C / 8", _beside("x", _low_rank)),

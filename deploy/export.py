@@ -127,13 +127,18 @@ def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto,
 
     Raises UserError if a weight or scale does not fit FP16.
     """
+    return export_fp16(net, size), export_float(net, size)
+
+
+def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
+    """`net` with FP16 types, for an engine; `net` itself is not changed.
+
+    Raises UserError if a weight or scale does not fit FP16.
+    """
     require_fp16_weights(net)
-    example = torch.zeros(2, 3, *size)
-    fp32 = onnx_from_net(net, example)
-    fp16 = onnx_from_net(copy.deepcopy(net).half(), example.half())
-    return fp16, fp32
+    return onnx_from_net(copy.deepcopy(net).half(), torch.zeros(2, 3, *size).half())
 
 
 def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
-    """The float network as ONNX in FP32: the reference of fidelity and speed."""
+    """`net` with FP32 types, for ONNX Runtime: of the float network the reference of fidelity and speed."""
     return onnx_from_net(net, torch.zeros(2, 3, *size))

@@ -36,7 +36,7 @@ from compensation.qwt import compensate
 from deploy.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.backends import choose_backend
 from deploy.errors import ContractError
-from deploy.export import export_float, export_pair
+from deploy.export import export_float, export_fp16, export_pair
 from deploy.graph.check import require_strongly_typed
 from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, staging, write_json
 from deploy.parity import compare_with_onnx
@@ -95,6 +95,14 @@ def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
         return net(torch.from_numpy(images)).numpy()
 
 
+def _step(progress: Progress, name: str, stage: Callable[..., QuantModel], *arguments: Any) -> QuantModel:
+    """What `stage` makes of its arguments, with its notes shown."""
+    with progress.stage(name) as note:
+        model = stage(*arguments)
+        note(*model.history[-1].notes)
+    return model
+
+
 def _hold(contract: Any) -> None:
     if reason := contract.failure():
         raise ContractError(reason)
@@ -125,10 +133,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             golden = _first_images(evaluation, GOLDEN_IMAGES)
             note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
 
-        with progress.stage("fold") as note:
-            model = QuantModel(name, loaded.net, loaded.net, family)
-            model = fold_batch_norms(model, torch.from_numpy(golden[:1]))
-            note(*model.history[-1].notes)
+        model = QuantModel(name, loaded.net, loaded.net, family)
+        model = _step(progress, "fold", fold_batch_norms, model, torch.from_numpy(golden[:1]))
         folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
         cache = Cache(
             {
@@ -145,13 +151,9 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(said)
         model = cached or model
         if recipe.equalise and not cached:
-            with progress.stage("equalise") as note:
-                model = equalise(model, folds, recipe.equalise)
-                note(*model.history[-1].notes)
+            model = _step(progress, "equalise", equalise, model, folds, recipe.equalise)
         if recipe.attention and not cached:
-            with progress.stage("attention") as note:
-                model = int8_attention.prepare(model, folds, recipe.attention)
-                note(*model.history[-1].notes)
+            model = _step(progress, "attention", int8_attention.prepare, model, folds, recipe.attention)
         if not cached:
             with progress.stage("calibrate") as note:
                 model = calibrate(model, folds, recipe.calibrate)
@@ -161,22 +163,15 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             in_fp16 = fp16_range(model.net, few)
             note(f"fits FP16 {in_fp16.headroom:.0f} times over: {in_fp16.largest:.4g} in {in_fp16.module}")
             note(*in_fp16.warnings())
-        with progress.stage(recipe.method) as note:
-            model = method_module(recipe.method).reduce_error(model, folds, recipe.method_config)
-            note(*model.history[-1].notes)
+        reduce_error = method_module(recipe.method).reduce_error
+        model = _step(progress, recipe.method, reduce_error, model, folds, recipe.method_config)
         if recipe.attention:
-            with progress.stage("choose attention") as note:
-                model = int8_attention.choose(model, folds, recipe.attention)
-                note(*model.history[-1].notes)
+            model = _step(progress, "choose attention", int8_attention.choose, model, folds, recipe.attention)
         if recipe.compensate:
-            with progress.stage("compensate") as note:
-                model = compensate(model, folds, recipe.compensate)
-                note(*model.history[-1].notes)
+            model = _step(progress, "compensate", compensate, model, folds, recipe.compensate)
         if recipe.finetune:
-            with progress.stage("finetune") as note:
-                by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
-                model = finetune(model, by_photograph, recipe.finetune)
-                note(*model.history[-1].notes)
+            by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
+            model = _step(progress, "finetune", finetune, model, by_photograph, recipe.finetune)
         with progress.stage("adequacy") as note:
             others = Batches(evaluation.subset(0, ADEQUACY_IMAGES), progress, torch.from_numpy)
             adequate = adequacy(model, others)
@@ -209,8 +204,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(f"{len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}", *built.notes)
             plain = None
             if model.branches:
-                plain_net = quantized_net(replace(model, branches={}))
-                plain = backend.build(export_pair(plain_net, size)[0], options.profile, options.sms)
+                plain_graph = export_fp16(quantized_net(replace(model, branches={})), size)
+                plain = backend.build(plain_graph, options.profile, options.sms)
                 note(f"{len(built.kernels)} kernels with branches, {len(plain.kernels)} without")
         with progress.stage("audit") as note:
             audited = audit(built.kernels, planned, products)

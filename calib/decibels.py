@@ -1,0 +1,8 @@
+"""Signal to noise in decibels, of two sums of squares."""
+
+import math
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); infinite where either is zero."""
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf
