@@ -93,7 +93,7 @@ def spread(thresholds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def outside(model: QuantModel, batches: Iterable[Tensor]) -> tuple[tuple[Outside, ...], int]:
     """(by layer, the worst first; number of images): one pass of the float network over `batches` (B, 3, H, W)."""
-    scales = {name: float(model.sites[f"{name}:input"].scale) for name in model.quantized_layers}
+    scales = {name: float(model.qparams(f"{name}:input").scale) for name in model.quantized_layers}
     # the last value that still rounds to 127: a ReLU6 is full of sixes, a hair beyond an FP16 scale's 127 steps
     thresholds = {name: scale * (QMAX + 0.5) for name, scale in scales.items()}
     beyond, seen, largest = dict.fromkeys(thresholds, 0), dict.fromkeys(thresholds, 0), dict.fromkeys(thresholds, 0.0)

@@ -124,13 +124,17 @@ class Cache:
         path = self._path()
         if path is None:
             return "not kept: the cache is off"
+        sites = {site: model.qparams(site) for site in model.sites}
         content = {
             "description": self.description,
             "moved": [(each.producer, each.consumer) for each in model.moved],
-            "sites": {site: {"axis": params.axis, "narrow": params.narrow} for site, params in model.sites.items()},
+            "sites": {
+                site: {"axis": params.axis, "narrow": params.narrow, "bits": params.bits}
+                for site, params in sites.items()
+            },
             "records": [record.to_json() for record in model.history if record.stage in STAGES],
         }
-        tensors = {f"site.{site}": params.scale for site, params in model.sites.items()}
+        tensors = {f"site.{site}": params.scale for site, params in sites.items()}
         for index, each in enumerate(model.moved):
             tensors |= {f"moved.{index}.scale": each.scale, f"moved.{index}.shift": each.shift}
         try:

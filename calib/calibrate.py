@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from calib.decibels import decibels
+from calib.grids import Grid, input_grid
 from calib.hooks import input_hooks
 from calib.layer_rows import Samples, output_errors, sampled_inputs, weight_matrix
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
+from calib.precision import INT8, LayerBits
 from calib.quant_model import QuantModel, StageRecord
-from calib.quantizer import fake_quantize, qparams_from_amax
 
 # What `search` tries for all layers at once, beside the best per layer.
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
@@ -65,30 +66,31 @@ def observed_inputs(net: nn.Module, layers: Iterable[str]) -> Iterator[dict[str,
         yield histograms
 
 
-def candidates(histogram: Histogram) -> dict[str, float]:
+def candidates(histogram: Histogram, bits: int = 8) -> dict[str, float]:
     """Clipping thresholds worth trying, by name."""
     found = {
-        f"{observer} {percentile:g}".removesuffix(" 0"): amax_from_histogram(histogram, observer, percentile)
+        f"{observer} {percentile:g}".removesuffix(" 0"): amax_from_histogram(histogram, observer, percentile, bits)
         for observer, percentile in SEARCHED
     }
     return found | {f"max x{MARGIN:g}": histogram.amax * MARGIN}
 
 
-def best_for_layer(layer: nn.Module, offers: Sequence[Mapping[str, float]], rows: Sequence[Tensor]) -> str:
+def best_for_layer(
+    layer: nn.Module, offers: Sequence[Mapping[str, float]], rows: Sequence[Tensor], bits: LayerBits = INT8
+) -> str:
     """The candidate with the least error of the layer's output: threshold from one fold, rows from another."""
     weight = weight_matrix(layer)
     error: defaultdict[str, float] = defaultdict(float)
     for index, offer in enumerate(offers):
-        for candidate, found in zip(offer, output_errors(rows[index - 1], weight, offer.values()), strict=True):
+        for candidate, found in zip(offer, output_errors(rows[index - 1], weight, offer.values(), bits), strict=True):
             error[candidate] += found
     return min(error, key=lambda candidate: error[candidate])
 
 
 @contextmanager
-def rounded_inputs(net: nn.Module, thresholds: Mapping[str, float]) -> Iterator[None]:
-    """While open, the inputs of the layers named round to 8 bits at their threshold."""
-    params = {name: qparams_from_amax(torch.tensor(amax)) for name, amax in thresholds.items()}
-    with input_hooks(net, params, lambda name, _layer, x: fake_quantize(x, params[name])):
+def rounded_inputs(net: nn.Module, grids: Mapping[str, Grid]) -> Iterator[None]:
+    """While open, the inputs of the layers named round to their grid."""
+    with input_hooks(net, grids, lambda name, _layer, x: grids[name].fake_quantize(x)):
         yield
 
 
@@ -113,7 +115,10 @@ def _search(
     """
     each = {
         name: best_for_layer(
-            model.net.get_submodule(name), [of_fold[name] for of_fold in offers], [rows.of(name) for rows in samples]
+            model.net.get_submodule(name),
+            [of_fold[name] for of_fold in offers],
+            [rows.of(name) for rows in samples],
+            model.bits(name),
         )
         for name in offers[0]
     }
@@ -127,7 +132,8 @@ def _search(
             exact = model.float_net(images)
             signal += float(exact.pow(2).sum())
             for choice, picks in choices.items():
-                with rounded_inputs(model.net, {name: of_fold[name][pick] for name, pick in picks.items()}):
+                grids = {name: input_grid(of_fold[name][pick], model.bits(name).input) for name, pick in picks.items()}
+                with rounded_inputs(model.net, grids):
                     noise[choice] += float((model.net(images) - exact).pow(2).sum())
     ranked = sorted(noise, key=lambda choice: noise[choice])
     shown = ", ".join(f"{choice} {decibels(signal, noise[choice]):.1f} dB" for choice in ranked)
@@ -153,7 +159,7 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)
-    layers = model.family.layers(model.net)
+    layers = model.layers
     sampled = layers if config.observer == "search" else ()
     observed = [_observe(model.net, layers, batches, sampled) for batches in folds]
     whole = {
@@ -162,7 +168,10 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     }
     by_fold = [fold.histograms for fold in observed]
     if config.observer == "search":
-        offers = [{name: candidates(histogram) for name, histogram in found.items()} for found in (*by_fold, whole)]
+        offers = [
+            {name: candidates(histogram, model.bits(name).input) for name, histogram in found.items()}
+            for found in (*by_fold, whole)
+        ]
         picks, how = _search(model, offers[:-1], [fold.samples for fold in observed], folds)
         chosen = [
             {name: offer[pick] for (name, pick), offer in zip(picks.items(), of.values(), strict=True)} for of in offers
@@ -170,11 +179,14 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     else:
         how = f"by '{config.observer}'"
         chosen = [
-            {name: amax_from_histogram(each, config.observer, config.percentile) for name, each in found.items()}
+            {
+                name: amax_from_histogram(each, config.observer, config.percentile, model.bits(name).input)
+                for name, each in found.items()
+            }
             for found in (*by_fold, whole)
         ]
     thresholds = chosen.pop()
-    sites = {f"{name}:input": qparams_from_amax(torch.tensor(amax)) for name, amax in thresholds.items()}
+    sites = {f"{name}:input": input_grid(amax, model.bits(name).input) for name, amax in thresholds.items()}
     notes = (f"{len(sites)} activation scales {how}",)
     details = {name: [found[name] for found in chosen] for name in whole}
     seconds = time.perf_counter() - start

@@ -1,15 +1,16 @@
-"""Clipping threshold with the least relative entropy (KL) between a histogram and its 8-bit version.
+"""Clipping threshold with the least relative entropy (KL) between a histogram and its rounded version.
 
 The classic calibrator of TensorRT: for every threshold, P is the histogram up to it with all mass beyond in the last bin, Q
-is P merged into 128 levels, each level's mass spread evenly over the bins of it that hold anything; the threshold with the
-least KL(P || Q) wins, ties go to the larger one.
+is P merged into as many levels as |q| has (128 for 8 bits), each level's mass spread evenly over the bins of it that hold
+anything; the threshold with the least KL(P || Q) wins, ties go to the larger one.
 """
 
 import torch
 from torch import Tensor
 
+from calib.quantizer import largest_integer
+
 BINS = 2048  # of equal width, from 0 to the maximum
-LEVELS = 128  # positive integers of 8 bits, and 0
 STEP = 16  # bins between thresholds tried: 0.8 % of the maximum
 
 
@@ -27,13 +28,13 @@ def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins
     return torch.lerp(below[index - 1], below[index], share).diff()
 
 
-def relative_entropy(counts: Tensor, kept: int) -> float:
-    """KL(P || Q) in nats per element when `counts` (bins,) is clipped to its first `kept` bins and takes LEVELS levels."""
+def relative_entropy(counts: Tensor, kept: int, levels: int = 128) -> float:
+    """KL(P || Q) in nats per element when `counts` (bins,) is clipped to its first `kept` bins and takes `levels` levels."""
     reference = counts[:kept].clone()
     reference[-1] += counts[kept:].sum()
-    level = torch.arange(kept) * LEVELS // kept
-    mass = torch.zeros(LEVELS, dtype=counts.dtype).index_add_(0, level, counts[:kept])
-    filled = torch.zeros(LEVELS, dtype=counts.dtype).index_add_(0, level, (counts[:kept] > 0).to(counts.dtype))
+    level = torch.arange(kept) * levels // kept
+    mass = torch.zeros(levels, dtype=counts.dtype).index_add_(0, level, counts[:kept])
+    filled = torch.zeros(levels, dtype=counts.dtype).index_add_(0, level, (counts[:kept] > 0).to(counts.dtype))
     spread = (mass / filled.clamp(min=1))[level] * (counts[:kept] > 0)
     p, q = reference / reference.sum(), spread / spread.sum()
     alive = p > 0
@@ -42,11 +43,12 @@ def relative_entropy(counts: Tensor, kept: int) -> float:
     return float((p[alive] * (p[alive] / q[alive]).log()).sum())
 
 
-def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float) -> float:
+def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bits: int = 8) -> float:
     """Clipping threshold of least relative entropy for |x| in bins with these edges and counts; 0 if `amax` is 0."""
     if not amax:
         return 0.0
     counts = linear_counts(lower, upper, count, amax)
     counts[0] = counts[1]  # exact zeros would outweigh everything: they round to 0 at any scale
-    kept = range(BINS, LEVELS - 1, -STEP)
-    return amax * min(kept, key=lambda bins: relative_entropy(counts, bins)) / BINS
+    levels = largest_integer(bits) + 1
+    kept = range(BINS, levels - 1, -STEP)
+    return amax * min(kept, key=lambda bins: relative_entropy(counts, bins, levels)) / BINS

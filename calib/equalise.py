@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from calib.calibrate import Batches
 from calib.layer_rows import Samples, channels_of_inputs, output_errors, sampled_inputs, weight_matrix
 from calib.moves import Move, Moved
+from calib.precision import INT8, LayerBits
 from calib.quant_model import QuantModel, StageRecord
 
 LARGEST_RATIO = 100.0  # r stays within 1/100 .. 100: beyond that weights leave FP16's comfortable range
@@ -47,13 +48,14 @@ def channel_scale(low: Tensor, high: Tensor, exponent: float, centred: bool) -> 
     return ratio.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).to(low.dtype), shift
 
 
-def rounding_error(rows: Tensor, weight: Tensor, amax: float) -> float:
+def rounding_error(rows: Tensor, weight: Tensor, amax: float, bits: LayerBits = INT8) -> float:
     """Least squared output error of rounding `rows` (T, G, K) and `weight` (G, N, K), over a few thresholds of `amax`."""
-    return min(output_errors(rows, weight, [amax * threshold for threshold in THRESHOLDS]))
+    return min(output_errors(rows, weight, [amax * threshold for threshold in THRESHOLDS], bits))
 
 
-def _best(layer: nn.Module, name: str, folds: Sequence[Samples], config: Config, shifts: bool) -> tuple[float, bool]:
+def _best(model: QuantModel, name: str, folds: Sequence[Samples], config: Config, shifts: bool) -> tuple[float, bool]:
     """(exponent, centred) with the least error across folds; ties go to the first, which changes least."""
+    layer, bits = model.net.get_submodule(name), model.bits(name)
     columns, weight = channels_of_inputs(layer), weight_matrix(layer)
     centres = (False, True) if shifts and config.shift else (False,)
 
@@ -63,7 +65,7 @@ def _best(layer: nn.Module, name: str, folds: Sequence[Samples], config: Config,
             scale, shift = channel_scale(fit.low[name], fit.high[name], *candidate)
             reach = torch.maximum((fit.high[name] - shift) / scale, (shift - fit.low[name]) / scale)
             rows = (folds[index - 1].of(name) - shift[columns]) / scale[columns]
-            total += rounding_error(rows, weight * scale[columns][:, None], float(reach.max()))
+            total += rounding_error(rows, weight * scale[columns][:, None], float(reach.max()), bits)
         return total
 
     return min(((a, centred) for centred in centres for a in config.exponents), key=error)
@@ -120,7 +122,7 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
     samples = [sample_inputs(model.net, {consumer for *_, consumer in places}, batches) for batches in folds]
     chosen, moved = [], []
     for move, producer, consumer in places:
-        exponent, centred = _best(model.net.get_submodule(consumer), consumer, samples, config, move.shifts)
+        exponent, centred = _best(model, consumer, samples, config, move.shifts)
         if exponent or centred:
             low = torch.stack([fold.low[consumer] for fold in samples]).amin(0)
             high = torch.stack([fold.high[consumer] for fold in samples]).amax(0)

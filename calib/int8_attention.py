@@ -28,7 +28,7 @@ from calib.hooks import input_hooks
 from calib.moves import Moved
 from calib.qdq import attention_factors, quantized_net
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
-from calib.quantizer import QParams, fake_quantize, qparams_from_amax
+from calib.quantizer import QParams, qparams_from_amax
 
 HEAD_SIZES = (16, 32, 64)  # what TensorRT has INT8 attention kernels for ...
 MAX_TOKENS = 512  # ... and how many tokens they take
@@ -67,7 +67,7 @@ class LostMass(NamedTuple):
 
 def lost_mass(weights: Tensor, value: Tensor, params: QParams) -> LostMass:
     """What rounding P, `weights` (B, H, N, N), loses against `value` (B, H, N, D)."""
-    lost = weights - fake_quantize(weights, params)
+    lost = weights - params.fake_quantize(weights)
     mass, error = lost.sum(-1, keepdim=True), lost @ value
     return LostMass(*(term.double().sum((0, 2)) for term in (mass.square(), mass * error, error.square())))
 

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.grids import input_grid
 from calib.hooks import input_hooks
-from calib.quantizer import channel_qparams, fake_quantize, qparams_from_amax
+from calib.precision import INT8, LayerBits
+from calib.quantizer import channel_qparams
 
 ROWS = 1024  # rows kept per layer ...
 ELEMENTS = 1 << 20  # ... but no more elements than this (4 MB)
@@ -142,13 +144,13 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(rows.transpose(0, 1), weight.transpose(1, 2))
 
 
-def output_errors(rows: Tensor, weight: Tensor, thresholds: Iterable[float]) -> list[float]:
+def output_errors(rows: Tensor, weight: Tensor, thresholds: Iterable[float], bits: LayerBits = INT8) -> list[float]:
     """Squared error of the product when `weight` (G, N, K) rounds per channel and `rows` (T, G, K) at each threshold."""
     exact, channels = product(rows, weight), weight.flatten(0, 1)
-    rounded = fake_quantize(channels, channel_qparams(channels)).reshape(weight.shape)
+    rounded = channel_qparams(channels, bits.weight).fake_quantize(channels).reshape(weight.shape)
 
     def error(amax: float) -> float:
-        x = fake_quantize(rows, qparams_from_amax(torch.tensor(amax)))
+        x = input_grid(amax, bits.input).fake_quantize(rows)
         return float((product(x, rounded) - exact).pow(2).sum())
 
     return [error(amax) for amax in thresholds]

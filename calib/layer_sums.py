@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from calib.calibrate import Batches
 from calib.layer_rows import input_rows
 from calib.quant_model import QuantModel
-from calib.quantizer import fake_quantize
 from calib.rounded_layer import RoundedLayer
 
 
@@ -91,4 +90,4 @@ def add_inputs(
     pairs = zip(exact, input_rows(source, sums, batches, rows), strict=True) if source else ((x, x) for x in exact)
     for x, given in pairs:
         for name, one in sums.items():
-            one.update(x[name], fake_quantize(given[name], model.sites[f"{name}:input"]))
+            one.update(x[name], model.sites[f"{name}:input"].fake_quantize(given[name]))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from calib.entropy import entropy_amax
-from calib.quantizer import QMAX
+from calib.precision import UNROUNDED
+from calib.quantizer import largest_integer
 
 DROPPED_BITS = 14  # mantissa bits of float32 (23) that a bin does not tell apart
 BINS = 1 << (31 - DROPPED_BITS)
@@ -71,28 +72,30 @@ def percentile_amax(histogram: Histogram, percentile: float) -> float:
     return min(float(upper[index]), histogram.amax)
 
 
-def mse_amax(histogram: Histogram) -> float:
-    """Clipping threshold with the least mean squared rounding + clipping error at 8 bits.
+def mse_amax(histogram: Histogram, bits: int = 8) -> float:
+    """Clipping threshold with the least mean squared rounding + clipping error at `bits` bits.
 
     Fractions of the maximum in steps of 1 % are tried; ties go to the larger threshold (less clipping).
     """
     lower, upper, count = histogram.populated()
     centre = (lower + upper) / 2
-    thresholds = MSE_FRACTIONS * histogram.amax
+    thresholds, high = MSE_FRACTIONS * histogram.amax, largest_integer(bits)
 
     def error(scale: Tensor) -> Tensor:
-        rounded = torch.round(centre / scale).clamp(max=QMAX) * scale
+        rounded = torch.round(centre / scale).clamp(max=high) * scale
         return ((rounded - centre) ** 2 * count).sum()
 
     # one at a time: all at once take 100 times the memory of the histogram
-    errors = torch.stack([error(scale) for scale in (thresholds / QMAX).clamp(min=torch.finfo(torch.float64).tiny)])
+    errors = torch.stack([error(scale) for scale in (thresholds / high).clamp(min=torch.finfo(torch.float64).tiny)])
     return float(thresholds[int(errors.argmin())])
 
 
-def amax_from_histogram(histogram: Histogram, observer: str, percentile: float) -> float:
-    """Clipping threshold by the observer of that name, one of `OBSERVERS`."""
+def amax_from_histogram(histogram: Histogram, observer: str, percentile: float, bits: int = 8) -> float:
+    """Clipping threshold by the observer of that name, one of `OBSERVERS`; the maximum where nothing rounds."""
+    if bits == UNROUNDED:
+        return max_amax(histogram)
     if observer == "percentile":
         return percentile_amax(histogram, percentile)
     if observer == "entropy":
-        return entropy_amax(*histogram.populated(), histogram.amax)
-    return max_amax(histogram) if observer == "max" else mse_amax(histogram)
+        return entropy_amax(*histogram.populated(), histogram.amax, bits)
+    return max_amax(histogram) if observer == "max" else mse_amax(histogram, bits)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.grids import Grid, obstacle, straight_through
 from calib.modules import replace_module
 from calib.quant_model import ATTENTION_ROLES, QuantModel
 from calib.quantizer import QMAX, QParams, quantize
@@ -108,6 +109,37 @@ class Quantizer(nn.Module):
         return quantize_dequantize(x, self.get_buffer("scale"))
 
 
+class SimulatedQuantizer(nn.Module):
+    """A tensor on a grid that no engine has: it runs in torch alone."""
+
+    def __init__(self, site: str, grid: Grid) -> None:
+        super().__init__()
+        self.site, self.grid = site, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, unchanged."""
+        return straight_through(x, self.grid)
+
+
+def quantizer(site: str, grid: Grid) -> nn.Module:
+    """What rounds a tensor to `grid` on its way."""
+    return Quantizer(grid) if isinstance(grid, QParams) and not obstacle(grid) else SimulatedQuantizer(site, grid)
+
+
+class SimulatedLayer(nn.Module):
+    """A layer that reads what a `SimulatedQuantizer` gives; its weight is rounded."""
+
+    def __init__(self, layer: nn.Module, quantizer: nn.Module, weight_params: QParams) -> None:
+        super().__init__()
+        self.quantizer, self.layer = quantizer, copy.deepcopy(layer)
+        weight = self.layer.get_parameter("weight")
+        weight.data = weight_params.fake_quantize(weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        return self.layer(self.quantizer(x))
+
+
 def attention_factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query and key, each times d^-1/4, and value, all (B, H, N, D), from the output (B, N, 3 H D) of `attention.qkv`."""
     parts = packed.reshape(*packed.shape[:2], 3, attention.num_heads, attention.head_dim)
@@ -122,10 +154,10 @@ class QuantAttention(nn.Module):
     The factor d^-1/2 is split between query and key and applied before they round, as TensorRT's fused kernel wants it.
     """
 
-    def __init__(self, attention: Any, params: Mapping[str, QParams]) -> None:
+    def __init__(self, attention: Any, quantizers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.qkv, self.q_norm, self.k_norm = attention.qkv, attention.q_norm, attention.k_norm
-        self.query, self.key, self.softmax, self.value = (Quantizer(params[role]) for role in ATTENTION_ROLES)
+        self.query, self.key, self.softmax, self.value = (quantizers[role] for role in ATTENTION_ROLES)
         self.proj = attention.proj
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
 
@@ -145,15 +177,17 @@ def quantized_net(model: QuantModel) -> nn.Module:
     net = copy.deepcopy(model.net).eval().requires_grad_(False)
     for name in model.quantized_layers:
         layer = net.get_submodule(name)
-        params = model.sites[f"{name}:input"], model.sites[f"{name}:weight"]
-        if isinstance(layer, nn.Linear):
-            replace_module(net, name, QuantLinear(layer, *params))
+        site, weight = f"{name}:input", model.qparams(f"{name}:weight")
+        if obstacle(model.sites[site]):
+            replace_module(net, name, SimulatedLayer(layer, quantizer(site, model.sites[site]), weight))
+        elif isinstance(layer, nn.Linear):
+            replace_module(net, name, QuantLinear(layer, model.qparams(site), weight))
         elif isinstance(layer, nn.Conv2d):
-            replace_module(net, name, QuantConv2d(layer, *params))
+            replace_module(net, name, QuantConv2d(layer, model.qparams(site), weight))
         else:
             raise TypeError(f"site '{name}' is a {type(layer).__name__}, not a Linear or Conv2d")
     for name in model.int8_attention:
-        roles = {role: model.sites[f"{name}:{role}"] for role in ATTENTION_ROLES}
+        roles = {role: quantizer(f"{name}:{role}", model.sites[f"{name}:{role}"]) for role in ATTENTION_ROLES}
         replace_module(net, name, QuantAttention(net.get_submodule(name), roles))
     for name, branch in model.branches.items():
         branch.attach(net.get_submodule(name))

@@ -1,12 +1,16 @@
 """The noun that flows through the torch half: a float network and what has been decided about its rounding."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
 
+from calib.errors import UserError
 from calib.families import Family
+from calib.grids import Grid
 from calib.moves import Moved
+from calib.precision import INT8_ENGINE, LayerBits, Precision
 from calib.quantizer import QParams
 
 ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
@@ -46,7 +50,7 @@ class QuantModel:
 
     `sites` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
     `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
-    `branches` maps blocks to what runs beside them; `moved`: the channel scales already in `net`.
+    `branches` maps blocks to what runs beside them; `moved`: the channel scales already in `net`; `precision`: the bits.
 
     `exact_net` is `float_net` in the coordinates of `net` (BatchNorm folded, channels equalised), so that single blocks can
     be compared: stages that move coordinates set both, stages that change the function set `net` alone. They are one
@@ -57,23 +61,49 @@ class QuantModel:
     float_net: nn.Module
     net: nn.Module
     family: Family
-    sites: dict[str, QParams] = field(default_factory=dict)
+    sites: dict[str, Grid] = field(default_factory=dict)
     history: tuple[StageRecord, ...] = ()
     branches: dict[str, Branch] = field(default_factory=dict)
     moved: tuple[Moved, ...] = ()
     exact_net: nn.Module = SAME_AS_NET
+    precision: Precision = INT8_ENGINE
 
     def __post_init__(self) -> None:
         if self.exact_net is SAME_AS_NET:
             object.__setattr__(self, "exact_net", self.net)
 
-    def with_sites(self, sites: dict[str, QParams]) -> "QuantModel":
+    def with_sites(self, sites: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `sites` added (same names replaced)."""
         return replace(self, sites={**self.sites, **sites})
 
     def with_record(self, record: StageRecord) -> "QuantModel":
         """A copy with `record` appended to the history."""
         return replace(self, history=(*self.history, record))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the Linear and Conv2d layers to be quantized, in the order of definition."""
+        return tuple(
+            name
+            for name, module in self.net.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+            and (self.precision.ends or self.family.float_reason(name) is None)
+        )
+
+    def bits(self, layer: str) -> LayerBits:
+        """Bits of the weight and the input of `layer`."""
+        if self.family.float_reason(layer) is not None:
+            return LayerBits(self.precision.ends, self.precision.ends)
+        return LayerBits(self.precision.weights, self.precision.inputs)
+
+    def qparams(self, site: str) -> QParams:
+        """The grid of `site`, which has to be uniform. Raises UserError naming the site."""
+        grid = self.sites[site]
+        if not isinstance(grid, QParams):
+            raise UserError(
+                f"site '{site}' has a {type(grid).__name__} grid, which is simulated only: expected a uniform one"
+            )
+        return grid
 
     @property
     def quantized_layers(self) -> tuple[str, ...]:
@@ -93,7 +123,7 @@ class QuantModel:
         reasons = {
             name: self.family.float_reason(name)
             for name, module in self.net.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            if isinstance(module, nn.Linear | nn.Conv2d) and name not in self.layers
         }
         return {name: reason for name, reason in reasons.items() if reason is not None}
 

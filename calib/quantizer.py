@@ -1,10 +1,13 @@
-"""Symmetric uniform quantization: the only arithmetic a TensorRT INT8 kernel runs.
+"""Uniform quantization. A TensorRT INT8 kernel runs it with 8 bits and without a zero point:
 
     q = clamp(round_half_even(x / scale), low, 127)        x^ = scale * q
 
 `low` is -128 for activations and -127 for weights: the narrow range lets a row change its sign without
 overflow. Scales are stored in FP16 by the engine, so they are rounded to FP16 *before* any integer is
 computed; the integers and the engine then use one and the same number.
+
+Fewer bits b give -2^(b-1) .. 2^(b-1) - 1, and a zero point z an asymmetric range: q = clamp(round(x / scale) + z) and
+x^ = scale * (q - z). Weights of fewer bits still run as INT8; the rest is for simulation (calib/grids.py).
 """
 
 from dataclasses import dataclass
@@ -14,26 +17,49 @@ from torch import Tensor
 
 QMAX = 127
 
+
+def largest_integer(bits: int) -> int:
+    """2^(bits - 1) - 1."""
+    return (1 << (bits - 1)) - 1
+
+
 # Below this an FP16 scale is subnormal with less than 6 significant bits: too coarse to be a scale.
 SMALLEST_SCALE = 2.0**-18
 
 
 @dataclass(frozen=True)
 class QParams:
-    """How one tensor rounds to signed 8-bit integers.
+    """How one tensor rounds to signed integers of `bits` bits.
 
     `scale` is () for a tensor-wide scale or (C,) for one scale per channel along `axis`, float32 holding
-    exact FP16 values. `narrow` restricts the integers to [-127, 127].
+    exact FP16 values. `narrow` leaves the smallest integer out, as for 8 bits [-127, 127]. `zero_point`: integers in
+    the shape of `scale`, which may lie outside the range (all of x on one side of 0); None stands for 0.
     """
 
     scale: Tensor
     axis: int | None = None
     narrow: bool = False
+    bits: int = 8
+    zero_point: Tensor | None = None
+
+    @property
+    def high(self) -> int:
+        """Largest integer."""
+        return largest_integer(self.bits)
 
     @property
     def low(self) -> int:
         """Smallest integer."""
-        return -QMAX if self.narrow else -QMAX - 1
+        return -self.high if self.narrow else -self.high - 1
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`x` on the grid: dequantize(quantize(x)) in the dtype of `x`."""
+        return dequantize(quantize(x, self), self).to(x.dtype)
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x` kept within the range of the grid, not rounded."""
+        scale, zero_point = _along(self, x.ndim)
+        return torch.clamp(x, scale * (self.low - zero_point), scale * (self.high - zero_point))
 
 
 def fp16_scale(scale: Tensor) -> Tensor:
@@ -41,14 +67,23 @@ def fp16_scale(scale: Tensor) -> Tensor:
     return scale.float().clamp(min=SMALLEST_SCALE).half().float()
 
 
-def qparams_from_amax(amax: Tensor, axis: int | None = None, narrow: bool = False) -> QParams:
+def qparams_from_amax(amax: Tensor, axis: int | None = None, narrow: bool = False, bits: int = 8) -> QParams:
     """Parameters whose largest integer stands for `amax` (() or (C,), same unit as the data)."""
-    return QParams(fp16_scale(amax / QMAX), axis, narrow)
+    return QParams(fp16_scale(amax / largest_integer(bits)), axis, narrow, bits)
 
 
-def channel_qparams(weight: Tensor) -> QParams:
+def qparams_from_range(low: Tensor, high: Tensor, axis: int | None = None, bits: int = 8) -> QParams:
+    """Asymmetric parameters whose integers stand for `low` .. `high`, both () or (C,).
+
+    The zero point is rounded but not clipped, so that a range on one side of 0 keeps all its levels.
+    """
+    scale = fp16_scale((high - low) / ((1 << bits) - 1))
+    return QParams(scale, axis, bits=bits, zero_point=-largest_integer(bits) - 1 - torch.round(low / scale))
+
+
+def channel_qparams(weight: Tensor, bits: int = 8) -> QParams:
     """Narrow-range parameters per output channel of `weight` (out, ...)."""
-    return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True)
+    return qparams_from_amax(weight.detach().abs().flatten(1).amax(1), axis=0, narrow=True, bits=bits)
 
 
 def _broadcast(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
@@ -59,17 +94,19 @@ def _broadcast(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     return scale.reshape(shape)
 
 
+def _along(qparams: QParams, ndim: int) -> tuple[Tensor, Tensor | int]:
+    """(scale, zero point), each along its axis of a tensor with `ndim` dimensions."""
+    zero_point = 0 if qparams.zero_point is None else _broadcast(qparams.zero_point, qparams.axis, ndim)
+    return _broadcast(qparams.scale, qparams.axis, ndim), zero_point
+
+
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Integers of `x` (any shape) as int8 of the same shape."""
-    scale = _broadcast(qparams.scale, qparams.axis, x.ndim).to(x.dtype)
-    return torch.round(x / scale).clamp(qparams.low, QMAX).to(torch.int8)
+    scale, zero_point = _along(qparams, x.ndim)
+    return (torch.round(x / scale.to(x.dtype)) + zero_point).clamp(qparams.low, qparams.high).to(torch.int8)
 
 
 def dequantize(q: Tensor, qparams: QParams) -> Tensor:
     """Real values of the integers `q`, in the dtype of the scale."""
-    return q.to(qparams.scale.dtype) * _broadcast(qparams.scale, qparams.axis, q.ndim)
-
-
-def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """`x` rounded to the grid of `qparams`: dequantize(quantize(x)) in the dtype of `x`."""
-    return dequantize(quantize(x, qparams), qparams).to(x.dtype)
+    scale, zero_point = _along(qparams, q.ndim)
+    return (q.to(scale.dtype) - zero_point) * scale

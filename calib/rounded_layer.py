@@ -40,7 +40,7 @@ class RoundedLayer:
 
 
 def rounded_layer(layer: nn.Module, params: QParams | None = None) -> RoundedLayer:
-    """`layer` rounded to nearest on the grid `params`; without one, each channel's largest weight is 127."""
+    """`layer` rounded to nearest on the grid `params`; without one to 8 bits, each channel's largest weight being 127."""
     weight = weight_matrix(layer)
     params = params or channel_qparams(weight.flatten(0, 1))
     integers = quantize(weight.flatten(0, 1), params).reshape(weight.shape)

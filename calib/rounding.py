@@ -18,19 +18,20 @@ Every tensor has a leading axis of G groups, solved side by side.
 import torch
 from torch import Tensor
 
-from calib.quantizer import QMAX
+from calib.quantizer import QMAX, largest_integer
 
 
-def flip(weight: Tensor, integers: Tensor, scale: Tensor, moment: Tensor) -> Tensor:
+def flip(weight: Tensor, integers: Tensor, scale: Tensor, moment: Tensor, high: int = QMAX) -> Tensor:
     """`integers` (G, N, I) of `weight` (G, N, I), some moved to the other neighbour of w / scale while that lowers L.
 
     Each flip is the one that lowers L = e H e^T most, e = scale q - w: a step t of column j changes it by exactly
-    G_j t + H_jj t^2 with G = 2 e H. `scale` (G, N), `moment` H (G, I, I). A clipped weight has no other neighbour.
+    G_j t + H_jj t^2 with G = 2 e H. `scale` (G, N), `moment` H (G, I, I), integers at most
+    `high`. A clipped weight has no other neighbour.
     The paper stops at 100 flips; a tenth of the columns flips before nothing is gained any more.
     """
     scale = scale[..., None]
     exact = weight / scale
-    lower, upper = exact.floor().clamp(-QMAX, QMAX), exact.ceil().clamp(-QMAX, QMAX)
+    lower, upper = exact.floor().clamp(-high, high), exact.ceil().clamp(-high, high)
     step = (lower + upper - 2 * integers) * scale
     gradient = 2 * (integers * scale - weight) @ moment
     curvature = moment.diagonal(dim1=1, dim2=2)[:, None] * step.square()
@@ -47,20 +48,22 @@ def flip(weight: Tensor, integers: Tensor, scale: Tensor, moment: Tensor) -> Ten
     return integers
 
 
-def round_with_compensation(weight: Tensor, scale: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers (G, N, D-1) as int8 in [-127, 127] and the bias (G, N) of `weight` (G, N, D), whose last column is the bias.
+def round_with_compensation(weight: Tensor, scale: Tensor, moment: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Integers (G, N, D-1) as int8, in the narrow range of `bits`, and the bias (G, N).
+
+    `weight` (G, N, D) has the bias as its last column,
 
     `scale` (G, N) is the grid of each row, `moment` (G, D, D) positive definite; computed in its dtype.
     """
     weight, scale = weight.to(moment.dtype, copy=True), scale.to(moment.dtype)
-    halves = []
+    halves, high = [], largest_integer(bits)
     while weight.shape[2] > 1:
         half = weight.shape[2] // 2
         mine, rest = weight[..., :half], weight[..., half:]
         across = moment[:, half:, :half]
         absorbed = torch.cholesky_solve(across, torch.linalg.cholesky(moment[:, half:, half:]))
-        integers = torch.round(mine / scale[..., None]).clamp(-QMAX, QMAX)
-        integers = flip(mine, integers, scale, moment[:, :half, :half] - across.mT @ absorbed)
+        integers = torch.round(mine / scale[..., None]).clamp(-high, high)
+        integers = flip(mine, integers, scale, moment[:, :half, :half] - across.mT @ absorbed, high)
         error = integers * scale[..., None] - mine
         weight = rest - error @ absorbed.mT
         moment = moment[:, half:, half:]

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from calib.calibrate import Batches
 from calib.fp16_range import FP16_MAX
+from calib.grids import obstacle
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.moments import Fit, Moments, cross_validated_r2, pooled, r2
 from calib.qdq import quantized_net
 from calib.quant_model import Branch, QuantModel, StageRecord
-from calib.quantizer import fake_quantize
+from calib.quantizer import QParams
 from compensation.branch import BlockBranch
 from compensation.carry import CARRIES, Call, Carry
 from compensation.chain import block_layouts
@@ -199,7 +200,8 @@ def places(model: QuantModel, net: nn.Module, images: Tensor, config: Config) ->
     norm, reader = model.family.first_norm or (None, None)
     found = {}
     for name, layout in block_layouts(model, net, images).items():
-        params = model.sites.get(f"{name}.{reader}:input")
+        grid = model.sites.get(f"{name}.{reader}:input")
+        params = grid if isinstance(grid, QParams) and not obstacle(grid) else None  # an INT8 branch reads its integers
         found[name] = Place(layout, config.rank, norm if params else None, params)
     return found
 
@@ -210,7 +212,7 @@ def _inputs(block: nn.Module, call: Call, place: Place, on_norm: bool) -> Tensor
         return call.x
     assert place.norm is not None
     assert place.norm_params is not None
-    return fake_quantize(block.get_submodule(place.norm)(call.x), place.norm_params)
+    return place.norm_params.fake_quantize(block.get_submodule(place.norm)(call.x))
 
 
 def _add_samples(

@@ -19,9 +19,10 @@ import torch
 from onnxscript import opset21
 from torch import Tensor, nn
 
-import calib.qdq  # noqa: F401 - defines the operators translated here
 from calib.errors import UserError
 from calib.fp16_range import require_fp16_weights
+from calib.grids import obstacle
+from calib.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
 
 OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
@@ -101,7 +102,15 @@ def _quiet():
 
 
 def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """`net` as ONNX with a dynamic batch; `example` (B >= 2, 3, H, W) gives shape and dtype."""
+    """`net` as ONNX with a dynamic batch; `example` (B >= 2, 3, H, W) gives shape and dtype.
+
+    Raises UserError naming the first site that only a simulation can round.
+    """
+    for module in net.modules():
+        if isinstance(module, SimulatedQuantizer):
+            raise UserError(
+                f"site '{module.site}' has {obstacle(module.grid)}: simulated only, no INT8 kernel of TensorRT reads it"
+            )
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             net,

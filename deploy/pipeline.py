@@ -114,7 +114,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
     Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
     """
     spec = resolve_model(options.model)
-    recipe = load_recipe(options.recipe).limited(options.max_extra_kernels, options.max_extra_bytes)
+    recipe = load_recipe(options.recipe).for_engine().limited(options.max_extra_kernels, options.max_extra_bytes)
     backend, why = choose_backend(options.target)
     name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
     final = Path(options.out) / name / recipe.name
@@ -133,14 +133,14 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             golden = _first_images(evaluation, GOLDEN_IMAGES)
             note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
 
-        model = QuantModel(name, loaded.net, loaded.net, family)
+        model = QuantModel(name, loaded.net, loaded.net, family, precision=recipe.precision)
         model = _step(progress, "fold", fold_batch_norms, model, torch.from_numpy(golden[:1]))
         folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
         cache = Cache(
             {
                 "network": [spec.tag, spec.img_size, loaded.sha256],
                 "images": [calibration.sha256, *(part.images.sha256 for part in folds)],
-                "batch": BATCH, "seed": options.seed,
+                "batch": BATCH, "seed": options.seed, "precision": asdict(recipe.precision),
                 "equalise": recipe.equalise and asdict(recipe.equalise),
                 "attention": recipe.attention and asdict(recipe.attention), "calibrate": asdict(recipe.calibrate),
             },

@@ -12,6 +12,7 @@ from typing import Any
 import calib.methods
 from calib import calibrate, equalise, int8_attention
 from calib.errors import UserError, nearest
+from calib.precision import Precision
 from compensation import finetune, qwt
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -23,6 +24,7 @@ class Recipe:
 
     name: str
     description: str
+    precision: Precision
     equalise: equalise.Config | None  # None: channels keep their scales
     attention: int8_attention.Config | None  # None: attention in FP16
     calibrate: calibrate.Config
@@ -34,6 +36,15 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return dataclasses.asdict(self)
+
+    def for_engine(self) -> "Recipe":
+        """This recipe. Raises UserError if it is for the simulator alone."""
+        if not self.precision.executable:
+            raise UserError(
+                f"recipe '{self.name}' is simulated only: TensorRT's INT8 kernels read 8 bits (here [precision] "
+                f"inputs = {self.precision.inputs}, ends = {self.precision.ends}); expected inputs = 8, ends = 0"
+            )
+        return self
 
     def limited(self, max_extra_kernels: int | None, max_extra_bytes: int | None) -> "Recipe":
         """A copy with these limits for branches, where given. Raises UserError if the recipe has no branches."""
@@ -85,7 +96,7 @@ def recipe_from_toml(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    known = ("description", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
+    known = ("description", "precision", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
     for key in content:
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
@@ -98,6 +109,7 @@ def recipe_from_toml(path: Path) -> Recipe:
     return Recipe(
         name=path.stem,
         description=str(content.get("description", "")),
+        precision=_config(Precision, content.get("precision", {}), f"recipe '{path}', [precision]"),
         equalise=optional("equalise", equalise.Config),
         attention=optional("attention", int8_attention.Config),
         calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"recipe '{path}', [calibrate]"),

@@ -40,14 +40,6 @@ class Family:
         """Why `layer` stays in FP16, or None if it is to be quantized."""
         return next((why for pattern, why in self.float_layers if re.fullmatch(pattern, layer)), None)
 
-    def layers(self, net: nn.Module) -> tuple[str, ...]:
-        """Names of the Linear and Conv2d layers of `net` to be quantized, in the order of definition."""
-        return tuple(
-            name
-            for name, module in net.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and self.float_reason(name) is None
-        )
-
     def blocks(self, net: nn.Module) -> tuple[str, ...]:
         """Names of the blocks of `net`, in the order of definition."""
         return tuple(name for name, _ in net.named_modules() if re.fullmatch(self.block, name))

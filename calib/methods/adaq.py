@@ -122,7 +122,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     start = time.perf_counter()
     rows = max(1, config.rows // sum(len(batches) for batches in folds))
     rounded = {
-        name: rounded_layer(base.net.get_submodule(name), base.sites[f"{name}:weight"])
+        name: rounded_layer(base.net.get_submodule(name), base.qparams(f"{name}:weight"))
         for name in base.quantized_layers
     }
     sums = [

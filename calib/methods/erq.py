@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib.calibrate import Batches
 from calib.held_out import adopt_if_better
@@ -54,23 +54,24 @@ def make_up_for_inputs(sums: LayerSums, moment: Tensor) -> Tensor:
     return sums.weight + change
 
 
-def fit(sums: LayerSums, ridge: float) -> RoundedLayer:
+def fit(sums: LayerSums, ridge: float, bits: int = 8) -> RoundedLayer:
     """Aqer, then Wqer on the grid of the weights Aqer found."""
     moment = sums.moment(ridge)
     weight = make_up_for_inputs(sums, moment)
-    params = channel_qparams(weight[..., :-1].flatten(0, 1))
-    integers, bias = round_with_compensation(weight, params.scale.reshape(weight.shape[:2]), moment)
+    params = channel_qparams(weight[..., :-1].flatten(0, 1), bits)
+    integers, bias = round_with_compensation(weight, params.scale.reshape(weight.shape[:2]), moment, bits)
     return RoundedLayer(integers, params, bias.float())
 
 
-def best_fits(layer: nn.Module, folds: Sequence[LayerSums], config: Config) -> tuple[RoundedLayer, ...]:
-    """The layer fitted on each fold, then on all of them; empty if no ridge beats rounding to nearest across folds."""
-    tried = {ridge: [fit(sums, ridge) for sums in folds] for ridge in config.ridges}
+def best_fits(plain: RoundedLayer, folds: Sequence[LayerSums], config: Config) -> tuple[RoundedLayer, ...]:
+    """The layer fitted on each fold, then on all of them; empty if no ridge beats `plain` across folds."""
+    bits = plain.params.bits
+    tried = {ridge: [fit(sums, ridge, bits) for sums in folds] for ridge in config.ridges}
     errors = {ridge: error_across(found, folds) for ridge, found in tried.items()}
     ridge = min(errors, key=lambda ridge: errors[ridge])
-    if errors[ridge] >= error_across([rounded_layer(layer)] * len(folds), folds):
+    if errors[ridge] >= error_across([plain] * len(folds), folds):
         return ()
-    return (*tried[ridge], fit(pooled(folds), ridge))
+    return (*tried[ridge], fit(pooled(folds), ridge, bits))
 
 
 def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
@@ -78,7 +79,7 @@ def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
     blocks = model.family.blocks(model.net)
     part: list[str] = []
     before, held = "", 0
-    for name in model.family.layers(model.net):
+    for name in model.layers:
         block = next((block for block in blocks if name.startswith(f"{block}.")), name)
         groups, outputs, columns = weight_matrix(model.net.get_submodule(name)).shape
         size = 8 * folds * groups * (columns + 1) * (columns + 1 + outputs)
@@ -109,7 +110,8 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
         for of_fold, batches in zip(sums, folds, strict=True):
             add_inputs(of_fold, model, batches, rows, source)
         for name in part:
-            if fits := best_fits(model.net.get_submodule(name), [of_fold.pop(name) for of_fold in sums], config):
+            nearest = rounded_layer(model.net.get_submodule(name), plain.qparams(f"{name}:weight"))
+            if fits := best_fits(nearest, [of_fold.pop(name) for of_fold in sums], config):
                 for layers, one in zip(found, fits, strict=True):
                     layers[name] = one
         rounded += part

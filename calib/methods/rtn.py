@@ -20,8 +20,8 @@ class Config:
 def weight_sites(model: QuantModel) -> dict[str, QParams]:
     """A `:weight` site for every layer of `model` to be quantized."""
     return {
-        f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"))
-        for name in model.family.layers(model.net)
+        f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
+        for name in model.layers
     }
 
 

@@ -53,6 +53,6 @@ def test_every_layer_gets_weight_parameters_and_the_history_a_record(method):
     model, folds = calibrated("vit")
     module = method_module(method)
     found = module.reduce_error(model, folds, module.Config())
-    assert set(found.quantized_layers) == set(model.family.layers(model.net))
+    assert set(found.quantized_layers) == set(model.layers)
     assert found.history[-1].stage == method
     assert found.history[-1].notes

@@ -32,7 +32,7 @@ def scales_from(histograms: dict[str, Histogram], config: Config) -> dict[str, f
 
 def observed(family: str, order: list[int], batch_size: int) -> dict[str, Histogram]:
     model = tiny_model(family)
-    with torch.no_grad(), observed_inputs(model.net, model.family.layers(model.net)) as histograms:
+    with torch.no_grad(), observed_inputs(model.net, model.layers) as histograms:
         for images in IMAGES[order].split(batch_size):
             model.net(images)
     return histograms
@@ -42,7 +42,7 @@ def layer_inputs(family: str) -> dict[str, torch.Tensor]:
     """What every layer to be quantized reads, (64, ...)."""
     model = tiny_model(family)
     seen: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), input_hooks(model.net, model.family.layers(model.net), lambda *see: seen.update([see[::2]])):
+    with torch.no_grad(), input_hooks(model.net, model.layers, lambda *see: seen.update([see[::2]])):
         model.net(IMAGES)
     return seen
 

@@ -30,7 +30,7 @@ def test_calibrate_hands_out_what_each_fold_alone_would_give(config):
     folds = [tiny_batches(2, seed=1), [batch * 2 for batch in tiny_batches(2, seed=2)]]
     record = calibrate(tiny_model("vit"), folds, config).history[-1]
     thresholds = record.details[FOLD_THRESHOLDS]
-    assert set(thresholds) == set(tiny_model("vit").family.layers(tiny_model("vit").net))
+    assert set(thresholds) == set(tiny_model("vit").layers)
     if config.observer != "search":  # it would choose anew
         alone = [calibrate(tiny_model("vit"), [fold], config).history[-1].details[FOLD_THRESHOLDS] for fold in folds]
         assert thresholds == {layer: [fold[layer][0] for fold in alone] for layer in thresholds}

@@ -13,7 +13,6 @@ from calib.fold import fold_batch_norms
 from calib.methods import rtn
 from calib.moments import Fit, Moments, r2
 from calib.qdq import quantized_net
-from calib.quantizer import fake_quantize
 from compensation.branch import ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
 from compensation.forms import FORMS, NoFitError, Place
 from compensation.layout import Layout, group_count, layout_from_shapes
@@ -258,7 +257,7 @@ def test_a_shared_branch_adds_its_map_of_the_rounded_norm_output():
     x = torch.randn(2, 5, 48)
     (fit,) = branch.fits()
     with torch.no_grad():
-        read = fake_quantize(block.norm1(x), model.sites["blocks.1.attn.qkv:input"]).double()
+        read = model.sites["blocks.1.attn.qkv:input"].fake_quantize(block.norm1(x)).double()
         expected = block(x).double() + read @ fit.weight.t() + fit.bias
         found = quantized_net(model).blocks[1](x)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from calib.fold import fold_batch_norms
 from calib.layer_rows import channels_of_inputs, product, sample_rows, sampled_inputs, weight_matrix
 from calib.methods import rtn
 from calib.qdq import quantized_net
-from calib.quantizer import fake_quantize, qparams_from_amax
+from calib.quantizer import qparams_from_amax
 from tests.tiny import TINY, tiny_batches, tiny_model
 
 FIXED = Config(exponents=(0.7,))
@@ -116,8 +116,8 @@ def test_rounding_error_is_that_of_fake_quantization():
     amax = float(rows.abs().max())
     by_hand = []
     for threshold in (1.2, 1.0, 0.8):
-        x = fake_quantize(rows[:, 0], qparams_from_amax(torch.tensor(amax * threshold)))
-        w = fake_quantize(weight[0], rtn.channel_qparams(weight[0]))
+        x = qparams_from_amax(torch.tensor(amax * threshold)).fake_quantize(rows[:, 0])
+        w = rtn.channel_qparams(weight[0]).fake_quantize(weight[0])
         by_hand.append(float((x @ w.T - rows[:, 0] @ weight[0].T).pow(2).sum()))
     assert rounding_error(rows, weight, amax) == pytest.approx(min(by_hand), rel=1e-4)
 

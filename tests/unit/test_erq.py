@@ -9,7 +9,7 @@ from calib.held_out import sqnr_db
 from calib.layer_rows import input_rows, rows_of, sample_rows
 from calib.layer_sums import LayerSums, add_inputs, pooled
 from calib.methods import erq, rtn
-from calib.quantizer import QParams, fake_quantize, quantize
+from calib.quantizer import QParams, quantize
 from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
 from tests.tiny import TINY, tiny_batches, tiny_model
 
@@ -87,7 +87,7 @@ def test_default_ridges_are_strong_enough_to_matter_and_weak_enough_to_act():
     """At the 8 bits of an engine, on inputs like a LayerNorm's: the change of the weights is no rounding noise."""
     layer, (x, _) = layer_of(), coarse_rows()
     params = QParams(x.abs().max() / 127)
-    sums = sums_of(layer, (x, fake_quantize(x, params)))
+    sums = sums_of(layer, (x, params.fake_quantize(x)))
     for ridge in erq.Config().ridges:
         change = erq.make_up_for_inputs(sums, sums.moment(ridge)) - sums.weight
         assert 1e-4 < float(change.norm() / sums.weight.norm()) < 0.2, ridge
@@ -122,12 +122,12 @@ def test_weights_lie_on_the_grid_the_engine_stores(family):
         layer, params = found.net.get_submodule(name), found.sites[f"{name}:weight"]
         assert torch.equal(params.scale, params.scale.half().float())
         assert torch.equal(quantize(layer.weight, params).flatten(), fitted.integers.flatten()), name
-        assert torch.equal(fake_quantize(layer.weight, params), layer.weight), name
+        assert torch.equal(params.fake_quantize(layer.weight), layer.weight), name
         assert layer.bias.shape == (layer.weight.shape[0],)
 
 
 def sums_of_layers(model, batches, rows, source=None):
-    sums = {name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in model.family.layers(model.net)}
+    sums = {name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in model.layers}
     add_inputs(sums, model, batches, rows, source)
     return sums
 
@@ -149,7 +149,7 @@ def test_sums_of_a_layer_tell_what_its_module_does(family):
     with torch.no_grad():
         model.net(fold[0])
         for name, (x, y) in seen.items():
-            actual = plain.net.get_submodule(name)(fake_quantize(x, model.sites[f"{name}:input"]))
+            actual = plain.net.get_submodule(name)(model.sites[f"{name}:input"].fake_quantize(x))
             expected = float((actual - y).double().pow(2).sum())
             assert sums[name].error(rounded_layer(model.net.get_submodule(name))) == pytest.approx(expected, rel=1e-3)
 
@@ -158,9 +158,9 @@ def test_a_layer_that_rounds_to_nearest_better_is_left_alone():
     """Two folds that contradict each other: what one teaches harms on the other."""
     layer, (x, rounded) = layer_of(), coarse_rows()
     folds = [sums_of(layer, (rounded + sign * (x - rounded), rounded)) for sign in (-3.0, 3.0)]
-    assert erq.best_fits(layer, folds, erq.Config()) == ()
+    assert erq.best_fits(rounded_layer(layer), folds, erq.Config()) == ()
     folds = [sums_of(layer, (x[half], rounded[half])) for half in (slice(2048), slice(2048, None))]
-    assert len(erq.best_fits(layer, folds, erq.Config())) == 3
+    assert len(erq.best_fits(rounded_layer(layer), folds, erq.Config())) == 3
 
 
 def test_the_chosen_ridge_is_the_best_across_folds():
@@ -169,7 +169,7 @@ def test_the_chosen_ridge_is_the_best_across_folds():
     ridges = (1e-6, 0.01, 0.1)
     errors = [b.error(erq.fit(a, ridge)) + a.error(erq.fit(b, ridge)) for ridge in ridges]
     assert errors[1] == min(errors), "the case has to be decided by neither end"
-    chosen = erq.best_fits(layer, folds, erq.Config(ridges))[-1]
+    chosen = erq.best_fits(rounded_layer(layer), folds, erq.Config(ridges))[-1]
     assert torch.equal(chosen.integers, erq.fit(pooled(folds), 0.01).integers)
 
 
@@ -183,7 +183,7 @@ def test_the_network_is_nearer_to_float_on_photographs_no_fold_held(propagate):
     fitted, plain = sqnr_db(new, [found], [rtn.reduce_error(model, folds, rtn.Config())])
     assert fitted > plain + 0.3
     assert "layers fitted" in record.notes[0]
-    assert set(found.quantized_layers) == set(model.family.layers(model.net))
+    assert set(found.quantized_layers) == set(model.layers)
 
 
 def test_a_fit_that_harms_the_output_is_dropped(monkeypatch):
@@ -211,7 +211,7 @@ def test_a_propagated_fit_aims_at_the_float_output_from_rounded_inputs():
     exact, given = (list(input_rows(net, [name], folds[0], 1 << 30)) for net in (model.net, source.net))
     module = model.net.get_submodule(name)
     expected = sum(
-        float((module(fake_quantize(b[name], params)) - module(a[name])).double().pow(2).sum())
+        float((module(params.fake_quantize(b[name])) - module(a[name])).double().pow(2).sum())
         for a, b in zip(exact, given, strict=True)
     )
     assert sums.spent == pytest.approx(expected, rel=1e-4)
@@ -219,7 +219,7 @@ def test_a_propagated_fit_aims_at_the_float_output_from_rounded_inputs():
 
 def test_layers_share_a_pass_within_memory_or_within_a_block(monkeypatch):
     model, _ = calibrated("vit")
-    layers = list(model.family.layers(model.net))
+    layers = list(model.layers)
     assert list(erq.parts(model, 2, by_block=False)) == [layers]
     assert [len(part) for part in erq.parts(model, 2, by_block=True)] == [4, 4]
     monkeypatch.setattr(erq, "MEMORY", 1)

@@ -12,7 +12,7 @@ from calib.methods import rtn
 from calib.moves import Moved
 from calib.qdq import QuantAttention, quantized_net
 from calib.quant_model import ATTENTION_ROLES
-from calib.quantizer import fake_quantize, qparams_from_amax
+from calib.quantizer import qparams_from_amax
 from tests.tiny import tiny_batches, tiny_model
 
 FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
@@ -49,7 +49,7 @@ def test_the_shift_is_the_least_squares_one():
     weights, value = random_attention()
     params = qparams_from_amax(torch.tensor(1.0))
     found = lost_mass(weights, value, params)
-    lost = (weights - fake_quantize(weights, params)).double()
+    lost = (weights - params.fake_quantize(weights)).double()
     for head in range(3):
         for channel in range(5):
             error = (lost @ value.double())[:, head, :, channel].reshape(-1, 1)
@@ -64,7 +64,7 @@ def test_the_predicted_error_is_that_of_the_shifted_product():
     found = lost_mass(weights, value, params)
     for shift in (found.shift(), torch.zeros(3, 5).double()):
         moved = value - shift[:, None]
-        output = fake_quantize(weights, params).double() @ moved + shift[:, None]
+        output = params.fake_quantize(weights).double() @ moved + shift[:, None]
         direct = float((output - weights.double() @ value.double()).square().sum())
         assert found.error(shift) == pytest.approx(direct, rel=1e-5)
     assert found.error(found.shift()) < 0.5 * found.error(torch.zeros(3, 5))
@@ -123,9 +123,9 @@ def test_the_simulation_rounds_all_four_factors():
         qkv = attention.qkv(x).reshape(2, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
         query, key, value = qkv[0] / 2, qkv[1] / 2, qkv[2]  # 16^-1/4
         sites = {role: model.sites[f"blocks.0.attn:{role}"] for role in ATTENTION_ROLES}
-        scores = fake_quantize(query, sites["query"]) @ fake_quantize(key, sites["key"]).transpose(-2, -1)
-        weights = fake_quantize(scores.softmax(-1), sites["softmax"])
-        by_hand = (weights @ fake_quantize(value, sites["value"])).transpose(1, 2).reshape(2, 17, 48)
+        scores = sites["query"].fake_quantize(query) @ sites["key"].fake_quantize(key).transpose(-2, -1)
+        weights = sites["softmax"].fake_quantize(scores.softmax(-1))
+        by_hand = (weights @ sites["value"].fake_quantize(value)).transpose(1, 2).reshape(2, 17, 48)
         torch.testing.assert_close(attention(x), attention.proj(by_hand))
     with pytest.raises(NotImplementedError):
         attention(x, is_causal=True)

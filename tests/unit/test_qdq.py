@@ -5,7 +5,7 @@ from torch import nn
 from calib.calibrate import Config, calibrate, observed_inputs
 from calib.methods import rtn
 from calib.qdq import QuantConv2d, QuantLinear, quantized_net
-from calib.quantizer import fake_quantize, qparams_from_amax
+from calib.quantizer import qparams_from_amax
 from tests.tiny import TINY, tiny_batches, tiny_model
 
 
@@ -19,7 +19,7 @@ def test_quant_linear_is_fake_quantization_of_input_and_weight(bias, shape):
     linear, x = nn.Linear(16, 8, bias=bias), torch.randn(shape)
     weight_params = rtn.channel_qparams(linear.weight)
     expected = nn.functional.linear(
-        fake_quantize(x, input_params(x)), fake_quantize(linear.weight, weight_params), linear.bias
+        input_params(x).fake_quantize(x), weight_params.fake_quantize(linear.weight), linear.bias
     )
     found = QuantLinear(linear, input_params(x), weight_params)(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -35,11 +35,11 @@ def test_quant_conv_is_fake_quantization_of_input_and_weight(options):
     weight_params = rtn.channel_qparams(conv.weight)
     reference = nn.Conv2d(4, 8, 3, **options)
     reference.weight.data, reference.bias.data = (
-        fake_quantize(conv.weight.detach(), weight_params),
+        weight_params.fake_quantize(conv.weight.detach()),
         conv.bias.data,
     )
     found = QuantConv2d(conv, input_params(x), weight_params)(x)
-    torch.testing.assert_close(found, reference(fake_quantize(x, input_params(x))), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, reference(input_params(x).fake_quantize(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_largest_weight_of_each_channel_becomes_127():
@@ -60,7 +60,7 @@ def test_exactly_the_layers_of_the_family_are_quantized_and_the_model_is_untouch
     quantized = rtn.reduce_error(calibrate(model, [tiny_batches()], Config("max")), [], rtn.Config())
     net = quantized_net(quantized)
     found = {name for name, m in net.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
-    assert found == set(model.family.layers(model.net))
+    assert found == set(model.layers)
     assert found
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.net.modules())

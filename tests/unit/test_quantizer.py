@@ -9,7 +9,6 @@ from calib.quantizer import (
     SMALLEST_SCALE,
     QParams,
     dequantize,
-    fake_quantize,
     fp16_scale,
     qparams_from_amax,
     quantize,
@@ -35,8 +34,8 @@ def test_integers_are_those_of_exact_round_half_even(x, scale):
 @given(values, st.floats(1e-3, 10))
 def test_rounding_twice_is_rounding_once(x, scale):
     params = QParams(fp16_scale(torch.tensor(scale)))
-    once = fake_quantize(torch.from_numpy(x), params)
-    assert torch.equal(fake_quantize(once, params), once)
+    once = params.fake_quantize(torch.from_numpy(x))
+    assert torch.equal(params.fake_quantize(once), once)
 
 
 @given(values)
@@ -44,7 +43,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(x):
     tensor = torch.from_numpy(x)
     params = qparams_from_amax(tensor.abs().max())
     inside = tensor.abs() <= 127 * params.scale
-    error = (fake_quantize(tensor, params) - tensor).abs()[inside]
+    error = (params.fake_quantize(tensor) - tensor).abs()[inside]
     assert (error <= params.scale / 2 * (1 + 1e-5)).all()
 
 

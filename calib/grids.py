@@ -1,0 +1,66 @@
+"""What a tensor can round to. `QParams` with 8 bits and no zero point is what engines run; a simulation may take others."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from calib.precision import UNROUNDED
+from calib.quantizer import QParams, qparams_from_amax
+
+
+class Grid(Protocol):
+    """A set of values that a tensor rounds to."""
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The nearest values of the grid, in the dtype of `x`."""
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x` kept within the range of the grid, not rounded."""
+
+
+class Unrounded:
+    """No grid at all: of inputs in weight-only quantization."""
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return x
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return x
+
+
+def input_grid(amax: float, bits: int) -> Grid:
+    """The grid of a tensor whose largest integer stands for `amax`; none for `bits` = UNROUNDED."""
+    return Unrounded() if bits == UNROUNDED else qparams_from_amax(torch.tensor(amax), bits=bits)
+
+
+def obstacle(grid: Grid) -> str | None:
+    """Why TensorRT has no INT8 kernel that reads activations on this grid, or None."""
+    if not isinstance(grid, QParams):
+        return f"a {type(grid).__name__} grid"
+    if grid.bits != 8:
+        return f"{grid.bits} bits"
+    if grid.zero_point is not None:
+        return "a zero point"
+    return "a scale per channel" if grid.axis is not None else None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding passes gradients on as they are, clipping stops them (Bengio et al., 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(grid.clip(x) == x)
+        return grid.fake_quantize(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None
+
+
+def straight_through(x: Tensor, grid: Grid) -> Tensor:
+    """`x` rounded to `grid`, with the gradient of clipping alone."""
+    return _StraightThrough.apply(x, grid)

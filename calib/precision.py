@@ -1,0 +1,45 @@
+"""How many bits a network rounds to, by layer. 8 and 8, ends in FP16, is what an engine runs; the rest is simulated."""
+
+from dataclasses import dataclass
+
+UNROUNDED = 32  # bits of inputs that stay as they are: weight-only quantization
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of weights and of what layers read.
+
+    `ends`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
+    """
+
+    weights: int = 8
+    inputs: int = 8
+    ends: int = 0
+
+    def __post_init__(self) -> None:
+        for name, bits, others in (
+            ("weights", self.weights, ()),
+            ("inputs", self.inputs, (UNROUNDED,)),
+            ("ends", self.ends, (0,)),
+        ):
+            if bits not in (*range(2, 9), *others):
+                raise ValueError(f"{name} {bits} is not one of {', '.join(map(str, (*range(2, 9), *others)))} bits")
+
+    @property
+    def executable(self) -> bool:
+        """Whether a TensorRT engine computes it: fewer bits of a weight fit into its INT8."""
+        return self.inputs == 8 and not self.ends
+
+
+INT8_ENGINE = Precision()
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of one layer's weight and input."""
+
+    weight: int
+    input: int
+
+
+INT8 = LayerBits(8, 8)
