@@ -15,9 +15,10 @@ def histogram_of(x: torch.Tensor) -> Histogram:
 
 def test_rounded_inputs_rounds_the_input_and_leaves_no_hook():
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
-    with torch.no_grad(), rounded_inputs(net, {"0": 1.0}):
+    grid = qparams_from_amax(torch.tensor(1.0))
+    with torch.no_grad(), rounded_inputs(net, {"0": grid}):
         found = net(x)
-    expected = net[0](qparams_from_amax(torch.tensor(1.0)).fake_quantize(x))
+    expected = net[0](grid.fake_quantize(x))
     torch.testing.assert_close(found, expected.detach())
     assert not net[0]._forward_pre_hooks
 
