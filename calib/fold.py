@@ -1,6 +1,7 @@
-"""BatchNorm folding: y = gamma (W x + b - mean) / sqrt(var + eps) + beta becomes one convolution.
+"""What is affine per channel behind a layer becomes part of it: y = g (W x + b) + o has W' = g W and b' = g b + o.
 
-    g = gamma / sqrt(var + eps)        W' = g W        b' = beta + g (b - mean)
+    BatchNorm:     g = gamma / sqrt(var + eps)        o = beta - g mean
+    LayerScale:    g = gamma                          o = 0
 
 A TensorRT INT8 convolution has no BatchNorm behind it, and scales must be computed on the weights that run.
 """
@@ -10,39 +11,61 @@ import time
 from dataclasses import replace
 
 import torch
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from calib.modules import replace_module
 from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import QMAX, SMALLEST_SCALE
+
+AFFINE = (nn.BatchNorm2d, LayerScale)
+# A LayerScale can make rows too small for a scale in FP16; beside a row this many times larger they do not count.
+SMALL_ROWS = 64
 
 
-def folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight (out, in/groups, kh, kw) and bias (out,) of the convolution that equals `norm(conv(x))`."""
-    mean, var = norm.running_mean, norm.running_var
+def gain_and_offset(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """(g, o), both (C,), of a module that computes g x + o per channel; None for any other."""
+    if isinstance(module, LayerScale):
+        return module.gamma.detach(), torch.zeros_like(module.gamma)
+    if not isinstance(module, nn.BatchNorm2d):
+        return None
+    mean, var = module.running_mean, module.running_var
     if mean is None or var is None:
         raise ValueError("a BatchNorm without running statistics cannot be folded")
-    gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach()
-    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.detach()
-    gain = gamma / torch.sqrt(var + norm.eps)
-    return conv.weight.detach() * gain.reshape(-1, 1, 1, 1), beta + gain * (bias - mean)
+    gain = torch.rsqrt(var + module.eps)
+    if module.weight is not None:
+        gain = gain * module.weight.detach()
+    return gain, -gain * mean if module.bias is None else module.bias.detach() - gain * mean
 
 
-def conv_norm_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
-    """BatchNorm name -> name of the convolution whose output tensor it reads, found by running `example`."""
+def fold_into(layer: nn.Module, gain: Tensor, offset: Tensor) -> None:
+    """Make a Linear or Conv2d return gain y + offset instead of y, both (out,) (edits it)."""
+    weight, bias = layer.get_parameter("weight").detach(), getattr(layer, "bias", None)
+    layer.weight = nn.Parameter(weight * gain.reshape(-1, *[1] * (weight.ndim - 1)))
+    layer.bias = nn.Parameter(offset if bias is None else offset + gain * bias.detach())
+
+
+def leaves_scales(layer: nn.Module, gain: Tensor) -> bool:
+    """Whether the largest row of gain W keeps an FP16 scale far above the smallest there is."""
+    rows = layer.get_parameter("weight").detach().flatten(1).abs().amax(1) * gain.abs()
+    return float(rows.max()) / QMAX >= SMALL_ROWS * SMALLEST_SCALE
+
+
+def affine_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
+    """Name of an affine module -> name of the Linear or Conv2d whose output tensor it reads, found by running `example`."""
     producer: dict[int, str] = {}
     pairs: dict[str, str] = {}
     alive: list[Tensor] = []  # keeps every output referenced, so that no id is used twice
     hooks = []
 
-    def after_conv(name: str):
+    def after_layer(name: str):
         def hook(_module, _inputs, output):
             producer[id(output)] = name
             alive.append(output)
 
         return hook
 
-    def before_norm(name: str):
+    def before_affine(name: str):
         def hook(_module, inputs):
             if id(inputs[0]) in producer:
                 pairs[name] = producer[id(inputs[0])]
@@ -50,10 +73,10 @@ def conv_norm_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
         return hook
 
     for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after_conv(name)))
-        elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(before_norm(name)))
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            hooks.append(module.register_forward_hook(after_layer(name)))
+        elif isinstance(module, AFFINE):
+            hooks.append(module.register_forward_pre_hook(before_affine(name)))
     try:
         with torch.no_grad():
             net(example)
@@ -63,26 +86,33 @@ def conv_norm_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
     return pairs
 
 
-def _without_norm(norm: nn.BatchNorm2d) -> nn.Module:
-    """What stays of a BatchNorm after folding: timm's BatchNormAct2d carries its activation."""
-    act = getattr(norm, "act", None)
+def _what_stays(module: nn.Module) -> nn.Module:
+    """What is left of an affine module after folding: timm's BatchNormAct2d carries its activation."""
+    act = getattr(module, "act", None)
     return act if isinstance(act, nn.Module) else nn.Identity()
 
 
-def fold_batch_norms(model: QuantModel, example: Tensor) -> QuantModel:
-    """`model` with every BatchNorm that follows a convolution folded into it; `example` is (1, 3, H, W)."""
+def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
+    """`model` with every BatchNorm and LayerScale folded into the layer it follows; `example` is (1, 3, H, W).
+
+    A LayerScale so small that it would take all scales of the layer out of FP16's range stays.
+    """
     start = time.perf_counter()
     net = copy.deepcopy(model.net)
-    pairs = conv_norm_pairs(net, example)
-    for norm_name, conv_name in pairs.items():
-        conv, norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        weight, bias = folded_weights(conv, norm)
-        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        replace_module(net, norm_name, _without_norm(norm))
-    total = sum(isinstance(module, nn.BatchNorm2d) for module in model.net.modules())
-    notes = (f"{len(pairs)} of {total} BatchNorms folded into their convolutions",)
+    pairs = affine_pairs(net, example)
+    folded = []
+    for name, layer in pairs.items():
+        found = gain_and_offset(net.get_submodule(name))
+        assert found is not None
+        if isinstance(net.get_submodule(name), nn.BatchNorm2d) or leaves_scales(net.get_submodule(layer), found[0]):
+            fold_into(net.get_submodule(layer), *found)
+            replace_module(net, name, _what_stays(net.get_submodule(name)))
+            folded.append(name)
+    notes = tuple(
+        f"{sum(isinstance(model.net.get_submodule(name), kind) for name in folded)} of {total} {kind.__name__}s folded"
+        for kind in AFFINE
+        if (total := sum(isinstance(module, kind) for module in model.net.modules()))
+    )
     record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes)
     net.requires_grad_(False)
     return replace(model, net=net, exact_net=net).with_record(record)

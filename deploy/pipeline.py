@@ -22,7 +22,7 @@ from calib.cache import Cache
 from calib.calibrate import calibrate
 from calib.equalise import equalise
 from calib.families import family_of
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.fp16_range import fp16_range
 from calib.images import ImageSet, image_sets
 from calib.preprocess import preprocessing_from_config
@@ -134,7 +134,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
 
         model = QuantModel(name, loaded.net, loaded.net, family, precision=recipe.precision)
-        model = _step(progress, "fold", fold_batch_norms, model, torch.from_numpy(golden[:1]))
+        model = _step(progress, "fold", fold_affine, model, torch.from_numpy(golden[:1]))
         folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
         cache = Cache(
             {

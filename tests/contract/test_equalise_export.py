@@ -5,7 +5,7 @@ import pytest
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.equalise import Config, equalise
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.qdq import quantized_net
 from deploy.export import export_pair
@@ -26,7 +26,7 @@ def kernels(model) -> int:
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_no_kernel_is_added(family):
     pytest.importorskip("tensorrt_rtx")
-    model = fold_batch_norms(tiny_model(family), tiny_batches(1)[0][:1])
+    model = fold_affine(tiny_model(family), tiny_batches(1)[0][:1])
     moved = equalise(model, FOLDS, Config(exponents=(0.7,)))
     assert moved.moved
     assert kernels(moved) == kernels(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calib.calibrate import Config, calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.qdq import QuantConv2d, QuantLinear, quantized_net
 from deploy.audit import audit, planned_layers
@@ -24,7 +24,7 @@ def exported(family: str):
     """(model, simulation, FP16 graph, FP32 graph), made once per family."""
     if family not in BUILT:
         batches = tiny_batches()
-        model = calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), [batches], Config("max"))
+        model = calibrate(fold_affine(tiny_model(family), batches[0][:1]), [batches], Config("max"))
         model = rtn.reduce_error(model, batches, rtn.Config())
         net = quantized_net(model)
         BUILT[family] = (model, net, *export_pair(net, (SIZE, SIZE)))

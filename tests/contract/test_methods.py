@@ -7,7 +7,7 @@ import torch
 
 import calib.methods
 from calib.calibrate import Config, calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.qdq import quantized_net
 from deploy.recipe import method_module
@@ -19,7 +19,7 @@ METHODS = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
 def calibrated(family: str):
     batches = tiny_batches(8)
     folds = [batches[:4], batches[4:]]
-    return calibrate(fold_batch_norms(tiny_model(family), batches[0][:1]), folds, Config("max")), folds
+    return calibrate(fold_affine(tiny_model(family), batches[0][:1]), folds, Config("max")), folds
 
 
 def output_error(model, folds) -> float:

@@ -6,7 +6,7 @@ from torch import nn
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.held_out import sqnr_db
 from calib.methods import adaq, rtn
 from calib.qdq import quantized_net
@@ -17,7 +17,7 @@ from tests.tiny import tiny_batches, tiny_model
 
 def calibrated(family="vit"):
     folds = [tiny_batches(4, seed=1), tiny_batches(4, seed=2)]
-    model = fold_batch_norms(tiny_model(family), folds[0][0][:1])
+    model = fold_affine(tiny_model(family), folds[0][0][:1])
     return calibrate(model, folds, CalibrateConfig("max")), folds
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calib.calibrate import Config, calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.moments import Fit, Moments, r2
 from calib.qdq import quantized_net
@@ -28,7 +28,7 @@ from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
 def quantized_model(family, seed=0):
     """A tiny model with all scales decided; nobody edits it."""
     batches = tiny_batches()
-    model = calibrate(fold_batch_norms(tiny_model(family, seed), batches[0][:1]), [batches], Config("max"))
+    model = calibrate(fold_affine(tiny_model(family, seed), batches[0][:1]), [batches], Config("max"))
     return rtn.reduce_error(model, [batches], rtn.Config())
 
 

@@ -9,7 +9,7 @@ from calib.cache import Cache, made_by
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.equalise import Config, equalise
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.qdq import quantized_net
 from tests.tiny import TINY, tiny_batches, tiny_model
@@ -18,7 +18,7 @@ INPUTS = {"model": "tiny", "weights": "ab", "images": ["cd", "ef"], "batch": 4, 
 
 
 def folded(family: str = "vit"):
-    return fold_batch_norms(tiny_model(family), tiny_batches(1)[0][:1])
+    return fold_affine(tiny_model(family), tiny_batches(1)[0][:1])
 
 
 def calibrated(model):

@@ -7,7 +7,7 @@ from torch import nn
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.equalise import Config, channel_scale, equalise, placed_moves, rounding_error
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.layer_rows import channels_of_inputs, product, sample_rows, sampled_inputs, weight_matrix
 from calib.methods import rtn
 from calib.qdq import quantized_net
@@ -19,7 +19,7 @@ FIXED = Config(exponents=(0.7,))
 
 def uneven(family: str):
     """A model whose channels differ a hundredfold, and two folds of images."""
-    model = fold_batch_norms(tiny_model(family), tiny_batches(1)[0][:1])
+    model = fold_affine(tiny_model(family), tiny_batches(1)[0][:1])
     with torch.no_grad():
         for _, producer, _ in placed_moves(model):
             module = model.net.get_submodule(producer)

@@ -4,7 +4,7 @@ from torch import nn
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.held_out import sqnr_db
 from calib.layer_rows import input_rows, rows_of, sample_rows
 from calib.layer_sums import LayerSums, add_inputs, pooled
@@ -36,7 +36,7 @@ def sums_of(layer, *pairs):
 
 def calibrated(family, batches=2):
     folds = [tiny_batches(batches, seed=1), tiny_batches(batches, seed=2)]
-    model = fold_batch_norms(tiny_model(family), folds[0][0][:1])
+    model = fold_affine(tiny_model(family), folds[0][0][:1])
     return calibrate(model, folds, CalibrateConfig("max")), folds
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from calib.calibrate import Config, calibrate
 from calib.errors import UserError
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.grids import Unrounded, input_grid, obstacle, straight_through
 from calib.hooks import input_hooks
 from calib.methods import erq, rtn
@@ -68,7 +68,7 @@ def calibrated(family: str, precision: Precision):
     batches = tiny_batches(8)
     model = replace(tiny_model(family), precision=precision)
     folds = [batches[:4], batches[4:]]
-    return calibrate(fold_batch_norms(model, batches[0][:1]), folds, Config("mse")), folds
+    return calibrate(fold_affine(model, batches[0][:1]), folds, Config("mse")), folds
 
 
 def by_hand(model, images):
