@@ -35,6 +35,7 @@ from calib.quant_model import QuantModel, StageRecord
 from compensation.checkpoint import load_checkpoint, save_checkpoint
 from compensation.masters import Masters
 from compensation.minibatches import Minibatch, minibatches
+from compensation.sizes import engine_bytes
 from compensation.trainable import trained_parameters, with_values, zero_branches
 
 # (start of the name of timm's architecture or else of our family, AdamW's rate, where it comes from); the first that fits
@@ -215,14 +216,13 @@ def finetune(
         _check_labels(labels, images, len(first), model.float_net)
     rate, why = (config.learning_rate, "given") if config.learning_rate else learning_rate_of(model)
     config = replace(config, learning_rate=rate)
-    begun = model
-    if config.all_blocks:
-        begun = replace(model, branches={**model.branches, **zero_branches(model, first)})
+    zeros = zero_branches(model, first) if config.all_blocks else {}
+    begun = replace(model, branches={**model.branches, **zeros})
     net = quantized_net(begun)
     running = trained_parameters(net, begun, classifier=labels is not None)
 
-    def record(*notes: str, before: float | None = None, after: float | None = None) -> StageRecord:
-        return StageRecord("qwt_star", asdict(config), time.perf_counter() - start, before, after, notes)
+    def record(*notes: str, before: float | None = None, after: float | None = None, **details: Any) -> StageRecord:
+        return StageRecord("qwt_star", asdict(config), time.perf_counter() - start, before, after, notes, details)
 
     if not running:
         return model.with_record(record("nothing to train: no block has a branch"))
@@ -257,4 +257,5 @@ def finetune(
     if labels is not None:
         old, new = (_entropy(each, held_out, labels[split.count :]) for each in (model, tuned))
         notes.append(f"cross-entropy {new:.3f} against {old:.3f} on images held out")
-    return result.with_record(record(*notes, before=before, after=after))
+    added = {name: {"form": "dense", "bytes": engine_bytes(zero)} for name, zero in zeros.items()}
+    return result.with_record(record(*notes, before=before, after=after, kept=added if result is tuned else {}))

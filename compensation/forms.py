@@ -28,6 +28,10 @@ class Place:
     norm: str | None = None
     norm_params: QParams | None = None
 
+    def serves(self, form: str) -> bool:
+        """Whether a branch of `form` finds here what it reads."""
+        return not FORMS[form].on_norm or self.norm is not None
+
 
 def dense_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
     """A full matrix, or for maps one per group."""

@@ -38,6 +38,7 @@ from compensation.carry import CARRIES, Call, Carry
 from compensation.chain import block_layouts
 from compensation.forms import FORMS, NoFitError, Place
 from compensation.select import UNLIMITED, Option, front, select
+from compensation.sizes import engine_bytes
 
 LOSSLESS = 1e-12  # variance of r per sample below which there is nothing to mend
 Forms = tuple[str, ...]
@@ -69,6 +70,11 @@ class Config:
             if number < least:
                 raise ValueError(f"{name} is {number}: expected {least} or more")
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The most kernels and bytes of all branches together."""
+        return self.max_extra_kernels, self.max_extra_bytes
+
 
 class BlockSums:
     """All that is remembered of one block's samples: sums per fold and group, and what the official R2 of maps needs."""
@@ -79,7 +85,8 @@ class BlockSums:
         self.folds = [[Moments(layout.d_in, layout.d_out) for _ in range(layout.groups)] for _ in range(folds)]
         self.reach = torch.zeros(layout.groups, layout.d_in)  # largest |x| per channel
         self.images = 0
-        self.position_sum: Tensor | float = 0.0
+        self.power = 0.0  # sum of all r^2, and of the images per (c, h, w), of maps
+        self.position_sum = torch.zeros(1, 1, 1, dtype=torch.float64)
 
     def update(self, x: Tensor, r: Tensor, fold: int, step: int = 1) -> None:
         """Add every `step`-th sample of the images `x`, `r` (what is read, what the branch should return) to `fold`."""
@@ -89,25 +96,23 @@ class BlockSums:
         self.reach = torch.maximum(self.reach, torch.stack([group.abs().amax(0) for group in rows]))
         self.images += len(x)
         if not self.layout.channels_last:
-            self.position_sum = self.position_sum + r.double().sum(0)
+            self.power += float(r.square().sum(dtype=torch.float64))
+            self.position_sum = self.position_sum + r.sum(0, dtype=torch.float64)
 
     def groups(self) -> list[Moments]:
         """The sums of all folds, per group."""
         return [pooled(group) for group in zip(*self.folds, strict=True)]
 
-    def official_r2(self, error: float, groups: Sequence[Moments]) -> float | None:
+    def official_r2(self, error: float, groups: Sequence[Moments]) -> float:
         """R2 of the reference code: for maps about the mean of every (c, h, w), else of every channel.
 
-        None where samples were thinned out, so that the mean of a position is not that of its samples.
+        `error`: squared, of the samples kept; where maps were thinned out it is scaled to all of their positions.
         """
         if self.layout.channels_last:
-            total = sum(group.total() for group in groups)
-        else:
-            assert isinstance(self.position_sum, Tensor)
-            if groups[0].count != self.images * self.position_sum[0].numel():
-                return None
-            total = float(sum(group.q.sum() for group in groups) - self.position_sum.square().sum() / self.images)
-        return 1 - error / total
+            return 1 - error / sum(group.total() for group in groups)
+        positions = self.images * self.position_sum[0].numel()
+        total = self.power - float(self.position_sum.square().sum()) / self.images
+        return 1 - error * positions / groups[0].count / total
 
 
 def fp16_bound(branch: BlockBranch, reach: Tensor) -> float:
@@ -116,12 +121,6 @@ def fp16_bound(branch: BlockBranch, reach: Tensor) -> float:
         float((fit.weight.abs() @ extent.double() + fit.bias.abs()).max())
         for fit, extent in zip(branch.fits(), reach, strict=True)
     )
-
-
-def engine_bytes(branch: nn.Module) -> int:
-    """Bytes of its numbers in an engine: FP16, or INT8 where they are integers."""
-    tensors = [*branch.parameters(), *branch.buffers()]
-    return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -224,16 +223,19 @@ def _add_samples(
     images: Joined,
     rows: int,
 ) -> None:
-    """One pass over the images: run block `name`, (exact, quantized), and add up what separates them.
+    """One pass over the images: run block `name`, (exact, quantized), and add up what separates them, if anything asks.
 
     The exact block reads what the quantized one reads, or with a second path what it finds there.
     """
     (exact, quantized), (path, float_path) = blocks, paths
     float_calls = float_path.calls(name) if float_path else None
     for index, call in enumerate(path.calls(name)):
-        float_call = next(float_calls) if float_calls else call
-        target, output = float_call.run(exact), call.run(quantized)
+        output = call.run(quantized)
         path.keep(index, output)
+        if not sums and not float_path:
+            continue
+        float_call = next(float_calls) if float_calls else call
+        target = float_call.run(exact)
         if float_path:
             float_path.keep(index, target)
         samples = (output.numel() // (place.layout.d_out * place.layout.groups)) * len(images)
@@ -247,16 +249,18 @@ def _fit_blocks(
 ) -> tuple[dict[str, Fitted], dict[str, list[dict[str, Any]]]]:
     """(the branch at every block that gets one, all that was tried by block); blocks in turn, each after the ones before.
 
-    Of several forms that pass, a block goes on with the one worth most by itself.
+    Of several forms that pass, a block goes on with the one worth most by itself, if it is within the limits by itself.
     """
     net, exact = quantized_net(model), model.exact_net
-    where = places(model, net, next(iter(images)), config)
+    where = places(model, net, next(iter(images))[:1], config)
+    forms_of = {name: [form for form in allowed[name] if place.serves(form)] for name, place in where.items()}
+    last = max((index for index, forms in enumerate(forms_of.values()) if forms), default=-1)
     kept: dict[str, Fitted] = {}
-    tried: dict[str, list[dict[str, Any]]] = {}
+    tried: dict[str, list[dict[str, Any]]] = {name: [] for name in where}
     carry = CARRIES[config.carry]
     with carry(net, images) as path, carry(exact, images) as float_path:
-        for name, place in where.items():
-            forms = [form for form in allowed[name] if place.norm or not FORMS[form].on_norm]
+        for name, forms in list(forms_of.items())[: last + 1]:
+            place = where[name]
             sums = {FORMS[form].on_norm: BlockSums(place, max(images.fold_of) + 1) for form in forms}
             block = net.get_submodule(name)
             paths = (path, float_path if config.target == "global" else None)
@@ -264,7 +268,8 @@ def _fit_blocks(
             fits = [fit_branch(form, sums[FORMS[form].on_norm], place, config) for form in forms]
             tried[name] = [found for _, found in fits]
             passed = {found["form"]: fitted for fitted, found in fits if fitted}
-            chosen = select([option(name, fitted.found) for fitted in passed.values()], config.kernel_price)
+            options = [option(name, fitted.found) for fitted in passed.values()]
+            chosen = select(options, config.kernel_price, *config.limits)
             branch = passed[chosen[name].form] if name in chosen else None
             if branch is not None:
                 branch.branch.attach(block)
@@ -290,8 +295,7 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
     names = model.family.blocks(model.net)
     kept, tried = _fit_blocks(model, images, config, dict.fromkeys(names, config.forms))
     options = [option(name, found) for name, several in tried.items() for found in several if found["kept"]]
-    limits = (config.max_extra_kernels, config.max_extra_bytes)
-    chosen = select(options, config.kernel_price, *limits)
+    chosen = select(options, config.kernel_price, *config.limits)
     if {name: one.form for name, one in chosen.items()} != {name: one.found["form"] for name, one in kept.items()}:
         # the branches left out change what the later ones have to mend
         kept, _ = _fit_blocks(
@@ -304,10 +308,11 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
         replace(model, branches={name: fitted.without[index - 1] for name, fitted in kept.items()})
         for index in range(len(folds))
     ]
-    before, after = sqnr_db(folds, [model] * len(folds), judges)
+    before, *compensated = sqnr_db(folds, [model] * len(folds), *([judges] if kept else []))
+    after = compensated[0] if compensated else before
     worth = bool(branches) and after >= before + config.min_gain_db
     notes = (
-        *_notes(kept, tried, points),
+        *_notes(model, config, kept, tried, points),
         f"{'kept' if worth else 'not worth it, dropped'}: network output {after:.2f} dB against {before:.2f} dB without "
         "branches, on other photographs",
     )
@@ -320,6 +325,8 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
 
 
 def _notes(
+    model: QuantModel,
+    config: Config,
     kept: Mapping[str, Fitted],
     tried: Mapping[str, Sequence[Mapping[str, Any]]],
     points: Sequence[Mapping[str, Any]],
@@ -327,7 +334,14 @@ def _notes(
     dropped = tuple(
         f"no branch at {name}: " + "; ".join(f"{found['form']}: {found['reason']}" for found in several)
         for name, several in tried.items()
-        if not any(found["kept"] for found in several)
+        if several and not any(found["kept"] for found in several)
+    )
+    used = {found["form"] for several in tried.values() for found in several}
+    unused = tuple(
+        f"form '{form}' does not apply: it needs blocks that begin with a norm before an INT8 layer, and those of family "
+        f"'{model.family.name}' do not"
+        for form in config.forms
+        if form not in used
     )
     costs = [f"+{p['kernels']} kernels, {p['bytes'] / 1e6:.2f} MB: {p['r2']:.1%}" for p in points]
     shown = ("block error mended, by cost: " + " | ".join(costs),) if costs else ()
@@ -335,4 +349,4 @@ def _notes(
     counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms)) or "none"
     scores = [fitted.found["r2_cv"] for fitted in kept.values()]
     ranges = f", cross-validated R2 {min(scores):.2f} to {max(scores):.2f}" if scores else ""
-    return (f"{len(kept)} of {len(tried)} blocks compensated ({counts}){ranges}", *shown, *dropped)
+    return (f"{len(kept)} of {len(tried)} blocks compensated ({counts}){ranges}", *unused, *shown, *dropped)

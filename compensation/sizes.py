@@ -32,3 +32,9 @@ def model_bytes(net: nn.Module, eight_bit: str, weight_bits: int) -> float:
 def branch_bytes(branch: nn.Module) -> float:
     """Bytes of one branch of any form: its weights in FP16, its bias in float32."""
     return sum(value.numel() * (4.0 if name == "bias" else 2.0) for name, value in branch.named_parameters())
+
+
+def engine_bytes(branch: nn.Module) -> int:
+    """Bytes of its numbers in an engine: FP16, or INT8 where they are integers."""
+    tensors = [*branch.parameters(), *branch.buffers()]
+    return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)

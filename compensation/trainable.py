@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from calib.moments import Fit
 from calib.qdq import quantized_net
-from calib.quant_model import Branch, QuantModel
+from calib.quant_model import QuantModel
 from compensation.branch import ConvBranch, DenseBranch
 from compensation.chain import block_layouts
 
 BRANCH = ".branch."  # between the name of a block and the name of a parameter of its branch
 
 
-def zero_branches(model: QuantModel, images: Tensor) -> dict[str, Branch]:
+def zero_branches(model: QuantModel, images: Tensor) -> dict[str, DenseBranch | ConvBranch]:
     """A dense branch of zeros for every block of `model` without one; `images` (B, 3, H, W) give the shapes.
 
     Raises ValueError naming the blocks if they are no chain.
     """
-    found: dict[str, Branch] = {}
+    found: dict[str, DenseBranch | ConvBranch] = {}
     for name, layout in block_layouts(model, quantized_net(model), images).items():
         if name not in model.branches:
             zero = Fit(torch.zeros(layout.d_out, layout.d_in), torch.zeros(layout.d_out))

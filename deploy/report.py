@@ -3,6 +3,7 @@
 import os
 import resource
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,9 +111,40 @@ def _images_json(images: "ImageSet") -> dict[str, Any]:
     }
 
 
+def waterfall(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From the float network down to its rounding, and up again: the steps that measured the output, in order.
+
+    Every stage judges itself on images it was not fitted on, which are not the same for all, so a step starts where its own
+    judge saw the network and not where the one before ended: gains can be compared, ends cannot. Empty if none measured.
+    """
+    measured = [record for record in history if record["sqnr_after_db"] is not None]
+    if not measured:
+        return []
+    steps = [
+        {
+            "step": record["stage"],
+            "sqnr_before_db": record["sqnr_before_db"],
+            "sqnr_after_db": record["sqnr_after_db"],
+            "gain_db": record["sqnr_after_db"] - record["sqnr_before_db"],
+        }
+        for record in measured
+    ]
+    rounded = {"step": "rounded", "sqnr_before_db": None, "sqnr_after_db": steps[0]["sqnr_before_db"], "gain_db": None}
+    return [rounded, *steps]
+
+
+def branch_figures(model: "QuantModel") -> dict[str, dict[str, Any]]:
+    """Block -> what is known of its branch: form, R2 (of the paper, across photographs), error before and after, bytes."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in model.history:
+        found |= record.details.get("kept", {})
+    return {block: found[block] for block in model.branches}
+
+
 def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
     """The figures."""
     built, verdict = evidence.built, evidence.verdict
+    history = [record.to_json() for record in evidence.model.history]
     return {
         "model": evidence.model.name,
         "recipe": evidence.recipe.name,
@@ -148,8 +180,9 @@ def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
             "kernels_without_branches": None if evidence.plain is None else len(evidence.plain.kernels),
             "bytes_without_branches": None if evidence.plain is None else len(evidence.plain.plan),
         },
-        "branches": list(evidence.model.branches),
-        "history": [record.to_json() for record in evidence.model.history],
+        "branches": branch_figures(evidence.model),
+        "history": history,
+        "waterfall": waterfall(history),
         "float_layers": evidence.model.float_layers,
         "int8_attention": list(evidence.model.int8_attention),
         "seconds": {**evidence.seconds, "total": round(sum(evidence.seconds.values()), 3)},
@@ -193,21 +226,28 @@ def manifest_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
     }
 
 
+def _shown_steps(steps: Sequence[dict[str, Any]]) -> str:
+    """One line of `waterfall`: where rounding leaves the network, then what every step adds."""
+    gains = (f"{step['step']} {step['gain_db']:+.1f} dB" for step in steps[1:])
+    return " -> ".join(["float", f"{steps[0]['step']} {steps[0]['sqnr_after_db']:.1f} dB", *gains])
+
+
+def _shown_branches(branches: dict[str, dict[str, Any]], engine: dict[str, Any]) -> str:
+    """How many branches of which forms, how well they do at their blocks, and what they cost together."""
+    forms = [found["form"] for found in branches.values()]
+    counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms))
+    scores = [found["r2_cv"] for found in branches.values() if "r2_cv" in found]
+    mended = f", R2 {min(scores):.2f} to {max(scores):.2f} on other photographs" if scores else ""
+    kernels = engine["kernels"] - engine["kernels_without_branches"]
+    size = (engine["bytes"] - engine["bytes_without_branches"]) / 1e6
+    return f"{counts}{mended}; {kernels:+d} kernels, {size:+.2f} MB"
+
+
 def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What every stage that measured itself did to the output, and what branches cost."""
-    steps = [
-        f"{record['stage']} {record['sqnr_before_db']:.1f} -> {record['sqnr_after_db']:.1f} dB"
-        for record in report["history"]
-        if record["sqnr_after_db"] is not None
-    ]
-    rows = [("repairs, on other photographs", "; ".join(steps))] if steps else []
-    engine = report["engine"]
-    if report["branches"]:
-        rows.append((
-            "branches", f"{len(report['branches'])}: {engine['kernels'] - engine['kernels_without_branches']:+d} kernels, "
-            f"{(engine['bytes'] - engine['bytes_without_branches']) / 1e6:+.2f} MB",
-        ))  # fmt: skip
-    return rows
+    steps, branches = waterfall(report["history"]), report["branches"]
+    rows = [("repairs, on other photographs", _shown_steps(steps))] if steps else []
+    return [*rows, ("branches", _shown_branches(branches, report["engine"]))] if branches else rows
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -32,6 +32,11 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, r
     assert set(stages) == {"fold", *(stage for stage, wanted in expected.items() if wanted is not None)}
     assert report["engine"]["lost"] == report["engine"]["lost_attention"] == []
     assert report["engine"]["int8_attention"] == len(report["int8_attention"])
+    assert [step["step"] for step in report["waterfall"][1:]] == [
+        record["stage"] for record in report["history"] if record["sqnr_after_db"] is not None
+    ]
+    for figures in report["branches"].values():
+        assert {"form", "r2", "r2_cv", "r2_official", "error_before", "error_after", "bytes"} <= figures.keys()
 
 
 @pytest.mark.parametrize("recipe", ["int8_erq", "int8_plain_qwt"])

@@ -251,6 +251,8 @@ def test_both_classifiers_of_a_distilled_network_are_found_and_none_where_there_
 def test_a_network_of_features_is_trained_on_its_output():
     found = finetune(features_model(), tiny_batches(IMAGES), dataclasses.replace(FAST, all_blocks=True))
     assert len(found.branches) == 2
+    assert found.history[-1].details["kept"].keys() == found.branches.keys()
+    assert all(figures["bytes"] == 2 * (48 * 48 + 48) for figures in found.history[-1].details["kept"].values())  # FP16
     assert found.history[-1].sqnr_after_db > found.history[-1].sqnr_before_db
 
 
@@ -278,6 +280,7 @@ def test_branches_that_are_there_keep_their_numbers_beside_those_of_zeros():
     assert tuple(zero_branches(first, tiny_batches(1)[0])) == ("blocks.1",)
     found = finetune(first, tiny_batches(4), dataclasses.replace(FAST, learning_rate=1e-12, all_blocks=True))
     assert found.branches is first.branches  # too little for a gain: no zeros stay behind
+    assert found.history[-1].details["kept"] == {}
 
 
 def test_nothing_to_train_is_said():

@@ -184,10 +184,10 @@ def test_a_branch_whose_outputs_overflow_fp16_is_dropped():
     assert fit_branch("dense", sums_of(x / 500, 300 * x / 500), Place(sums.layout, 1), Config())[0] is not None
 
 
-def sums_of(x, r, layout=None, folds=2):
+def sums_of(x, r, layout=None, folds=2, step=1):
     sums = BlockSums(Place(layout or Layout(True, x.shape[-1], r.shape[-1]), 1), folds)
     for fold in range(folds):
-        sums.update(x[fold::folds], r[fold::folds], fold)
+        sums.update(x[fold::folds], r[fold::folds], fold, step)
     return sums
 
 
@@ -224,6 +224,10 @@ def test_official_r2_of_maps_is_about_the_mean_of_every_position():
     assert found["r2_official"] == pytest.approx(
         float(1 - residual / (r - r.mean(0)).double().square().sum()), abs=1e-5
     )
+    thinned = sums_of(x, r, Layout(False, 2, 2), step=3)
+    assert fit_branch("dense", thinned, Place(sums.layout, 1), ALWAYS)[1]["r2_official"] == pytest.approx(
+        found["r2_official"], abs=0.02
+    )
     of_channels = (r - r.mean((0, 2, 3), keepdim=True)).double().square().sum()
     assert found["r2"] == pytest.approx(float(1 - residual / of_channels), abs=1e-5)
 
@@ -244,6 +248,45 @@ def test_every_kept_branch_lowers_the_error_it_was_fitted_on(family):
             assert detail["error_after"] <= detail["error_before"]
     with torch.no_grad():
         assert quantized_net(found)(tiny_batches(1)[0]).isfinite().all()
+
+
+# what is run, and how often
+
+
+def exact_runs(model, config, batches=32):
+    """(what `compensate` gives, how often it ran each block of the exact network)."""
+    exact, runs = copy.deepcopy(model.exact_net), {}
+    for name in model.family.blocks(exact):
+
+        def count(_block, _args, _output, name=name):
+            runs[name] = runs.get(name, 0) + 1
+
+        exact.get_submodule(name).register_forward_hook(count)
+    return compensate(dataclasses.replace(model, exact_net=exact), halves(tiny_batches(batches)), config), runs
+
+
+def test_limits_that_rule_a_form_out_need_no_second_pass():
+    both = dataclasses.replace(ALWAYS, forms=("shared", "dense"))
+    free, _ = exact_runs(coarse(quantized_model("vit")), both)
+    assert "dense" in {found["form"] for found in free.history[-1].details["kept"].values()}
+    found, runs = exact_runs(coarse(quantized_model("vit")), dataclasses.replace(both, max_extra_kernels=0))
+    assert {kept["form"] for kept in found.history[-1].details["kept"].values()} == {"shared"}
+    assert runs == {"blocks.0": 32, "blocks.1": 32}
+
+
+def test_blocks_whose_branch_was_left_out_run_once():
+    found, runs = exact_runs(coarse(quantized_model("vit")), dataclasses.replace(ALWAYS, max_extra_kernels=1))
+    (kept,) = found.branches
+    assert runs == {name: 64 if name == kept else 32 for name in ("blocks.0", "blocks.1")}
+
+
+@pytest.mark.parametrize("forms", [("shared", "dense"), ("shared",)], ids=str)
+def test_a_form_that_no_block_can_take_is_named_and_costs_nothing(forms):
+    found, runs = exact_runs(coarse(quantized_model("mobilenet")), dataclasses.replace(ALWAYS, forms=forms))
+    assert any("'shared' does not apply" in note and "family 'mobilenet'" in note for note in found.history[-1].notes)
+    assert bool(found.branches) == bool(runs) == ("dense" in forms)
+    assert set(runs.values()) <= {32}
+    assert found.history[-1].sqnr_before_db <= found.history[-1].sqnr_after_db
 
 
 # 6. state
