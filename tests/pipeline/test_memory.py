@@ -9,40 +9,68 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = """
+LAZY = """
 import resource, sys
 import torch
+
+class Lazy:
+    # batches of 16 random images, made when they are asked for
+    def __init__(self, images, seed, size):
+        self.images, self.seed, self.size = images, seed, size
+    def __len__(self):
+        return self.images // 16
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        return (torch.randn(16, 3, self.size, self.size, generator=generator) for _ in range(len(self)))
+
+torch.set_num_threads(1)
+"""
+CALIBRATE = """
 from calib.calibrate import Config, calibrate
 from calib.equalise import Config as EqualiseConfig, equalise
 from calib.fp16_range import fp16_range
 from tests.tiny import SIZE, tiny_model
 
-class Lazy:
-    # batches of 16 random images, made when they are asked for
-    def __init__(self, images, seed):
-        self.images, self.seed = images, seed
-    def __len__(self):
-        return self.images // 16
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        return (torch.randn(16, 3, SIZE, SIZE, generator=generator) for _ in range(len(self)))
-
-torch.set_num_threads(1)
 model = tiny_model("vit")
-folds = [Lazy(int(sys.argv[1]) // 2, seed) for seed in (1, 2)]
+folds = [Lazy(int(sys.argv[1]) // 2, seed, SIZE) for seed in (1, 2)]
 model = calibrate(equalise(model, folds, EqualiseConfig()), folds, Config())
 fp16_range(model.net, folds[0])
+"""
+COMPENSATE = """
+import timm
+from calib.calibrate import Config as CalibrateConfig, calibrate
+from calib.families import family_of
+from calib.methods import rtn
+from calib.quant_model import QuantModel
+from compensation.qwt import Config, compensate
+
+# 256 tokens of 192 channels: a block reads 0.2 MB per image, four times the image
+net = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=4, depth=2).eval()
+model = QuantModel("vit", net, net, family_of(net))
+folds = [Lazy(int(sys.argv[1]) // 2, seed, 64) for seed in (1, 2)]
+model = calibrate(model, [Lazy(16, 3, 64)], CalibrateConfig("max"))
+model = rtn.reduce_error(model, [], rtn.Config())
+compensate(model, folds, Config(forms=("dense",), rows=1024, kernel_price=0.0, min_gain_db=-1e9, carry=sys.argv[2]))
+"""
+PEAK = """
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def peak_rss(images: int) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(images)]
+def peak_rss(script: str, images: int, *arguments: str) -> int:
+    command = [sys.executable, "-c", LAZY + script + PEAK, str(images), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def test_sixty_four_times_the_images_take_no_more_memory():
-    few, many = peak_rss(64), peak_rss(4096)
+    few, many = peak_rss(CALIBRATE, 64), peak_rss(CALIBRATE, 4096)
     print(f"peak RSS: {few} kB with 64 images, {many} kB with 4096")
     assert many <= 1.01 * few  # 8 MB; the images of one fold alone are 25 MB
+
+
+@pytest.mark.parametrize(("carry", "flat"), [("memory", False), ("disk", True), ("recompute", True)])
+def test_eight_times_the_images_take_branches_no_more_memory_unless_inputs_are_kept_there(carry, flat):
+    few, many = peak_rss(COMPENSATE, 32, carry), peak_rss(COMPENSATE, 256, carry)
+    print(f"peak RSS, {carry}: {few} kB with 32 images, {many} kB with 256")
+    assert (many <= 1.05 * few) == flat  # block inputs and outputs of 224 images are 88 MB, more than 10 %
