@@ -82,15 +82,24 @@ def low_rank_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
 
 @dataclass(frozen=True)
 class Form:
-    """`kernels`: what a branch adds to a TensorRT-RTX engine, measured (benchmarks/results/branch_forms.json)."""
+    """`kernels`: what a branch on tokens adds to a TensorRT-RTX engine, measured (benchmarks/results/branch_forms.json).
+
+    `map_kernels`: the most that one on maps adds, measured beside every second block of MobileNet-v2 and in ResNet-18: 2, one
+    less at the last block, 31 for all 17 and 11 for all 8.
+    """
 
     fit: Callable[[Sequence[Moments], Place], BlockBranch]
     kernels: int
+    map_kernels: int = 0  # forms that work on tokens alone add none
     on_norm: bool = False  # reads the quantized output of the block's first norm, not the block's input
+
+    def kernels_at(self, place: Place) -> int:
+        """What a branch adds at `place`."""
+        return self.kernels if place.layout.channels_last else self.map_kernels
 
 
 FORMS = {
-    "dense": Form(dense_branch, kernels=1),
+    "dense": Form(dense_branch, kernels=1, map_kernels=2),
     "shared": Form(shared_branch, kernels=0, on_norm=True),
     "diagonal": Form(diagonal_branch, kernels=0),
     "low_rank": Form(low_rank_branch, kernels=3),

@@ -160,7 +160,7 @@ def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tupl
         "error_before": sum(float(group.q.sum()) for group in groups) / samples,  # squared, per sample
         "error_after": error / samples,
         "variance": total / samples,
-        "kernels": FORMS[form].kernels,
+        "kernels": FORMS[form].kernels_at(place),
         "bytes": engine_bytes(branch),
     }
     if (bound := fp16_bound(branch, sums.reach)) > FP16_MAX:
@@ -343,10 +343,17 @@ def _notes(
         for form in config.forms
         if form not in used
     )
+    unpaid = [
+        f"{found['form']} at {name} (R2 {found['r2_cv']:.2f} for {found['kernels']} kernels)"
+        for name, several in tried.items()
+        for found in several
+        if found["kept"] and name not in kept
+    ]
+    too_dear = (f"helps, but not enough for what it costs, or beyond a limit: {', '.join(unpaid)}",) if unpaid else ()
     costs = [f"+{p['kernels']} kernels, {p['bytes'] / 1e6:.2f} MB: {p['r2']:.1%}" for p in points]
     shown = ("block error mended, by cost: " + " | ".join(costs),) if costs else ()
     forms = [fitted.found["form"] for fitted in kept.values()]
     counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms)) or "none"
     scores = [fitted.found["r2_cv"] for fitted in kept.values()]
     ranges = f", cross-validated R2 {min(scores):.2f} to {max(scores):.2f}" if scores else ""
-    return (f"{len(kept)} of {len(tried)} blocks compensated ({counts}){ranges}", *unused, *shown, *dropped)
+    return (f"{len(kept)} of {len(tried)} blocks compensated ({counts}){ranges}", *unused, *shown, *too_dear, *dropped)

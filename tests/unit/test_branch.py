@@ -230,6 +230,26 @@ def test_the_low_rank_form_is_the_best_of_its_rank(rank):
         FORMS["low_rank"].fit(moments, Place(Layout(False, 6, 6), rank))
 
 
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_dense_branch_adds_at_most_the_kernels_it_is_counted_with(family):
+    pytest.importorskip("tensorrt_rtx")
+    from deploy.backends import tensorrt_rtx
+
+    model = with_branches(quantized_model(family), 0.01)
+    layouts = block_layouts(model)
+
+    def kernels(*blocks):
+        chosen = dataclasses.replace(model, branches={name: model.branches[name] for name in blocks})
+        fp16, _ = export_pair(quantized_net(chosen), (SIZE, SIZE))
+        return len(tensorrt_rtx.build(fp16, Profile(2, 4), (89,)).kernels)
+
+    first, *_ = layouts
+    counted = FORMS["dense"].kernels_at(Place(layouts[first], 0))
+    plain = kernels()
+    assert plain < kernels(first) <= plain + counted
+    assert kernels(*layouts) <= plain + counted * len(layouts)
+
+
 # the shared form
 
 
