@@ -84,8 +84,8 @@ def low_rank_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
 class Form:
     """`kernels`: what a branch on tokens adds to a TensorRT-RTX engine, measured (benchmarks/results/branch_forms.json).
 
-    `map_kernels`: the most that one on maps adds, measured in MobileNet-v2 and ResNet-18: 2 beside nearly every block, 31 for
-    all 17 and 11 for all 8.
+    `map_kernels`: the most that one on maps adds, measured in MobileNet-v2 and ResNet-18: 2 beside nearly every block,
+    31 for all 17 and 11 for all 8.
     """
 
     fit: Callable[[Sequence[Moments], Place], BlockBranch]
