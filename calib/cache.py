@@ -33,14 +33,19 @@ class _UnusableError(Exception):
     """Why a file that exists is not used."""
 
 
+def code_sha256(*folders: Path) -> str:
+    """Hex sha256 of the names and contents of the Python files below `folders`."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def made_by() -> dict[str, Any]:
     """The code, and what else decides the last bits of a forward pass: libraries, instruction set, threads."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return {
-        "code": digest.hexdigest(),
+        "code": code_sha256(Path(__file__).parent),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

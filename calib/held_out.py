@@ -40,10 +40,15 @@ def adopt_if_better(
 ) -> tuple[QuantModel, float, float, str]:
     """(model, dB before, dB after, what happened): `plain`, or with the last of `found` put in if that is better.
 
-    `found` holds layers fitted on each of `folds`, then on all of them; the former decide, each on another fold.
+    `found` holds layers fitted on each of `folds`, then on all of them; the former decide, each on another fold. The last
+    must not be worse on the images it was fitted on, either: that the parts gained is no promise for the whole.
     """
-    before, after = sqnr_db(folds, [plain] * len(folds), [with_layers(plain, layers) for layers in found[:-1]])
+    *parts, whole = (with_layers(plain, layers) for layers in found)
+    unchanged = [plain] * len(folds)
+    before, after, fitted = sqnr_db(folds, unchanged, parts, [whole] * len(folds))
     note = f"network output {after:.2f} dB against {before:.2f} dB on other photographs"
     if after < before + MARGIN_DB:
         return plain, before, before, f"dropped: {note}"
-    return with_layers(plain, found[-1]), before, after, note
+    if fitted < before:
+        return plain, before, before, f"dropped: {note}, but fitted on all of them {fitted:.2f} dB"
+    return whole, before, after, note

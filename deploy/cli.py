@@ -66,10 +66,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
+    table = verbs.add_parser("table", help="the papers' tables: published numbers beside this tool's simulation")
+    table.add_argument("--paper", default="qwt", help="name of a table (see `list`) or a .toml file")
+    table.add_argument(
+        "--imagenet", help="folder with val/ and train/ or calib/; default: fidelity on sample photographs"
+    )
+    table.add_argument("--models", default="", help="names with commas between; default: the paper's, or two offline")
+    table.add_argument("--calib-images", type=_count, help="images to calibrate on (default 64; of ImageNet 512)")
+    table.add_argument("--eval-images", type=_count, help="images to judge on (default 64; all of ImageNet's val/)")
+    table.add_argument(
+        "--cache", choices=("on", "off"), default="on", help="off: measure finished rows anew (default on)"
+    )
+
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     verify.add_argument("folder", type=Path)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
-    verbs.add_parser("list", help="models, recipes, methods, families and backends")
+    verbs.add_parser("list", help="models, recipes, methods, families, backends and tables")
     explain = verbs.add_parser("explain", help="print a recipe with every option resolved")
     explain.add_argument("recipe")
     return parser
@@ -105,6 +117,22 @@ def _engine(args: argparse.Namespace) -> int:
     return 0
 
 
+def _table(args: argparse.Namespace) -> int:
+    from deploy.table import Options, print_table, table
+
+    models = tuple(args.models.replace(",", " ").split())
+    options = Options(
+        args.paper, args.imagenet or None, models, args.calib_images, args.eval_images, cache=args.cache == "on"
+    )
+    try:
+        path, result = table(options)
+    except KeyboardInterrupt:
+        print("interrupted: finished rows are kept, the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print_table(result, path)
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from deploy.verify import verify_package
 
@@ -131,6 +159,7 @@ def _list(_args: argparse.Namespace) -> int:
     from calib.families import families
     from calib.zoo import ZOO
     from deploy.backends import backends
+    from deploy.experiments import table_names
     from deploy.recipe import recipe_names
 
     width = max(map(len, ZOO))
@@ -143,6 +172,7 @@ def _list(_args: argparse.Namespace) -> int:
         ("methods", methods),
         ("families", families()),
         ("backends", backends()),
+        ("tables", table_names()),
     ):
         print(f"{title}: {', '.join(sorted(names))}")
     return 0
@@ -155,7 +185,7 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"engine": _engine, "verify": _verify, "doctor": _doctor, "list": _list, "explain": _explain}
+VERBS = {"engine": _engine, "table": _table, "verify": _verify, "doctor": _doctor, "list": _list, "explain": _explain}
 
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:

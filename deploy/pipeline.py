@@ -1,4 +1,4 @@
-"""The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first.
+"""The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first, then simulation.py.
 
 torch half:   load -> fold -> equalise -> calibrate -> range -> reduce error -> adequacy
 bridge:       export -> parity
@@ -16,13 +16,9 @@ import onnx
 import torch
 from torch import nn
 
-from calib import int8_attention
 from calib.adequacy import adequacy
 from calib.cache import Cache
-from calib.calibrate import calibrate
-from calib.equalise import equalise
 from calib.families import family_of
-from calib.fold import fold_affine
 from calib.fp16_range import fp16_range
 from calib.images import ImageSet, image_sets
 from calib.preprocess import preprocessing_from_config
@@ -31,8 +27,6 @@ from calib.quant_model import QuantModel
 from calib.user_cache import cache_folder
 from calib.weights import load_net
 from calib.zoo import resolve_model
-from compensation.finetune import finetune
-from compensation.qwt import compensate
 from deploy.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.backends import choose_backend
 from deploy.errors import ContractError
@@ -41,9 +35,10 @@ from deploy.graph.check import require_strongly_typed
 from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, staging, write_json
 from deploy.parity import compare_with_onnx
 from deploy.progress import Progress
-from deploy.recipe import load_recipe, method_module
+from deploy.recipe import load_recipe
 from deploy.report import Evidence, manifest_json, report_json
 from deploy.serialize import Profile
+from deploy.simulation import FOLD, CalibrationImages, Stage, repair_stages, scale_stages
 from deploy.verify import cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
@@ -95,10 +90,10 @@ def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
         return net(torch.from_numpy(images)).numpy()
 
 
-def _step(progress: Progress, name: str, stage: Callable[..., QuantModel], *arguments: Any) -> QuantModel:
-    """What `stage` makes of its arguments, with its notes shown."""
-    with progress.stage(name) as note:
-        model = stage(*arguments)
+def _step(progress: Progress, stage: Stage, model: QuantModel, images: CalibrationImages) -> QuantModel:
+    """What `stage` makes of `model`, with its notes shown."""
+    with progress.stage(stage.name) as note:
+        model = stage.run(model, images)
         note(*model.history[-1].notes)
     return model
 
@@ -133,9 +128,11 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             golden = _first_images(evaluation, GOLDEN_IMAGES)
             note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
 
-        model = QuantModel(name, loaded.net, loaded.net, family, precision=recipe.precision)
-        model = _step(progress, "fold", fold_affine, model, torch.from_numpy(golden[:1]))
         folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
+        by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
+        images = CalibrationImages(torch.from_numpy(golden[:1]), folds, by_photograph)
+        model = QuantModel(name, loaded.net, loaded.net, family, precision=recipe.precision)
+        model = _step(progress, FOLD, model, images)
         cache = Cache(
             {
                 "network": [spec.tag, spec.img_size, loaded.sha256],
@@ -149,29 +146,20 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
         with progress.stage("cache") as note:
             cached, said = cache.replayed(model)
             note(said)
-        model = cached or model
-        if recipe.equalise and not cached:
-            model = _step(progress, "equalise", equalise, model, folds, recipe.equalise)
-        if recipe.attention and not cached:
-            model = _step(progress, "attention", int8_attention.prepare, model, folds, recipe.attention)
-        if not cached:
-            with progress.stage("calibrate") as note:
-                model = calibrate(model, folds, recipe.calibrate)
-                note(*model.history[-1].notes, cache.save(model))
+        if cached:
+            model = cached
+        else:
+            for stage in scale_stages(recipe):
+                model = _step(progress, stage, model, images)
+            with progress.stage("keep") as note:
+                note(cache.save(model))
         with progress.stage("range") as note:
             few = Batches(calibration.subset(0, RANGE_IMAGES), progress, torch.from_numpy)
             in_fp16 = fp16_range(model.net, few)
             note(f"fits FP16 {in_fp16.headroom:.0f} times over: {in_fp16.largest:.4g} in {in_fp16.module}")
             note(*in_fp16.warnings())
-        reduce_error = method_module(recipe.method).reduce_error
-        model = _step(progress, recipe.method, reduce_error, model, folds, recipe.method_config)
-        if recipe.attention:
-            model = _step(progress, "choose attention", int8_attention.choose, model, folds, recipe.attention)
-        if recipe.compensate:
-            model = _step(progress, "compensate", compensate, model, folds, recipe.compensate)
-        if recipe.finetune:
-            by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
-            model = _step(progress, "finetune", finetune, model, by_photograph, recipe.finetune)
+        for stage in repair_stages(recipe):
+            model = _step(progress, stage, model, images)
         with progress.stage("adequacy") as note:
             others = Batches(evaluation.subset(0, ADEQUACY_IMAGES), progress, torch.from_numpy)
             adequate = adequacy(model, others)

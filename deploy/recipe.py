@@ -90,34 +90,39 @@ def _config(kind: type, values: Any, where: str) -> Any:
         raise UserError(f"{where}: {error}") from error
 
 
+def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe:
+    """The recipe that tables of options give; `where` they are from goes into the UserError for an unknown key."""
+    known = ("description", "precision", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
+
+    def optional(key: str, kind: type) -> Any:
+        return _config(kind, content[key], f"{where}, [{key}]") if key in content else None
+
+    method = dict(content.get("method", {}))
+    method_name = method.pop("name", "rtn")
+    return Recipe(
+        name=name,
+        description=str(content.get("description", "")),
+        precision=_config(Precision, content.get("precision", {}), f"{where}, [precision]"),
+        equalise=optional("equalise", equalise.Config),
+        attention=optional("attention", int8_attention.Config),
+        calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"{where}, [calibrate]"),
+        method=method_name,
+        method_config=_config(method_module(method_name).Config, method, f"{where}, [method]"),
+        compensate=optional("compensate", qwt.Config),
+        finetune=optional("finetune", finetune.Config),
+    )
+
+
 def recipe_from_toml(path: Path) -> Recipe:
     """Read one recipe file. Raises UserError for a syntax error or an unknown key, naming the file."""
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    known = ("description", "precision", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
-    for key in content:
-        if key not in known:
-            raise UserError(f"recipe '{path}': unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
-
-    def optional(key: str, kind: type) -> Any:
-        return _config(kind, content[key], f"recipe '{path}', [{key}]") if key in content else None
-
-    method = dict(content.get("method", {}))
-    name = method.pop("name", "rtn")
-    return Recipe(
-        name=path.stem,
-        description=str(content.get("description", "")),
-        precision=_config(Precision, content.get("precision", {}), f"recipe '{path}', [precision]"),
-        equalise=optional("equalise", equalise.Config),
-        attention=optional("attention", int8_attention.Config),
-        calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"recipe '{path}', [calibrate]"),
-        method=name,
-        method_config=_config(method_module(name).Config, method, f"recipe '{path}', [method]"),
-        compensate=optional("compensate", qwt.Config),
-        finetune=optional("finetune", finetune.Config),
-    )
+    return recipe_from_tables(path.stem, content, f"recipe '{path}'")
 
 
 def load_recipe(name: str) -> Recipe:

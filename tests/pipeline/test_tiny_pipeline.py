@@ -124,7 +124,7 @@ def test_another_seed_is_not_taken_from_the_cache(command, tmp_path, capsys, mon
     def stop(*_args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("deploy.pipeline.equalise", stop)
+    monkeypatch.setattr("deploy.simulation.equalise", stop)
     with pytest.raises(ZeroDivisionError):
         cli.main([*command, "--out", str(tmp_path), "--seed", "1"])
     assert "nothing kept for exactly this input" in capsys.readouterr().err

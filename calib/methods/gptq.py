@@ -1,0 +1,106 @@
+"""GPTQ: column by column to the grid, each column's error absorbed by those not rounded yet.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023. Per layer
+and row w of its weight, with H = E[x^ x^T] + damping of the rounded input x^, columns j in order (eq. 2 and 3 with a fixed
+order):
+
+    q_j = Q(w_j)        w_F <- w_F - (w_j - q_j) / [H_F^-1]_jj [H_F^-1]_jF        F: j and the columns after it
+
+The row j of H_F^-1, over the root of its diagonal, is row j of the upper Cholesky factor U of H^-1 (section 3.3, step 3), so
+nothing is inverted on the way: w_F <- w_F - e_j U_jF with e_j = (w_j - q_j) / U_jj. Columns beyond a block of 128 are
+updated once per block (step 2). The grid is the one of rounding to nearest and biases stay, as in the paper. As with every
+method here, a layer rounds to nearest where that has less error across photographs, and the whole is dropped if the
+network's output on other photographs says so.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from calib.calibrate import Batches
+from calib.held_out import adopt_if_better
+from calib.layer_sums import LayerSums, add_inputs, error_across, pooled
+from calib.methods.erq import parts
+from calib.methods.rtn import weight_sites
+from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import QParams
+from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer
+
+BLOCK = 128  # columns
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's damping, and on how much data H is measured."""
+
+    damping: float = 0.01  # as a fraction of the input's mean square
+    rows: int = 32768  # rows of a layer's input over the whole calibration set
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"damping {self.damping} is not a positive number")
+        if self.rows < 1:
+            raise ValueError(f"rows {self.rows} is not a positive number")
+
+
+def round_by_columns(weight: Tensor, scale: Tensor, moment: Tensor, low: int, high: int) -> Tensor:
+    """Integers (G, N, K) as int8 in low .. high of `weight` (G, N, K) on the grids `scale` (G, N).
+
+    `moment` H (G, K, K) is positive definite; computed in its dtype.
+    """
+    weight, scale = weight.to(moment.dtype, copy=True), scale.to(moment.dtype)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
+    integers = torch.empty_like(weight)
+    columns = weight.shape[2]
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = weight.new_zeros(*weight.shape[:2], stop - start)
+        for j in range(start, stop):
+            integers[..., j] = torch.round(weight[..., j] / scale).clamp(low, high)
+            error = (weight[..., j] - integers[..., j] * scale) / upper[:, None, j, j]
+            weight[..., j:stop] -= error[..., None] * upper[:, None, j, j:stop]
+            errors[..., j - start] = error
+        weight[..., stop:] -= errors @ upper[:, start:stop, stop:]
+    return integers.to(torch.int8)
+
+
+def fit(sums: LayerSums, params: QParams, damping: float) -> RoundedLayer:
+    """The layer on the grid `params`, its bias as it was."""
+    weight, moment = sums.weight[..., :-1], sums.moment(damping)[:, :-1, :-1]
+    integers = round_by_columns(weight, params.scale.reshape(weight.shape[:2]), moment, params.low, params.high)
+    return RoundedLayer(integers, params, sums.weight[..., -1].float())
+
+
+def fits_that_help(plain: RoundedLayer, folds: Sequence[LayerSums], damping: float) -> tuple[RoundedLayer, ...]:
+    """The layer fitted on each fold, then on all of them; empty if `plain` has less error across folds."""
+    fits = [fit(sums, plain.params, damping) for sums in folds]
+    if error_across(fits, folds) >= error_across([plain] * len(folds), folds):
+        return ()
+    return (*fits, fit(pooled(folds), plain.params, damping))
+
+
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with weights whose rounding errors cancel as far as the columns of a layer allow.
+
+    `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
+    """
+    start = time.perf_counter()
+    plain = model.with_sites(weight_sites(model))
+    rows = max(1, config.rows // sum(len(batches) for batches in folds))
+    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]  # by fold, then by all of them
+    for part in parts(model, len(folds), by_block=False):
+        sums = [{name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in part} for _ in folds]
+        for of_fold, batches in zip(sums, folds, strict=True):
+            add_inputs(of_fold, model, batches, rows)
+        for name in part:
+            nearest = rounded_layer(model.net.get_submodule(name), plain.qparams(f"{name}:weight"))
+            if fits := fits_that_help(nearest, [of_fold.pop(name) for of_fold in sums], config.damping):
+                for layers, one in zip(found, fits, strict=True):
+                    layers[name] = one
+    adopted, before, after, note = adopt_if_better(plain, found, folds)
+    notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest", note)
+    record = StageRecord("gptq", asdict(config), time.perf_counter() - start, before, after, notes)
+    return adopted.with_record(record)

