@@ -11,13 +11,18 @@ BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
 CACHE ?= on
+PAPER ?= qwt
+IMAGENET ?=
+MODELS ?=
+CALIB_IMAGES ?=
+EVAL_IMAGES ?=
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
-.PHONY: help setup engine verify doctor test test-fast lint bench clean
+.PHONY: help setup engine verify doctor test test-fast lint bench table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -61,6 +66,10 @@ lint: $(VENV)/.ready-dev ## Style and types
 bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
 	@$(RUN) -m benchmarks.engines
 	@$(RUN) -m deploy.readme
+
+table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= IMAGENET= MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
+	@$(RUN) -m deploy table --paper "$(PAPER)" --imagenet "$(IMAGENET)" --models "$(MODELS)" --cache "$(CACHE)" \
+	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")
 
 clean: ## Remove the virtual environment, artifacts and caches
 	rm -rf $(VENV) artifacts .pytest_cache .mypy_cache .ruff_cache

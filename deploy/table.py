@@ -37,7 +37,7 @@ from calib.weights import load_net
 from calib.zoo import ModelSpec, resolve_model
 from deploy import host
 from deploy.experiments import FLOAT_BITS, Experiment, Table, load_table
-from deploy.package import read_json, write_json
+from deploy.package import write_json
 from deploy.progress import Progress
 from deploy.report import tool_commit
 from deploy.simulation import CalibrationImages, Simulator
@@ -71,25 +71,28 @@ class Options:
         return " ".join(["make table", *(f"{name}={value}" for name, value in given.items() if value)])
 
 
-def _images(options: Options, preprocessing: Preprocessing) -> tuple[ImageSet, ImageSet]:
+def _imagenet_folders(root: Path) -> tuple[str, str]:
     """(to calibrate, to judge). Raises UserError for a folder that is not laid out as expected."""
+    calibration = next((root / name for name in ("train", "calib") if (root / name).is_dir()), None)
+    if calibration is None or not (root / "val").is_dir():
+        raise UserError(f"IMAGENET='{root}': expected a folder with val/ and train/ or calib/ in it; check the path")
+    return str(calibration), str(root / "val")
+
+
+def _images(options: Options, preprocessing: Preprocessing) -> tuple[ImageSet, ImageSet]:
+    """(to calibrate, to judge). Raises UserError for a folder without classes."""
     if options.imagenet is None:
         return image_sets(
             None, None, preprocessing, options.calib_images or SAMPLE_IMAGES, options.eval_images or SAMPLE_IMAGES
         )
-    root = Path(options.imagenet)
-    calib_folder = next((root / name for name in ("train", "calib") if (root / name).is_dir()), None)
-    if calib_folder is None or not (root / "val").is_dir():
-        raise UserError(f"IMAGENET='{root}': expected a folder with val/ and train/ or calib/ in it; check the path")
     calibration, evaluation = image_sets(
-        str(calib_folder),
-        str(root / "val"),
+        *_imagenet_folders(Path(options.imagenet)),
         preprocessing,
         options.calib_images or IMAGENET_IMAGES,
         options.eval_images,
     )
     if evaluation.labels is None:
-        raise UserError(f"IMAGENET='{root}': val/ names no classes; expected one subfolder per class")
+        raise UserError(f"IMAGENET='{options.imagenet}': val/ names no classes; expected one subfolder per class")
     return calibration, evaluation
 
 
@@ -157,18 +160,30 @@ class Bench:
         }
 
 
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The row in a file; None if there is none, or what is there is no row."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def _row(bench: Bench, experiment: Experiment, cache: bool, commit: str | None) -> tuple[dict[str, Any], str]:
-    """(the row, whether it was measured or taken from the cache)."""
+    """(the row, whether it was measured or kept). One that the network cannot have says why in `error`, without figures."""
     path = cache_folder("table") / f"{bench.key(experiment)}.json"
-    if cache and path.exists():
-        return read_json(path), "kept"
+    if cache and (kept := _kept(path)):
+        return kept, "kept"
     row = {
         "model": bench.spec.name, "bits": experiment.bits, "method": experiment.method,
-        **bench.measure(experiment),
         "recipe": experiment.recipe.to_json(),
         "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "error": None,
     }  # fmt: skip
+    try:
+        row |= bench.measure(experiment)
+    except UserError as refusal:
+        return {**row, "error": str(refusal), "fidelity": None, "seconds": 0.0, "stages": []}, "refused"
     with replacing(path) as fresh:
         write_json(fresh, row)
     return row, "measured"
@@ -197,6 +212,8 @@ def _benches(options: Options, paper: Table, progress: Progress) -> Iterator[Ben
 def table(options: Options) -> tuple[Path, dict[str, Any]]:
     """Measure every row that is not kept yet. Returns the result's path and content; raises UserError for bad input."""
     paper = load_table(options.paper)
+    if options.imagenet:
+        _imagenet_folders(Path(options.imagenet))  # before minutes of loading
     commit = tool_commit()
     progress = Progress(paper.title)
     rows: list[dict[str, Any]] = []
@@ -228,6 +245,8 @@ def table(options: Options) -> tuple[Path, dict[str, Any]]:
 
 def _cell(row: dict[str, Any]) -> str:
     found = row["fidelity"]
+    if found is None:
+        return "-"
     if found["top1"] is not None:
         return f"{100 * found['top1']:.2f}"
     return f"{found['sqnr_db']:.1f} dB {found['top1_agreement']:.0%}"
@@ -241,7 +260,7 @@ def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str
     floats = {
         row["model"]: f"{100 * row['fidelity']['reference_top1']:.2f}"
         for row in result["rows"]
-        if row["fidelity"]["reference_top1"] is not None
+        if row["fidelity"] and row["fidelity"]["reference_top1"] is not None
     }
     if floats:
         mine = {(FLOAT_BITS, "float"): floats, **mine}
@@ -256,7 +275,7 @@ def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str
 def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None) -> None:
     """Published numbers and ours by bits, on `stream` (stdout by default)."""
     columns = list(result["models"])
-    if all(row["fidelity"]["top1"] is None for row in result["rows"]):
+    if not any(row["fidelity"] and row["fidelity"]["top1"] is not None for row in result["rows"]):
         columns += [name for name in result["published_models"] if name not in columns]
     terminal = stream is None and os.isatty(1)
     console = Console(file=stream, highlight=False, width=None if terminal else WIDTH)
@@ -276,6 +295,7 @@ def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None
         "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and the share of equal winners",
         f"published: {result['source']}",
         *result["notes"],
+        *(f"{row['model']}, {row['bits']} {row['method']}: {row['error']}" for row in result["rows"] if row["error"]),
         f"written to {path}",
     ):
         console.print(text, markup=False, soft_wrap=True)
