@@ -56,3 +56,12 @@ def test_every_layer_gets_weight_parameters_and_the_history_a_record(method):
     assert set(found.quantized_layers) == set(model.layers)
     assert found.history[-1].stage == method
     assert found.history[-1].notes
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "rtn"])
+def test_a_repair_says_what_it_did_to_the_output_on_other_photographs(method):
+    model, folds = calibrated("vit")
+    module = method_module(method)
+    record = module.reduce_error(model, folds, module.Config()).history[-1]
+    assert record.sqnr_before_db is not None
+    assert record.sqnr_after_db >= record.sqnr_before_db
