@@ -33,12 +33,12 @@ class _UnusableError(Exception):
     """Why a file that exists is not used."""
 
 
-def code_sha256(*folders: Path) -> str:
-    """Hex sha256 of the names and contents of the Python files below `folders`."""
+def code_sha256(*paths: Path) -> str:
+    """Hex sha256 of the names and contents of Python files and of those below folders."""
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(f"{file.relative_to(path.parent)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

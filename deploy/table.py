@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import nn
 
-import compensation
 from benchmarks.accuracy import fidelity
 from calib.cache import code_sha256, made_by
 from calib.errors import UserError
@@ -42,7 +41,9 @@ from deploy.progress import Progress
 from deploy.report import tool_commit
 from deploy.simulation import CalibrationImages, Simulator
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+CODE = (ROOT / "compensation", ROOT / "deploy/simulation.py", ROOT / "benchmarks/accuracy.py")  # and calib, see made_by
 WITHOUT_IMAGENET = ("dinov2_s", "mobilenetv2")
 SAMPLE_IMAGES = 64  # to calibrate, and as many to judge: minutes per network
 IMAGENET_IMAGES = 512  # to calibrate, as QwT; all of val/ judges
@@ -128,7 +129,7 @@ class Bench:
             "images": [self.calibration.sha256, self.evaluation.sha256, self.evaluation.labels],
             "recipe": {**experiment.recipe.to_json(), "name": None},
             "made_by": made_by(),
-            "code": code_sha256(Path(compensation.__path__[0])),
+            "code": code_sha256(*CODE),
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -171,15 +172,18 @@ def _kept(path: Path) -> dict[str, Any] | None:
 def _row(bench: Bench, experiment: Experiment, cache: bool, commit: str | None) -> tuple[dict[str, Any], str]:
     """(the row, whether it was measured or kept). One that the network cannot have says why in `error`, without figures."""
     path = cache_folder("table") / f"{bench.key(experiment)}.json"
-    if cache and (kept := _kept(path)):
-        return kept, "kept"
-    row = {
+    names = {
         "model": bench.spec.name, "bits": experiment.bits, "method": experiment.method,
         "recipe": experiment.recipe.to_json(),
+    }  # fmt: skip
+    if cache and (kept := _kept(path)):
+        return {**kept, **names}, "kept"  # another table may call the same recipe otherwise
+    row: dict[str, Any] = {
+        **names,
         "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "error": None,
-    }  # fmt: skip
+    }
     try:
         row |= bench.measure(experiment)
     except UserError as refusal:

@@ -138,6 +138,18 @@ def test_an_interrupted_table_goes_on_where_it_stopped(paper, monkeypatch, capsy
     assert len(measured) == 9, "other images are other rows"
 
 
+def test_a_recipe_is_measured_once_under_whatever_name(paper, monkeypatch):
+    assert run(paper, "--models", "vit_s") == 0
+    rows = result_of(paper)["rows"]
+    paper.write_text(PAPER.replace('"max + gptq"', '"columns"'))
+    monkeypatch.setattr(table.Bench, "measure", None)
+    assert run(paper, "--models", "vit_s") == 0
+    again = result_of(paper)["rows"]
+    assert [row["method"] for row in again] == ["max", "columns", "max"]
+    assert [row["recipe"]["name"] for row in again] == ["max", "columns", "max"]
+    assert [row["fidelity"] for row in again] == [row["fidelity"] for row in rows]
+
+
 def test_a_damaged_row_is_measured_anew(paper):
     assert run(paper, "--models", "vit_s") == 0
     rows = result_of(paper)["rows"]

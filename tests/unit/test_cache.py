@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from calib.cache import Cache, made_by
+from calib.cache import Cache, code_sha256, made_by
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.equalise import Config, equalise
@@ -159,3 +159,19 @@ def test_switched_off_it_neither_reads_nor_writes(cache, fresh):
 @pytest.mark.usefixtures("fresh")
 def test_nothing_but_the_file_is_left_behind(cache):
     assert [path.name for path in cache.folder.iterdir()] == [f"{cache.key}.safetensors"]
+
+
+def test_code_is_its_names_and_contents_wherever_it_lies(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place / "room").mkdir(parents=True)
+        (tmp_path / place / "room/a.py").write_text("a = 1")
+    here, there = tmp_path / "here/room", tmp_path / "there/room"
+    first = code_sha256(here)
+    assert code_sha256(there) == first
+    assert code_sha256(here / "a.py") != code_sha256(here, here / "a.py")
+    for change in (lambda: (there / "a.py").write_text("a = 2"), lambda: (there / "a.py").rename(there / "b.py")):
+        before = code_sha256(there)
+        change()
+        assert code_sha256(there) != before
+    (here / "notes.txt").write_text("no code")
+    assert code_sha256(here) == first
