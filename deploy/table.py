@@ -188,8 +188,11 @@ def _row(bench: Bench, experiment: Experiment, cache: bool, commit: str | None) 
         row |= bench.measure(experiment)
     except UserError as refusal:
         return {**row, "error": str(refusal), "fidelity": None, "seconds": 0.0, "stages": []}, "refused"
-    with replacing(path) as fresh:
-        write_json(fresh, row)
+    try:
+        with replacing(path) as fresh:
+            write_json(fresh, row)
+    except OSError as error:
+        return row, f"not kept: {path.parent} cannot be written ({error.strerror})"
     return row, "measured"
 
 

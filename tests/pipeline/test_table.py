@@ -150,6 +150,14 @@ def test_a_recipe_is_measured_once_under_whatever_name(paper, monkeypatch):
     assert [row["fidelity"] for row in again] == [row["fidelity"] for row in rows]
 
 
+def test_a_cache_that_cannot_be_written_costs_only_the_keeping(paper, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert run(paper, "--models", "vit_s") == 0
+    assert len(result_of(paper)["rows"]) == 3
+    assert "not kept: " in capsys.readouterr().err
+
+
 def test_a_damaged_row_is_measured_anew(paper):
     assert run(paper, "--models", "vit_s") == 0
     rows = result_of(paper)["rows"]
