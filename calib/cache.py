@@ -118,7 +118,10 @@ class Cache:
             for index, (producer, consumer) in enumerate(content["moved"])
         ]
         model = apply_moves(model, moved).with_sites(
-            {site: QParams(tensors[f"site.{site}"], **options) for site, options in content["sites"].items()}
+            {
+                site: QParams(tensors[f"site.{site}"], zero_point=tensors.get(f"zero_point.{site}"), **options)
+                for site, options in content["sites"].items()
+            }
         )
         for record in content["records"]:
             model = model.with_record(StageRecord(**{**record, "notes": (*record["notes"], note)}))
@@ -140,6 +143,9 @@ class Cache:
             "records": [record.to_json() for record in model.history if record.stage in STAGES],
         }
         tensors = {f"site.{site}": params.scale for site, params in sites.items()}
+        tensors |= {
+            f"zero_point.{s}": params.zero_point for s, params in sites.items() if params.zero_point is not None
+        }
         for index, each in enumerate(model.moved):
             tensors |= {f"moved.{index}.scale": each.scale, f"moved.{index}.shift": each.shift}
         try:

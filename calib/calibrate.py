@@ -1,6 +1,7 @@
 """Activation scales: one pass of the float network over the calibration images."""
 
 import functools
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from calib.decibels import decibels
-from calib.grids import Grid, input_grid
+from calib.grids import Grid, Unrounded, input_grid
 from calib.hooks import input_hooks
 from calib.layer_rows import Samples, output_errors, sampled_inputs, weight_matrix
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
-from calib.precision import INT8, LayerBits
+from calib.precision import INT8, UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
+from calib.ranges import SignedHistogram, grid_from_histogram
 
 # What `search` tries for all layers at once, beside the best per layer.
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
@@ -151,6 +153,26 @@ def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, sampled: S
     return Observed(histograms, samples)
 
 
+def _with_asymmetric_inputs(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with an asymmetric `:input` site for every layer that has none yet, from all folds together."""
+    start = time.perf_counter()
+    histograms = {name: SignedHistogram() for name in model.layers if f"{name}:input" not in model.sites}
+    with input_hooks(model.net, histograms, lambda name, _layer, x: histograms[name].update(x)), torch.inference_mode():
+        for batch in itertools.chain(*folds):
+            model.net(batch)
+
+    def grid(name: str) -> Grid:
+        bits = model.bits(name).input
+        if bits == UNROUNDED:
+            return Unrounded()
+        return grid_from_histogram(histograms[name], config.observer, config.percentile, bits)
+
+    sites = {f"{name}:input": grid(name) for name in histograms}
+    notes = (f"{len(sites)} asymmetric activation ranges by '{config.observer}'",)
+    record = StageRecord("calibrate", asdict(config), time.perf_counter() - start, notes=notes)
+    return model.with_sites(sites).with_record(record)
+
+
 def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with an `:input` site for every layer to be quantized.
 
@@ -159,6 +181,8 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)
+    if model.precision.zero_points:
+        return _with_asymmetric_inputs(model, folds, config)
     layers = model.layers
     sampled = layers if config.observer == "search" else ()
     observed = [_observe(model.net, layers, batches, sampled) for batches in folds]

@@ -1,5 +1,6 @@
 """What a tensor can round to. `QParams` with 8 bits and no zero point is what engines run; a simulation may take others."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,26 @@ class Unrounded:
     def clip(self, x: Tensor) -> Tensor:
         """`x`."""
         return x
+
+
+@dataclass(frozen=True)
+class LogSqrt2:
+    """Levels scale 2^(-k/2) for k = 0 .. 2^bits - 1, and 0 for what would need a larger k: softmax outputs in RepQ-ViT.
+
+    The 0 is one level more than bits can count; RepQ-ViT's code has it, and so have the figures in papers built on it.
+    """
+
+    scale: float  # the largest level
+    bits: int
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The level nearest in the log domain, in the dtype of `x`; 0 for x <= 0."""
+        k = torch.round(-2 * torch.log2(x / self.scale)).clamp(min=0)
+        return torch.where(k < 1 << self.bits, self.scale * torch.exp2(-k / 2), 0.0)  # a NaN (x < 0) is in no range
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x` within 0 .. scale."""
+        return x.clamp(0, self.scale)
 
 
 def input_grid(amax: float, bits: int) -> Grid:

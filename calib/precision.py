@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 UNROUNDED = 32  # bits of inputs that stay as they are: weight-only quantization
+ATTENTIONS = ("float", "uniform", "log_sqrt2")
 
 
 @dataclass(frozen=True)
@@ -10,11 +11,15 @@ class Precision:
     """Bits of weights and of what layers read.
 
     `ends`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
+    `zero_points`: whether inputs have asymmetric ranges. `attention`: what softmax outputs round to in a simulation;
+    query, key and value then round as inputs do. (The recipe's [attention] is the engine's INT8 attention.)
     """
 
     weights: int = 8
     inputs: int = 8
     ends: int = 0
+    zero_points: bool = False
+    attention: str = "float"
 
     def __post_init__(self) -> None:
         for name, bits, others in (
@@ -24,11 +29,13 @@ class Precision:
         ):
             if bits not in (*range(2, 9), *others):
                 raise ValueError(f"{name} {bits} is not one of {', '.join(map(str, (*range(2, 9), *others)))} bits")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention '{self.attention}' is not one of {', '.join(ATTENTIONS)}")
 
     @property
     def executable(self) -> bool:
         """Whether a TensorRT engine computes it: fewer bits of a weight fit into its INT8."""
-        return self.inputs == 8 and not self.ends
+        return self == Precision(weights=self.weights)
 
 
 INT8_ENGINE = Precision()

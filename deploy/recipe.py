@@ -12,7 +12,7 @@ from typing import Any
 import calib.methods
 from calib import calibrate, equalise, int8_attention
 from calib.errors import UserError, nearest
-from calib.precision import Precision
+from calib.precision import INT8_ENGINE, Precision
 from compensation import finetune, qwt
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -40,9 +40,13 @@ class Recipe:
     def for_engine(self) -> "Recipe":
         """This recipe. Raises UserError if it is for the simulator alone."""
         if not self.precision.executable:
+            given, wanted = (
+                ", ".join(f"{name} = {value}" for name, value in dataclasses.asdict(each).items() if name != "weights")
+                for each in (self.precision, INT8_ENGINE)
+            )
             raise UserError(
-                f"recipe '{self.name}' is simulated only: TensorRT's INT8 kernels read 8 bits (here [precision] "
-                f"inputs = {self.precision.inputs}, ends = {self.precision.ends}); expected inputs = 8, ends = 0"
+                f"recipe '{self.name}' is simulated only: no INT8 kernel of TensorRT reads [precision] {given}; "
+                f"expected {wanted}"
             )
         return self
 

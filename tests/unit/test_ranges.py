@@ -1,0 +1,186 @@
+"""Asymmetric ranges: statistics against sorted arrays, grids against every level written out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.cache import Cache
+from calib.calibrate import Config, calibrate
+from calib.errors import UserError
+from calib.grids import LogSqrt2, Unrounded, straight_through
+from calib.hooks import input_hooks
+from calib.observers import Histogram
+from calib.precision import Precision
+from calib.ranges import PERCENTILES, SignedHistogram, grid_from_histogram, least_error, percentile_range
+from tests.tiny import tiny_batches, tiny_model
+
+BIN_WIDTH = 2**-9  # relative: 512 bins an octave
+
+
+def histogram_of(*parts: torch.Tensor) -> SignedHistogram:
+    histogram = SignedHistogram()
+    for part in parts:
+        histogram.update(part)
+    return histogram
+
+
+def skewed(count: int = 20_000, seed: int = 0) -> torch.Tensor:
+    """Like a GELU's output: a bounded negative side, a long positive one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.gelu(3 * torch.randn(count, generator=generator))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_log_sqrt2_takes_the_nearest_of_all_levels_in_the_log_domain(bits, scale):
+    x = torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 8
+    # the paper's formula, level by level: 2^-ceil(k/2), times sqrt 2 for odd k
+    levels = np.array([scale * 2.0 ** -np.ceil(k / 2) * (1 + (k % 2) * (np.sqrt(2) - 1)) for k in range(2**bits)])
+    distance = np.abs(np.log2(x.numpy())[:, None] - np.log2(levels))
+    expected = levels[distance.argmin(1)]
+    expected[x.numpy() < levels[-1] * 2**-0.25] = 0  # nearer to the level after the last
+    found = LogSqrt2(scale, bits).fake_quantize(x)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-12, atol=0)
+    reached = np.unique(expected)
+    assert len(reached) == 2**bits + 1 or bits == 8
+
+
+def test_log_sqrt2_of_nothing_is_nothing_and_keeps_the_dtype():
+    grid = LogSqrt2(0.5, 4)
+    assert grid.fake_quantize(torch.tensor([0.0, -0.1, 0.5, 7.0])).tolist() == [0.0, 0.0, 0.5, 0.5]
+    assert grid.fake_quantize(torch.rand(3).half()).dtype == torch.float16
+    x = torch.tensor([0.1, 0.4, 0.6], requires_grad=True)
+    straight_through(x, grid).sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+@given(st.permutations(range(6)), st.integers(1, 3000))
+@settings(max_examples=10, deadline=None)
+def test_any_order_and_any_split_give_the_same_statistics(order, batch):
+    x = skewed(6000)
+    whole = histogram_of(x)
+    parts = histogram_of(*torch.cat([x.split(1000)[i] for i in order]).split(batch))
+    merged = histogram_of(x[:1234]).merge(histogram_of(x[1234:]))
+    for other in (parts, merged):
+        assert torch.equal(whole.counts, other.counts)
+        assert (whole.low, whole.high) == (other.low, other.high) == (float(x.min()), float(x.max()))
+
+
+def test_both_signs_count_as_one_sided_histograms_do():
+    x = skewed()
+    lower, upper, count = histogram_of(x).populated()
+    assert (lower.diff() > 0).all()
+    assert (upper >= lower).all()
+    negative, positive = Histogram(), Histogram()
+    negative.update(x[x.signbit()])  # with the -0 of a GELU
+    positive.update(x[~x.signbit()])
+    assert torch.equal(count, torch.cat([negative.populated()[2].flip(0), positive.populated()[2]]))
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 100.0])
+@pytest.mark.parametrize("shift", [0.0, 1.0, -30.0])
+def test_percentiles_are_the_sorted_elements_within_a_bin(percentile, shift):
+    x = skewed() + shift
+    ordered = np.sort(x.numpy())
+    index = round(len(x) * percentile / 100)
+    low, high = percentile_range(histogram_of(x), percentile)
+    assert ordered[-index] >= low >= ordered[-index] - 2 * BIN_WIDTH * abs(ordered[-index])
+    assert ordered[index - 1] <= high <= ordered[index - 1] + 2 * BIN_WIDTH * abs(ordered[index - 1]) + 1e-38
+
+
+def loss_by_hand(x: np.ndarray, low: float, high: float, bits: int) -> float:
+    """Mean squared error, from all levels written out."""
+    step = (high - low) / (2**bits - 1)
+    levels = step * (np.round(low / step) + np.arange(2**bits))
+    return float((np.abs(x[:, None] - levels).min(1) ** 2).mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_the_search_takes_the_percentile_with_the_least_error(bits):
+    x = skewed(100_000)
+    x[::500] *= 2  # 0.2 % of outliers
+    exact = [(np.quantile(x.numpy(), 1 - p / 100), np.quantile(x.numpy(), p / 100)) for p in PERCENTILES]
+    losses = [loss_by_hand(x.numpy(), low, high, bits) for low, high in exact]
+    found = grid_from_histogram(histogram_of(x), "search", 0.0, bits)
+    loss = float((found.fake_quantize(x) - x).square().mean())
+    assert loss == pytest.approx(min(losses), rel=0.03)  # edges of bins and a scale in FP16, where these are exact
+    assert max(losses) > 1.1 * min(losses)
+
+
+@pytest.mark.parametrize("observer", ["max", "percentile", "mse", "search"])
+def test_observers_differ_as_their_names_say(observer):
+    x = skewed()
+    found = grid_from_histogram(histogram_of(x), observer, 99.0, 4)
+    loss = float((found.fake_quantize(x) - x).square().mean())
+    every = [loss_by_hand(x.numpy(), f * float(x.min()), f * float(x.max()), 4) for f in np.linspace(1, 0.02, 99)]
+    reach = float(found.scale) * 15
+    if observer == "max":
+        assert reach == pytest.approx(float(x.max() - x.min()), rel=1e-3)
+    elif observer == "percentile":
+        assert reach == pytest.approx(np.subtract(*np.quantile(x.numpy(), [0.99, 0.01])), rel=0.01)
+    else:
+        assert reach < float(x.max() - x.min())
+    assert loss >= 0.98 * min(every) if observer != "mse" else loss == pytest.approx(min(every), rel=0.02)
+
+
+def test_least_error_can_choose_among_any_grids_and_ties_go_to_the_first():
+    x = torch.rand(5000) ** 8
+    grids = [LogSqrt2(float(scale), 4) for scale in (0.1, 0.9, 4.0)]
+    assert least_error(histogram_of(x), grids) is grids[1]
+    assert least_error(histogram_of(torch.zeros(3)), grids) is grids[0]
+
+
+def test_zeros_and_constants_have_a_grid():
+    for value in (0.0, 3.0, -2.0):
+        for observer in ("search", "max", "mse"):
+            grid = grid_from_histogram(histogram_of(torch.full((50,), value)), observer, 0.0, 4)
+            assert float(grid.fake_quantize(torch.tensor([value]))) == pytest.approx(value, rel=0.01)
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(UserError, match="'entropy' knows symmetric ranges only"):
+        grid_from_histogram(histogram_of(skewed()), "entropy", 0.0, 4)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            histogram_of(torch.tensor([1.0, bad]))
+
+
+FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+
+
+def test_calibrate_gives_every_layer_the_range_of_all_it_read():
+    model = replace(tiny_model("vit"), precision=Precision(8, 4, ends=8, zero_points=True))
+    found = calibrate(model, FOLDS, Config("max"))
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in model.layers}
+    with input_hooks(model.net, read, lambda name, _layer, x: read[name].append(x)), torch.no_grad():
+        for batch in FOLDS[0] + FOLDS[1]:
+            model.net(batch)
+    for name, parts in read.items():
+        x, grid = torch.cat([part.flatten() for part in parts]), found.qparams(f"{name}:input")
+        levels = 255 if model.family.float_reason(name) else 15
+        assert float(grid.scale) * levels == pytest.approx(float(x.max() - x.min()), rel=1e-3)
+        assert grid.zero_point is not None
+    assert found.history[-1].notes == (f"{len(read)} asymmetric activation ranges by 'max'",)
+
+
+def test_calibrate_keeps_sites_that_are_there_and_rounds_no_input_of_32_bits():
+    model = replace(tiny_model("vit"), precision=Precision(4, 32, zero_points=True))
+    given = {"blocks.0.attn.qkv:input": LogSqrt2(1.0, 4)}
+    sites = calibrate(model.with_sites(given), FOLDS, Config()).sites
+    assert sites["blocks.0.attn.qkv:input"] is given["blocks.0.attn.qkv:input"]
+    assert all(isinstance(grid, Unrounded) for site, grid in sites.items() if site not in given)
+
+
+def test_the_cache_keeps_zero_points(tmp_path):
+    model = replace(tiny_model("vit"), precision=Precision(8, 4, zero_points=True))
+    found = calibrate(model, FOLDS, Config())
+    cache = Cache({}, tmp_path)
+    cache.save(found)
+    replayed, _ = cache.replayed(model)
+    assert replayed is not None
+    for site in found.sites:
+        assert torch.equal(replayed.qparams(site).zero_point, found.qparams(site).zero_point)
