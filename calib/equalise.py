@@ -10,9 +10,12 @@ difficulty is shared between x and the weight. The exponent, and whether to cent
 the layer's output when input and weight are rounded, across photographs: ranges from one half of the calibration set, rows
 from the other. Within one half a = 1 always looks good, because no row exceeds its own channel's range; on new
 photographs the channels that fire rarely exceed theirs several times over.
+
+`rule = "repq"` is RepQ-ViT itself (calib/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged.
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,13 +23,18 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import Batches
+from calib.calibrate import Batches, spread_images
+from calib.errors import UserError
+from calib.hooks import input_hooks
 from calib.layer_rows import Samples, channels_of_inputs, output_errors, sampled_inputs, weight_matrix
-from calib.moves import Move, Moved
-from calib.precision import INT8, LayerBits
+from calib.moves import Move, Moved, Norm
+from calib.precision import INT8, UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
+from calib.repq import Reparametrised, channel_ranges, reparametrised
 
 LARGEST_RATIO = 100.0  # r stays within 1/100 .. 100: beyond that weights leave FP16's comfortable range
+RULES = ("search", "repq")
+REPQ_IMAGES = 32  # the paper's one batch
 THRESHOLDS = (1.2, 1.0, 0.8)  # clipping thresholds tried, of the input's range; the final one is calibrate's business
 
 
@@ -34,8 +42,13 @@ THRESHOLDS = (1.2, 1.0, 0.8)  # clipping thresholds tried, of the input's range;
 class Config:
     """Which exponents are tried; `exponents = [0.0]` and `shift = false` switch the stage off."""
 
+    rule: str = "search"  # search | repq, which has no further options and needs [precision] zero_points
     exponents: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9)
     shift: bool = True  # try centring each channel where a shift can move
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule '{self.rule}' is not one of {', '.join(RULES)}")
 
 
 def channel_scale(low: Tensor, high: Tensor, exponent: float, centred: bool) -> tuple[Tensor, Tensor]:
@@ -112,11 +125,35 @@ def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
     return replace(model, net=net, exact_net=net, moved=(*model.moved, *moved))
 
 
+def _repq(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with RepQ-ViT's channel scales and shifts moved, and `:input` sites for the layers that read them."""
+    if not model.precision.zero_points or model.precision.inputs == UNROUNDED:
+        raise UserError("[equalise] rule 'repq' is for inputs that round with zero points: set them in [precision]")
+    start = time.perf_counter()
+    places = {consumer: producer for move, producer, consumer in placed_moves(model) if isinstance(move, Norm)}
+    images = torch.cat([spread_images(batches, math.ceil(REPQ_IMAGES / len(folds))) for batches in folds])
+    found: dict[str, Reparametrised] = {}
+
+    def look(name: str, _layer: nn.Module, x: Tensor) -> None:
+        bits = model.bits(name).input
+        found[name] = reparametrised(*channel_ranges(x.flatten(0, -2), bits), bits)
+
+    with input_hooks(model.net, places, look), torch.no_grad():
+        model.net(images)
+    moved = [Moved(places[name], name, each.scale, each.shift) for name, each in found.items()]
+    notes = (f"{len(moved)} LayerNorms reparametrised as in RepQ-ViT, on {len(images)} images",)
+    record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
+    sites = {f"{name}:input": each.grid for name, each in found.items()}
+    return apply_moves(model, moved).with_sites(sites).with_record(record)
+
+
 def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with channel scales (and shifts) moved; its float function is unchanged up to float rounding.
 
     `folds` are parts of the calibration set without a common photograph.
     """
+    if config.rule == "repq":
+        return _repq(model, folds, config)
     start = time.perf_counter()
     places = list(placed_moves(model))
     samples = [sample_inputs(model.net, {consumer for *_, consumer in places}, batches) for batches in folds]

@@ -72,15 +72,20 @@ def lost_mass(weights: Tensor, value: Tensor, params: QParams) -> LostMass:
     return LostMass(*(term.double().sum((0, 2)) for term in (mass.square(), mass * error, error.square())))
 
 
+def unmodelled(attention: nn.Module) -> str | None:
+    """Why `QuantAttention` does not compute the same as this attention, or None."""
+    if getattr(attention, "gate", None) is not None or not isinstance(attention.get_submodule("norm"), nn.Identity):
+        return "a gate or a norm behind it"
+    return None
+
+
 def obstacle(attention: nn.Module, tokens: int) -> str | None:
     """Why TensorRT has no INT8 kernel for this attention, or None."""
     if attention.head_dim not in HEAD_SIZES:
         return f"head size {attention.head_dim} (INT8 kernels: {', '.join(map(str, HEAD_SIZES))})"
     if tokens > MAX_TOKENS:
         return f"{tokens} tokens (INT8 kernels: at most {MAX_TOKENS})"
-    if getattr(attention, "gate", None) is not None or not isinstance(attention.get_submodule("norm"), nn.Identity):
-        return "a gate or a norm behind it"
-    return None
+    return unmodelled(attention)
 
 
 @dataclass(frozen=True)

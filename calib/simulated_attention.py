@@ -1,0 +1,72 @@
+"""Attention at the bits of the recipe's [precision], for comparison with papers: query, key, value and softmax output round.
+
+No engine runs it; INT8 attention that one does run is calib/int8_attention.py. Grids are chosen per tensor on the float
+network by the least squared error of the tensor itself, as RepQ-ViT does, from as many images as it takes.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from calib.calibrate import Batches, spread_images
+from calib.errors import UserError
+from calib.grids import Grid, LogSqrt2, Unrounded
+from calib.hooks import input_hooks
+from calib.int8_attention import unmodelled
+from calib.observers import MSE_FRACTIONS
+from calib.precision import UNROUNDED, Precision
+from calib.qdq import attention_factors
+from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
+from calib.quantizer import qparams_from_amax
+from calib.ranges import PERCENTILES, SignedHistogram, grid_from_histogram, least_error, percentile_range
+
+IMAGES = 32  # RepQ-ViT's
+BATCH = 8
+
+
+def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> Grid:
+    """The grid of one factor of attention; `role` is one of `ATTENTION_ROLES`."""
+    bits = precision.inputs
+    if bits == UNROUNDED:
+        return Unrounded()
+    if role == "softmax" and precision.attention == "log_sqrt2":
+        return least_error(histogram, [LogSqrt2(percentile_range(histogram, p)[1], bits) for p in PERCENTILES])
+    if precision.zero_points:
+        return grid_from_histogram(histogram, "search", 0.0, bits)
+    thresholds = MSE_FRACTIONS * max(-histogram.low, histogram.high)
+    return least_error(histogram, [qparams_from_amax(amax, bits=bits) for amax in thresholds])
+
+
+def calibrate_attention(model: QuantModel, folds: Sequence[Batches]) -> QuantModel:
+    """`model` with sites for every attention. Raises UserError if there is none, or one that cannot be simulated."""
+    start = time.perf_counter()
+    names = model.family.attentions(model.net)
+    if not names:
+        raise UserError(
+            f"[precision] attention = '{model.precision.attention}' was asked for, but family '{model.family.name}' has no "
+            f"attention: expected 'float'"
+        )
+    histograms = {f"{name}:{role}": SignedHistogram() for name in names for role in ATTENTION_ROLES}
+
+    def look(name: str, attention: nn.Module, x: Tensor) -> None:
+        if reason := unmodelled(attention):
+            raise UserError(f"attention '{name}' cannot be simulated: it has {reason}")
+        query, key, value = attention_factors(attention, attention.get_submodule("qkv")(x))
+        weights = torch.softmax(query @ key.transpose(-2, -1), dim=-1)
+        for role, factor in zip(ATTENTION_ROLES, (query, key, weights, value), strict=True):
+            histograms[f"{name}:{role}"].update(factor)
+
+    share = math.ceil(IMAGES / len(folds))
+    with input_hooks(model.net, names, look), torch.inference_mode():
+        for batch in torch.cat([spread_images(fold, share) for fold in folds]).split(BATCH):
+            model.net(batch)
+    sites = {
+        site: factor_grid(site.rpartition(":")[2], histogram, model.precision) for site, histogram in histograms.items()
+    }
+    notes = (f"{len(names)} attentions simulated, softmax output {model.precision.attention}",)
+    config = {"attention": model.precision.attention}
+    record = StageRecord("simulated attention", config, time.perf_counter() - start, notes=notes)
+    return model.with_sites(sites).with_record(record)
