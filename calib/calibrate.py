@@ -177,7 +177,8 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     """`model` with an `:input` site for every layer to be quantized.
 
     `folds` are parts of the calibration set without a common photograph; all of them together give the scales, and
-    `observer = "search"` chooses how by judging each fold's thresholds on another.
+    `observer = "search"` chooses how by judging each fold's thresholds on another. Inputs with zero points are not judged:
+    calib/ranges.py says what `observer` means for them.
     """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calib.precision import UNROUNDED
-from calib.quantizer import QParams, qparams_from_amax
+from calib.quantizer import QParams, qparams_from_amax, qparams_from_range
 
 
 class Grid(Protocol):
@@ -50,6 +50,32 @@ class LogSqrt2:
     def clip(self, x: Tensor) -> Tensor:
         """`x` within 0 .. scale."""
         return x.clamp(0, self.scale)
+
+
+@dataclass(frozen=True)
+class TwinUniform:
+    """PTQ4ViT's twin uniform grid: one bit tells whether `x` lies below `split`, the others count levels from 0 there.
+
+    Softmax outputs are many near 0 and few near 1: `below` covers 0 .. split in fine steps, `above` 0 .. 1 in coarse ones.
+    """
+
+    below: QParams
+    above: QParams
+    split: float
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The nearest level of the half that `x` is in, in the dtype of `x`."""
+        return torch.where(x < self.split, self.below.fake_quantize(x), self.above.fake_quantize(x))
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x` within the range of its half."""
+        return torch.where(x < self.split, self.below.clip(x), self.above.clip(x))
+
+
+def twin_softmax(split: float, bits: int) -> TwinUniform:
+    """The twin grid of softmax outputs, steps split / (2^(bits-1) - 1) and 1 / (2^(bits-1) - 1)."""
+    below, above = (qparams_from_range(torch.tensor(0.0), torch.tensor(end), bits=bits - 1) for end in (split, 1.0))
+    return TwinUniform(below, above, split)
 
 
 def input_grid(amax: float, bits: int) -> Grid:

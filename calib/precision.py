@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 UNROUNDED = 32  # bits of inputs that stay as they are: weight-only quantization
-ATTENTIONS = ("float", "uniform", "log_sqrt2")
+ATTENTIONS = ("float", "uniform", "log_sqrt2", "twin")
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,9 @@ class Precision:
     `ends`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
     `zero_points`: whether inputs have asymmetric ranges. `attention`: what softmax outputs round to in a simulation;
     query, key and value then round as inputs do. (The recipe's [attention] is the engine's INT8 attention.)
+
+    QwT's figures for ResNets at "4/4" and "6/6" are weights = 4 or 6, inputs = 8: its code forces inputs of convolutions
+    to 8 bits.
     """
 
     weights: int = 8

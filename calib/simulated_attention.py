@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calib.calibrate import Batches, spread_images
 from calib.errors import UserError
-from calib.grids import Grid, LogSqrt2, Unrounded
+from calib.grids import Grid, LogSqrt2, Unrounded, twin_softmax
 from calib.hooks import input_hooks
 from calib.int8_attention import unmodelled
 from calib.observers import MSE_FRACTIONS
@@ -25,6 +25,7 @@ from calib.ranges import PERCENTILES, SignedHistogram, grid_from_histogram, leas
 
 IMAGES = 32  # RepQ-ViT's
 BATCH = 8
+TWIN_SPLITS = tuple(2.0**-i for i in range(20))  # tried by PTQ4ViT
 
 
 def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> Grid:
@@ -34,6 +35,8 @@ def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> 
         return Unrounded()
     if role == "softmax" and precision.attention == "log_sqrt2":
         return least_error(histogram, [LogSqrt2(percentile_range(histogram, p)[1], bits) for p in PERCENTILES])
+    if role == "softmax" and precision.attention == "twin":
+        return least_error(histogram, [twin_softmax(split, bits) for split in TWIN_SPLITS])
     if precision.zero_points:
         return grid_from_histogram(histogram, "search", 0.0, bits)
     thresholds = MSE_FRACTIONS * max(-histogram.low, histogram.high)

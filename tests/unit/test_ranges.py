@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from calib.cache import Cache
 from calib.calibrate import Config, calibrate
 from calib.errors import UserError
-from calib.grids import LogSqrt2, Unrounded, straight_through
+from calib.grids import LogSqrt2, Unrounded, straight_through, twin_softmax
 from calib.hooks import input_hooks
 from calib.observers import Histogram
 from calib.precision import Precision
@@ -56,6 +56,27 @@ def test_log_sqrt2_of_nothing_is_nothing_and_keeps_the_dtype():
     x = torch.tensor([0.1, 0.4, 0.6], requires_grad=True)
     straight_through(x, grid).sum().backward()
     assert x.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("split", [1.0, 0.25, 2.0**-7])
+def test_the_twin_grid_takes_the_nearest_level_of_its_half(bits, split):
+    x = torch.rand(3000, generator=torch.Generator().manual_seed(0)) ** 4
+    x[0] = 1.0
+    share = np.arange(2 ** (bits - 1)) / (2 ** (bits - 1) - 1)
+    levels = np.where((x < split)[:, None], split * share, share)
+    distance = np.abs(x.numpy()[:, None] - levels)
+    grid = twin_softmax(split, bits)
+    found = grid.fake_quantize(x)
+    step = (found - x).abs().numpy() - distance.min(1)
+    assert np.abs(step).max() < 1e-3  # steps are rounded to FP16, relative 2^-11
+    assert len(np.unique(found)) <= 2**bits - 1  # both halves have the 0
+    y = x.clone().requires_grad_()
+    straight_through(y, grid).sum().backward()
+    assert (y.grad[1:] == 1).all()
+    outside = torch.tensor([-0.1, 1.1], requires_grad=True)
+    straight_through(outside, grid).sum().backward()
+    assert not outside.grad.any()
 
 
 @given(st.permutations(range(6)), st.integers(1, 3000))

@@ -38,8 +38,17 @@ def log_sqrt2(x: np.ndarray, grid) -> np.ndarray:
     return np.where(k >= 2**grid.bits, 0, 2.0 ** -np.ceil(kept / 2) * (1 + kept % 2 * (np.sqrt(2) - 1)) * grid.scale)
 
 
+def twin(x: np.ndarray, grid) -> np.ndarray:
+    """The nearest of each half's levels, written out."""
+    below, above = (float(half.scale) * np.arange(2**half.bits) for half in (grid.below, grid.above))
+    assert below[-1] == pytest.approx(grid.split, rel=1e-3)
+    assert above[-1] == pytest.approx(1, rel=1e-3)
+    nearest_below, nearest_above = (half[np.abs(x[..., None] - half).argmin(-1)] for half in (below, above))
+    return np.where(x < grid.split, nearest_below, nearest_above)
+
+
 @pytest.mark.parametrize("zero_points", [False, True])
-@pytest.mark.parametrize(("kind", "softmax"), [("uniform", uniform), ("log_sqrt2", log_sqrt2)])
+@pytest.mark.parametrize(("kind", "softmax"), [("uniform", uniform), ("log_sqrt2", log_sqrt2), ("twin", twin)])
 def test_the_four_factors_round_as_by_hand(kind, softmax, zero_points):
     model = simulated(Precision(8, 4, zero_points=zero_points, attention=kind))
     attention = quantized_net(model).blocks[0].attn
@@ -120,7 +129,7 @@ def test_what_cannot_be_simulated_is_refused():
     model.net.blocks[1].attn.norm = nn.LayerNorm(48)
     with pytest.raises(UserError, match=r"attention 'blocks\.1\.attn' cannot be simulated: it has a gate or a norm"):
         calibrate_attention(model, FOLDS)
-    with pytest.raises(ValueError, match="attention 'log2' is not one of float, uniform, log_sqrt2"):
+    with pytest.raises(ValueError, match="attention 'log2' is not one of float, uniform, log_sqrt2, twin"):
         Precision(attention="log2")
 
 
