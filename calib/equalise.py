@@ -11,7 +11,8 @@ the layer's output when input and weight are rounded, across photographs: ranges
 from the other. Within one half a = 1 always looks good, because no row exceeds its own channel's range; on new
 photographs the channels that fire rarely exceed theirs several times over.
 
-`rule = "repq"` is RepQ-ViT itself (calib/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged.
+`rule = "repq"` is RepQ-ViT itself (calib/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged. The
+search rounds symmetrically even where inputs get zero points later: centring does most of their work.
 """
 
 import copy

@@ -14,7 +14,8 @@ from calib.methods import rtn
 from calib.precision import Precision
 from calib.qdq import quantized_net
 from calib.quant_model import ATTENTION_ROLES
-from calib.simulated_attention import calibrate_attention
+from calib.ranges import SignedHistogram
+from calib.simulated_attention import calibrate_attention, factor_grid
 from deploy.export import export_float
 from deploy.recipe import load_recipe
 from tests.tiny import SIZE, tiny_batches, tiny_model
@@ -102,6 +103,17 @@ def test_softmax_grids_lose_least_among_those_tried():
         for p in (0.999, 0.9999, 0.99999)
     ]
     assert float((grid.fake_quantize(weights) - weights).square().mean()) == pytest.approx(min(errors), rel=0.02)
+
+
+def test_rare_weights_of_softmax_are_not_clipped_where_they_carry_the_signal():
+    weights = torch.cat(
+        [0.02 * torch.rand(100_000, generator=torch.Generator().manual_seed(0)), torch.full((50,), 0.9)]
+    )
+    histogram = SignedHistogram()
+    histogram.update(weights)  # the 99.9th percentile is 0.02, the 99.99th 0.9
+    grid = factor_grid("softmax", histogram, Precision(inputs=4, attention="log_sqrt2"))
+    assert isinstance(grid, LogSqrt2)
+    assert grid.scale == pytest.approx(0.9, rel=1e-6)
 
 
 def test_more_bits_bring_attention_nearer_to_float():
