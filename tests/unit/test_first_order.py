@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from calib import first_order
+from calib.first_order import PROJECTIONS, output_gradients
+from tests.tiny import TINY, tiny_batches, tiny_model
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_the_gradient_foretells_what_a_small_error_does(family):
+    model = tiny_model(family)
+    net, x = model.net.double(), tiny_batches(1)[0].double()
+    layers = model.family.layers(net)
+    for which in (0, len(layers) // 2, len(layers) - 1):
+        layer, parts = layers[which], []
+        for inputs, gradients in output_gradients(net, layers, x):
+            error = 1e-8 * torch.randn(inputs[layer].shape, dtype=torch.float64)
+            parts.append((error, (gradients[layer] * error).flatten(2).sum(2)))
+        error, foretold = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
+        exact = net(x).detach()
+        hook = net.get_submodule(layer).register_forward_pre_hook(lambda _m, read, e=error: (read[0] + e,))
+        change = net(x).detach() - exact
+        hook.remove()
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, len(x), first_order.BATCH):
+            rows = change[start : start + first_order.BATCH]
+            for k in range(PROJECTIONS):
+                expected = (torch.randn(rows.shape, generator=generator).double() * rows).flatten(1).sum(1)
+                torch.testing.assert_close(
+                    foretold[k, start : start + len(rows)], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+                )
+
+
+def test_on_average_the_square_is_the_noise_of_the_output():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    x, error = torch.randn(2000, 5), torch.randn(2000, 5)
+    squares = torch.cat(
+        [
+            (gradients["0"] * error[2 * index : 2 * index + 2]).sum(2).square().mean(0)
+            for index, (_, gradients) in enumerate(output_gradients(net, ("0",), x))
+        ]
+    )
+    exact = (net(x + error) - net(x)).detach().square().sum()
+    assert float(squares.sum() / exact) == pytest.approx(1, abs=0.1)  # 8000 samples
+
+
+def test_no_hook_and_no_gradient_stays():
+    model = tiny_model("vit")
+    layers = model.family.layers(model.net)
+    list(output_gradients(model.net, layers, tiny_batches(1)[0]))
+    assert all(not module._forward_pre_hooks for module in model.net.modules())
+    assert all(parameter.grad is None for parameter in model.net.parameters())
