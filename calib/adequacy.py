@@ -7,6 +7,9 @@ differ by r, the whole set is expected to be off by sqrt(r). MobileNet-v2: 1.05-
 Outside: how much of what a layer reads on images it was *not* calibrated on is clipped? A rule that clips calibration data
 clips at most 0.1 % of it (calibrate's lowest percentile), so several times that on other images means that they are
 different. MobileNet-v2's worst layer: below 0.1 % on other photographs, 1 % when their contrast is doubled.
+
+Query, key and value of an INT8 attention count as layers; its softmax output does not: it is at most 1 everywhere, and
+clipped on purpose.
 """
 
 import statistics
@@ -15,23 +18,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.calibrate import FOLD_THRESHOLDS
 from calib.hooks import input_hooks
+from calib.qdq import attention_factors
 from calib.quant_model import QuantModel
 from calib.quantizer import QMAX
 
 MAX_SPREAD = 1.25  # between halves, in the middle of all layers: 1 dB of rounding noise is down to luck
 MAX_OUTSIDE = 0.005  # of the elements a layer reads
 SHOWN = 3  # layers named in the report
+FACTORS = ("query", "key", "value")  # of an attention, in the order of `attention_factors`
 
 
 @dataclass(frozen=True)
 class Outside:
     """What a layer's calibrated range misses: share of elements beyond it, and the largest |x| over the threshold."""
 
-    layer: str
+    layer: str  # or `attention:role`
     fraction: float
     largest: float
 
@@ -93,19 +98,28 @@ def spread(thresholds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def outside(model: QuantModel, batches: Iterable[Tensor]) -> tuple[tuple[Outside, ...], int]:
     """(by layer, the worst first; number of images): one pass of the float network over `batches` (B, 3, H, W)."""
-    scales = {name: float(model.qparams(f"{name}:input").scale) for name in model.quantized_layers}
+    sites = {name: f"{name}:input" for name in model.quantized_layers}
+    sites |= {f"{name}:{role}": f"{name}:{role}" for name in model.int8_attention for role in FACTORS}
     # the last value that still rounds to 127: a ReLU6 is full of sixes, a hair beyond an FP16 scale's 127 steps
-    thresholds = {name: scale * (QMAX + 0.5) for name, scale in scales.items()}
+    thresholds = {name: float(model.qparams(site).scale) * (QMAX + 0.5) for name, site in sites.items()}
     beyond, seen, largest = dict.fromkeys(thresholds, 0), dict.fromkeys(thresholds, 0), dict.fromkeys(thresholds, 0.0)
 
-    def look(name: str, _layer: object, x: Tensor) -> None:
+    def count(name: str, x: Tensor) -> None:
         size = x.abs()
         beyond[name] += int((size > thresholds[name]).sum())
         seen[name] += x.numel()
         largest[name] = max(largest[name], float(size.max()))
 
+    def look(name: str, module: nn.Module, x: Tensor) -> None:
+        if name not in model.int8_attention:
+            count(name, x)
+            return
+        factors = attention_factors(module, module.get_submodule("qkv")(x))
+        for role, factor in zip(FACTORS, factors, strict=True):
+            count(f"{name}:{role}", factor)
+
     images = 0
-    with input_hooks(model.net, thresholds, look), torch.inference_mode():
+    with input_hooks(model.net, (*model.quantized_layers, *model.int8_attention), look), torch.inference_mode():
         for batch in batches:
             model.net(batch)
             images += len(batch)

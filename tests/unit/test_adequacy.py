@@ -4,10 +4,11 @@ import json
 import pytest
 import torch
 
+from calib import int8_attention
 from calib.adequacy import MAX_OUTSIDE, MAX_SPREAD, Adequacy, Outside, adequacy, outside, spread
 from calib.calibrate import FOLD_THRESHOLDS, Config, calibrate
 from calib.methods import rtn
-from calib.quantizer import QMAX
+from calib.quantizer import QMAX, qparams_from_amax
 from tests.tiny import TINY, tiny_batches, tiny_model
 
 MAX = Config("max")
@@ -67,6 +68,28 @@ def test_outside_is_what_the_quantizer_would_clip(family):
     assert worst.fraction == float((torch.round(steps) > QMAX).double().mean()) > 0
     assert worst.largest == pytest.approx(float(steps.max()) / (QMAX + 0.5))
     assert not layer._forward_pre_hooks
+
+
+def test_the_factors_of_an_int8_attention_count_too():
+    folds = [tiny_batches(1, seed=1), tiny_batches(1, seed=2)]
+    prepared = int8_attention.prepare(tiny_model("vit"), folds, int8_attention.Config("all"))
+    model = rtn.reduce_error(calibrate(prepared, folds, MAX), folds, rtn.Config())
+    narrow = {f"blocks.1.attn:{role}": qparams_from_amax(torch.tensor(0.5)) for role in ("query", "key", "value")}
+    model, (batch,) = model.with_sites(narrow), tiny_batches(1, seed=3)
+    found = {each.layer: each for each in outside(model, [batch])[0]}
+    factors = {f"blocks.{block}.attn:{role}" for block in (0, 1) for role in ("query", "key", "value")}
+    assert set(found) == {*model.quantized_layers, *factors}
+    packed = []
+    hook = model.net.blocks[1].attn.qkv.register_forward_hook(lambda _m, _x, y: packed.append(y))
+    with torch.no_grad():
+        model.net(batch)
+    hook.remove()
+    query, key, value = packed[0].chunk(3, dim=-1)
+    for role, x in {"query": query / 2, "key": key / 2, "value": value}.items():  # 16^-1/4
+        steps = x.abs() / model.sites[f"blocks.1.attn:{role}"].scale
+        each = found[f"blocks.1.attn:{role}"]
+        assert 0 < each.fraction == pytest.approx(float((torch.round(steps) > QMAX).double().mean()), abs=1e-4)
+        assert each.largest == pytest.approx(float(steps.max()) / (QMAX + 0.5), rel=1e-5)
 
 
 def test_other_images_that_are_clipped_are_a_warning():
