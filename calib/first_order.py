@@ -32,12 +32,9 @@ def output_gradients(
         with input_hooks(net, layers, keep), torch.enable_grad():
             output = net(batch)
         read = [inputs[name] for name in layers]
-        gradients = [
-            torch.autograd.grad(
-                output, read, torch.randn(output.shape, generator=generator).to(output.dtype), retain_graph=which < PROJECTIONS - 1
-            )
-            for which in range(PROJECTIONS)
-        ]
-        stacked = {name: torch.stack(parts) for name, parts in zip(layers, zip(*gradients, strict=True), strict=True)}
-        yield {name: x.detach() for name, x in inputs.items()}, stacked
+        vectors = torch.randn(PROJECTIONS, *output.shape, generator=generator).to(output.dtype)
+        gradients = [torch.autograd.grad(output, read, vector, retain_graph=True) for vector in vectors]
+        seen = {name: x.detach() for name, x in inputs.items()}
+        del output, read  # the last that hold the graph
         inputs.clear()
+        yield seen, {name: torch.stack(parts) for name, parts in zip(layers, zip(*gradients, strict=True), strict=True)}

@@ -24,8 +24,9 @@ def test_the_gradient_foretells_what_a_small_error_does(family):
         generator = torch.Generator().manual_seed(0)
         for start in range(0, len(x), first_order.BATCH):
             rows = change[start : start + first_order.BATCH]
-            for k in range(PROJECTIONS):
-                expected = (torch.randn(rows.shape, generator=generator).double() * rows).flatten(1).sum(1)
+            vectors = torch.randn(PROJECTIONS, *rows.shape, generator=generator).double()
+            for k, vector in enumerate(vectors):
+                expected = (vector * rows).flatten(1).sum(1)
                 torch.testing.assert_close(
                     foretold[k, start : start + len(rows)], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
                 )
