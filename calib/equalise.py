@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import Batches, spread_images
+from calib.batches import Batches, spread_images
+from calib.channel_scale import channel_scale
 from calib.errors import UserError
 from calib.hooks import input_hooks
 from calib.layer_rows import Samples, channels_of_inputs, output_errors, sampled_inputs, weight_matrix
@@ -33,7 +34,7 @@ from calib.precision import INT8, UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
 from calib.repq import Reparametrised, channel_ranges, reparametrised
 
-LARGEST_RATIO = 100.0  # r stays within 1/100 .. 100: beyond that weights leave FP16's comfortable range
+EQUALISED = "equalised"  # in the record's details: [exponent, centred] by layer
 RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
 THRESHOLDS = (1.2, 1.0, 0.8)  # clipping thresholds tried, of the input's range; the final one is calibrate's business
@@ -50,16 +51,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule '{self.rule}' is not one of {', '.join(RULES)}")
-
-
-def channel_scale(low: Tensor, high: Tensor, exponent: float, centred: bool) -> tuple[Tensor, Tensor]:
-    """(r, m), both (C,), from per-channel extremes of x. A channel that is constant keeps r = 1."""
-    shift = (low + high) / 2 if centred else torch.zeros_like(low)
-    reach = torch.maximum((high - shift).abs(), (low - shift).abs()).double()
-    alive = reach > 1e-6 * reach.max()
-    mean = reach[alive].log().mean().exp() if alive.any() else torch.tensor(1.0)
-    ratio = torch.where(alive, reach / mean, 1.0) ** exponent
-    return ratio.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).to(low.dtype), shift
 
 
 def rounding_error(rows: Tensor, weight: Tensor, amax: float, bits: LayerBits = INT8) -> float:
@@ -171,5 +162,6 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
         f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(c for _, c in chosen)} centred; exponents "
         + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
     )
-    record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
+    details = {EQUALISED: {consumer: how for (*_, consumer), how in zip(places, chosen, strict=True)}}
+    record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes, details=details)
     return apply_moves(model, moved).with_record(record)

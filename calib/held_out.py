@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from calib.calibrate import Batches, spread_images
+from calib.batches import Batches, spread_images
 from calib.decibels import decibels
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel

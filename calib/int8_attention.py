@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import MARGIN, Batches, spread_images
+from calib.batches import Batches, spread_images
 from calib.decibels import decibels
 from calib.equalise import apply_moves
 from calib.errors import UserError
@@ -39,6 +39,7 @@ HEAD_SIZES = (16, 32, 64)  # what TensorRT has INT8 attention kernels for ...
 MAX_TOKENS = 512  # ... and how many tokens they take
 SOFTMAX_THRESHOLDS = (1.0, 0.85, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # clipping thresholds tried for P
 IMAGES = 16  # per fold: an image has hundreds of tokens, and costs are per image
+MARGIN = 1.25  # of the largest query, key and value: new photographs exceed it
 MODES = ("budget", "all")
 STAGE = "attention"
 NOISE, RANGE = "noise", "range"  # in the record's details, by attention

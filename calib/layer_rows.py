@@ -87,7 +87,8 @@ class Samples:
         return self.rows[layer][: self.filled[layer]]
 
 
-def _channel_extremes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def channel_extremes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value, both (C,), by channel of the input `x` of `layer`."""
     axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
     return x.amin(axes), x.amax(axes)
 
@@ -103,7 +104,7 @@ def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: in
     seen: Counter[str] = Counter()
 
     def observe(name: str, layer: nn.Module, x: Tensor) -> None:
-        low, high = _channel_extremes(layer, x)
+        low, high = channel_extremes(layer, x)
         samples.low[name] = torch.minimum(samples.low.get(name, low), low)
         samples.high[name] = torch.maximum(samples.high.get(name, high), high)
         columns = channels_of_inputs(layer)

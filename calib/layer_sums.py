@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 from calib.layer_rows import input_rows
 from calib.quant_model import QuantModel
 from calib.rounded_layer import RoundedLayer

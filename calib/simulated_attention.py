@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import Batches, spread_images
+from calib.batches import Batches, spread_images
 from calib.errors import UserError
 from calib.grids import Grid, LogSqrt2, Unrounded, twin_softmax
 from calib.hooks import input_hooks

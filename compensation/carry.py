@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 
 
 class Call(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 from calib.errors import UserError
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.kept_files import tensors_sha256

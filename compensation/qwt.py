@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 from calib.fp16_range import FP16_MAX
 from calib.grids import obstacle
 from calib.held_out import MARGIN_DB, sqnr_db

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from calib import int8_attention
-from calib.calibrate import Batches, calibrate
+from calib.batches import Batches
+from calib.calibrate import calibrate
 from calib.equalise import equalise
 from calib.fold import fold_affine
 from calib.methods import rtn

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.calibrate import Batches as AnyBatches
+from calib.batches import Batches as AnyBatches
 from calib.families import family_of
 from calib.images import image_sets
 from calib.preprocess import preprocessing_from_config

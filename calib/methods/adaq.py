@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 from calib.held_out import adopt_if_better
 from calib.layer_rows import product
 from calib.layer_sums import add_inputs

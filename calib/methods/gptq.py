@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 from calib.held_out import adopt_if_better
 from calib.layer_sums import LayerSums, add_inputs, error_across, pooled
 from calib.methods.erq import parts

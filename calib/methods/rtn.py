@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from calib.calibrate import Batches
+from calib.batches import Batches
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams, channel_qparams
 

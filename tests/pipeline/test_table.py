@@ -204,7 +204,7 @@ def test_networks_out_of_reach_are_left_out_unless_they_were_named(paper, tmp_pa
     assert run(paper, "--imagenet", str(root)) == 0
     assert list(result_of(paper)["models"]) == ["vit_b"]
     assert "vit_s left out: the hub does not have vit_s" in capsys.readouterr().err
-    assert run(paper, "--imagenet", str(root), "--models", "vit_s") == cli.EXIT_USER_ERROR
+    assert run(paper, "--imagenet", str(root), "--models", "vit_s,vit_b") == cli.EXIT_USER_ERROR
     monkeypatch.setattr(table, "load_net", lambda spec: only_vit_b(table.resolve_model("vit_s")) or spec)
     assert run(paper, "--imagenet", str(root)) == cli.EXIT_USER_ERROR
     assert capsys.readouterr().err.splitlines()[-1] == "error: the hub does not have vit_s"
@@ -220,7 +220,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(paper, capsys, case):
+def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_loaded(paper, capsys, monkeypatch, case):
+    monkeypatch.setattr(table, "load_net", None)
     options, expected = BAD[case]
     assert run(paper, *options) == cli.EXIT_USER_ERROR
     line = capsys.readouterr().err.splitlines()[-1]

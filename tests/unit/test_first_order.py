@@ -10,7 +10,7 @@ from tests.tiny import TINY, tiny_batches, tiny_model
 def test_the_gradient_foretells_what_a_small_error_does(family):
     model = tiny_model(family)
     net, x = model.net.double(), tiny_batches(1)[0].double()
-    layers = model.family.layers(net)
+    layers = model.layers
     for which in (0, len(layers) // 2, len(layers) - 1):
         layer, parts = layers[which], []
         for inputs, gradients in output_gradients(net, layers, x):
@@ -48,7 +48,7 @@ def test_on_average_the_square_is_the_noise_of_the_output():
 
 def test_no_hook_and_no_gradient_stays():
     model = tiny_model("vit")
-    layers = model.family.layers(model.net)
+    layers = model.layers
     list(output_gradients(model.net, layers, tiny_batches(1)[0]))
     assert all(not module._forward_pre_hooks for module in model.net.modules())
     assert all(parameter.grad is None for parameter in model.net.parameters())

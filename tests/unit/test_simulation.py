@@ -58,6 +58,7 @@ def test_what_two_recipes_begin_with_is_computed_once_and_gives_the_same(monkeyp
     assert results[1].history[: len(results[0].history)] == results[0].history
     for each, result in zip((first, second), results, strict=True):
         assert torch.equal(outputs(result), outputs(Simulator(tiny_model("vit"), images()).run(each)))
+    assert shared.run(first).branches == {}, "nothing is left of the longer recipe"
     assert shared.run(recipe(precision={"weights": 3, "inputs": 6})).precision.weights == 3
     assert len(calls) == 4, "other bits begin anew"
 

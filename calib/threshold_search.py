@@ -1,0 +1,116 @@
+"""Which clipping thresholds serve the network's output best, on photographs that did not suggest them.
+
+A layer's own error is no judge of this: in a transformer it favours clipping the few huge activations that later layers live
+on. So one rule for all layers is judged by the network's output when all its inputs round; and thresholds are chosen layer
+by layer by what their error does to the output, to first order (calib/first_order.py), then judged in the same way.
+
+Thresholds come from one fold, the images they are judged on from another. Both folds must be new to each other, equalisation
+included (calib/channel_scale.py): by the channel scales of all folds together no photograph of theirs exceeds a range, while
+new ones do, up to three times.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from calib.channel_scale import FoldScale
+from calib.decibels import decibels
+from calib.first_order import output_gradients
+from calib.hooks import input_hooks
+from calib.observers import Histogram, amax_from_histogram
+from calib.quant_model import QuantModel
+
+SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
+MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new photographs exceed it
+PER_LAYER = "per layer"
+
+Offers = Mapping[str, Mapping[str, float]]  # layer -> candidate -> threshold
+Thresholds = Mapping[str, float]  # by layer
+
+
+def candidates(histogram: Histogram, bits: int = 8) -> dict[str, float]:
+    """Clipping thresholds worth trying, by name."""
+    found = {
+        f"{observer} {percentile:g}".removesuffix(" 0"): amax_from_histogram(histogram, observer, percentile, bits)
+        for observer, percentile in SEARCHED
+    }
+    return found | {f"max x{margin:g}": histogram.amax * margin for margin in MARGINS}
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Where the channels of its input are."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
+
+
+@contextmanager
+def rounded_inputs(net: nn.Module, rounded: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While open, the layers named read what `rounded` makes of their inputs."""
+    with input_hooks(net, rounded, lambda name, _layer, x: rounded[name](x)):
+        yield
+
+
+class Judge:
+    """The network's noise when its inputs round: thresholds and channel scales of one fold, `images` of another.
+
+    `scales`: by fold and layer. `images`: by fold, (B, 3, H, W), the images that judge it.
+    """
+
+    def __init__(self, model: QuantModel, scales: Sequence[Mapping[str, FoldScale]], images: Sequence[Tensor]) -> None:
+        self.model, self.scales, self.images = model, scales, images
+        with torch.inference_mode():
+            self.exact = [model.float_net(batch) for batch in images]
+
+    def _rounding(self, fold: int, layer: str, amax: float) -> Callable[[Tensor], Tensor]:
+        scale, bits = self.scales[fold][layer], self.model.bits(layer).input
+        axis = channel_axis(self.model.net.get_submodule(layer))
+        return lambda x: scale.fake_quantize(x, amax, bits, axis)
+
+    def db(self, thresholds: Sequence[Thresholds]) -> float:
+        """SQNR of the output; `thresholds` by fold."""
+        noise = 0.0
+        with torch.inference_mode():
+            for fold, (images, exact) in enumerate(zip(self.images, self.exact, strict=True)):
+                rounded = {layer: self._rounding(fold, layer, amax) for layer, amax in thresholds[fold].items()}
+                with rounded_inputs(self.model.net, rounded):
+                    noise += float((self.model.net(images) - exact).square().sum())
+        return decibels(sum(float(exact.square().sum()) for exact in self.exact), noise)
+
+    def alone(self, offers: Sequence[Offers]) -> dict[str, dict[str, float]]:
+        """Squared error of the output, to first order, by layer and candidate, if that layer alone rounds."""
+        layers = list(offers[0])
+        noise = {layer: dict.fromkeys(offers[0][layer], 0.0) for layer in layers}
+        for fold, images in enumerate(self.images):
+            for inputs, gradients in output_gradients(self.model.net, layers, images):
+                for layer, x in inputs.items():
+                    for candidate, amax in offers[fold][layer].items():
+                        error = self._rounding(fold, layer, amax)(x) - x
+                        noise[layer][candidate] += float((gradients[layer] * error).flatten(2).sum(2).square().sum())
+        return noise
+
+
+def search(judge: Judge, offers: Sequence[Offers]) -> tuple[dict[str, str], str]:
+    """(candidate by layer, what was found). `offers`: by fold, the same candidates for every layer."""
+    rules = list(next(iter(offers[0].values())))
+    choices: dict[str, dict[str, str]] = {rule: dict.fromkeys(offers[0], rule) for rule in rules}
+
+    def thresholds(picks: Mapping[str, str]) -> list[Thresholds]:
+        return [{layer: of_fold[layer][pick] for layer, pick in picks.items()} for of_fold in offers]
+
+    reached = {name: judge.db(thresholds(picks)) for name, picks in choices.items()}
+    best = max(reached, key=lambda name: reached[name])
+    alone = judge.alone(offers)
+
+    def least(layer: str, among: Sequence[str]) -> str:
+        return min(among, key=lambda candidate: alone[layer][candidate])
+
+    def no_narrower(layer: str) -> list[str]:
+        return [rule for rule in rules if all(of[layer][rule] >= of[layer][best] for of in offers)]
+
+    for name, among in ((PER_LAYER, lambda _: rules), (f"{PER_LAYER}, no narrower than {best}", no_narrower)):
+        choices[name] = {layer: least(layer, among(layer)) for layer in offers[0]}
+        reached[name] = judge.db(thresholds(choices[name]))
+    ranked = sorted(reached, key=lambda name: -reached[name])
+    shown = ", ".join(f"{name} {reached[name]:.1f} dB" for name in ranked)
+    return choices[ranked[0]], f"by '{ranked[0]}' ({shown} on other photographs)"
