@@ -44,9 +44,9 @@ THRESHOLDS = (1.2, 1.0, 0.8)  # clipping thresholds tried, of the input's range;
 class Config:
     """Which exponents are tried; `exponents = [0.0]` and `shift = false` switch the stage off."""
 
-    rule: str = "search"  # search | repq, which has no further options and needs [precision] zero_points
     exponents: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9)
     shift: bool = True  # try centring each channel where a shift can move
+    rule: str = "search"  # search | repq, which has no further options and needs [precision] zero_points
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
