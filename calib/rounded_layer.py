@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calib.layer_rows import weight_matrix
 from calib.quant_model import QuantModel
-from calib.quantizer import QParams, channel_qparams, dequantize, quantize
+from calib.quantizer import QParams, channel_qparams, dequantize, fp16_scale, quantize
 
 
 def augmented_weight(layer: nn.Module) -> Tensor:
@@ -45,6 +45,16 @@ def rounded_layer(layer: nn.Module, params: QParams | None = None) -> RoundedLay
     params = params or channel_qparams(weight.flatten(0, 1))
     integers = quantize(weight.flatten(0, 1), params).reshape(weight.shape)
     return RoundedLayer(integers, params, augmented_weight(layer)[..., -1].float())
+
+
+def corrected(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
+    """`layer` with its scales times |gain|, its bias plus `offset`, both (G, N), and its rows' signs those of `gain`.
+
+    An engine's scales are positive; the narrow range allows the sign to go into the integers.
+    """
+    params = replace(layer.params, scale=fp16_scale(layer.params.scale * gain.abs().flatten()))
+    signs = torch.where(gain < 0, -1, 1).to(torch.int8)
+    return RoundedLayer(layer.integers * signs[..., None], params, layer.bias + offset.float())
 
 
 def with_layers(model: QuantModel, layers: Mapping[str, RoundedLayer]) -> QuantModel:

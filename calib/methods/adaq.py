@@ -16,7 +16,7 @@ negative xi changes the sign of the row's integers, which the narrow range [-127
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from calib.layer_sums import add_inputs
 from calib.methods import erq, rtn
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import fp16_scale
-from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer
+from calib.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
 
 BASES = {"rtn": rtn, "erq": erq}  # with their default options
 
@@ -93,13 +93,6 @@ def correction(sums: ChannelSums) -> tuple[Tensor, Tensor]:
     gain = sums.gain()
     gain = torch.where(gain < 0, -1.0, 1.0) * fp16_scale(gain.abs() * scale) / scale
     return gain, sums.offset(gain)
-
-
-def corrected(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
-    """`layer` with its scales times |gain|, its bias plus `offset`, both (G, N), and its rows' signs those of `gain`."""
-    params = replace(layer.params, scale=fp16_scale(layer.params.scale * gain.abs().flatten()))
-    signs = torch.where(gain < 0, -1, 1).to(torch.int8)
-    return RoundedLayer(layer.integers * signs[..., None], params, layer.bias + offset.float())
 
 
 def best_fits(folds: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:

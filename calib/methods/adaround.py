@@ -1,0 +1,141 @@
+"""AdaRound with AdaQTransform: the rounding of weights, their steps, biases and the steps of inputs are learned together.
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020; Wen et al., "From Decoupling to
+Adaptive Transformation: a Wider Optimization Space for PTQ" (AdaQTransform), ICLR 2025. With the weight's step frozen to the
+least squared error (eq. 1), each block learns which of its two neighbours every weight takes, a gain xi and an offset eta
+per output channel and the step of each input (eq. 8), so that the block returns what it does in the float network. All of
+it folds into integers, scales and biases: an engine runs the same kernels.
+
+Which steps learn is the paper's Table 1, here `CASES`. Where nothing is published this was chosen: the rates are the
+published ones for 20 000 iterations, raised for fewer (`rates`); xi, eta and the steps learn relative to their size.
+
+One part of the photographs trains, the other judges each block at ten moments of its training, and in the end the network's
+output: what is not better there than plain rounding is dropped.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from calib.calibrate import Batches, spread_images
+from calib.held_out import MARGIN_DB, sqnr_db
+from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
+from calib.methods.rtn import weight_sites
+from calib.qdq import quantized_net
+from calib.quant_model import QuantModel, StageRecord
+from calib.reconstruction import Phase, Schedule, block_task, network_task, reconstruct
+from calib.rounded_layer import with_layers
+
+# Table 1: what learns, and when
+CASES = {
+    "1.1.1": (Phase((ROUNDING,), share=0.8, exact_inputs=True), Phase((INPUT_STEP,), share=0.2)),  # AdaRound, BRECQ
+    "1.1.2": (Phase((ROUNDING, INPUT_STEP)),),  # QDrop, NWQ
+    "1.2": (Phase((STEP, INPUT_STEP)),),  # LSQ: to nearest, with one step
+    "2.1": (Phase((ROUNDING, QUANT_STEP, INPUT_STEP)),),
+    "2.2": (Phase((ROUNDING, DEQUANT_STEP, INPUT_STEP)),),  # AdaQTransform
+    "2.3": (Phase((ROUNDING, QUANT_STEP, DEQUANT_STEP, INPUT_STEP)),),
+}
+PUBLISHED_ITERATIONS = 20_000
+HELD_OUT = 32  # images that judge a block while it learns
+
+
+@dataclass(frozen=True)
+class Config:
+    """What learns, and for how long; MobileNet-v2 takes ... with the defaults."""
+
+    case: str = "2.2"  # of AdaQTransform's Table 1: 1.1.1 | 1.1.2 (AdaRound) | 1.2 (LSQ) | 2.1 | 2.2 | 2.3
+    offset: bool = True  # biases learn too: with case 2.2 this is AdaQTransform
+    input_steps: bool = True  # the steps of inputs learn, in the cases that have them
+    by_block: bool = True  # one block after another; else all layers at once, over as many iterations in all
+    drop: float = 0.0  # probability of each input element not to round while learning; QDrop: 0.5
+    iterations: int = 200  # per block
+    batch: int = 16  # images per iteration
+    images: int = 128  # that train, spread over the photographs; what blocks read and return of them stays in memory
+    regulariser: float = 0.01  # weight of the push to 0 or 1 (BRECQ: 0.01 ResNet, RegNet; 0.1 MobileNet-v2; 0.2 MnasNet)
+    rounding_rate: float = 1e-3  # of Adam for alpha, over 20 000 iterations
+    step_rate: float = 4e-5  # of Adam at the start for steps, gains and offsets, over 20 000 iterations
+
+    def __post_init__(self) -> None:
+        if self.case not in CASES:
+            raise ValueError(f"case '{self.case}' is not one of {', '.join(CASES)}")
+        for name in ("iterations", "batch", "images"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"{name} {number} is not a positive number")
+        for name in ("regulariser", "rounding_rate", "step_rate"):
+            if not 0 <= (number := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} {number} is not a number of at least 0")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop {self.drop} is not a probability below 1")
+
+    def phases(self) -> tuple[Phase, ...]:
+        """What learns, and when; the offset in the last phase."""
+        *first, last = CASES[self.case]
+        phases = (*first, replace(last, learned=(*last.learned, *((OFFSET,) if self.offset else ()))))
+        without = () if self.input_steps else (INPUT_STEP,)
+        return tuple(replace(each, learned=tuple(name for name in each.learned if name not in without)) for each in phases)
+
+    def schedule(self) -> Schedule:
+        """Iterations and rates: Adam gets as far as it would in the published number of iterations."""
+        faster = PUBLISHED_ITERATIONS / self.iterations
+        return Schedule(
+            self.iterations, self.batch, self.rounding_rate * faster, self.step_rate * faster, self.regulariser, self.drop
+        )
+
+
+def units(model: QuantModel) -> dict[str, list[str]]:
+    """Layers to be quantized by the block they are in; a layer outside all blocks is its own."""
+    blocks = model.family.blocks(model.net)
+    found: dict[str, list[str]] = {}
+    for name in model.layers:
+        found.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)
+    return found
+
+
+def learned_layers(
+    model: QuantModel, plain: QuantModel, images: Tensor, held_out: Tensor, config: Config
+) -> Iterator[tuple[dict[str, LearnedLayer], float, float]]:
+    """(layers, loss on the images held out before and after) of each task, taught in turn. `plain`: `model`, rounded."""
+    running, phases, schedule = quantized_net(plain), config.phases(), config.schedule()
+    nearest = not any(ROUNDING in phase.learned for phase in phases)
+    if not config.by_block:
+        task = network_task(running, model, model.layers, images, held_out, nearest)
+        yield dict(task.layers), *reconstruct(task, phases, schedule)
+        return
+    for unit, layers in units(model).items():
+        task = block_task(running, model, unit, layers, images, held_out, nearest)
+        yield dict(task.layers), *reconstruct(task, phases, schedule)
+
+
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+    """`model` with its rounding learned on all of `folds` but the last, if the last says that it helps.
+
+    `folds` are parts of the calibration set without a common photograph.
+    """
+    start = time.perf_counter()
+    plain = model.with_sites(weight_sites(model))
+    training = folds[:-1] or folds
+    images = torch.cat([spread_images(batches, max(1, config.images // len(training))) for batches in training])
+    held_out = spread_images(folds[-1], HELD_OUT)
+    found: dict[str, LearnedLayer] = {}
+    better = count = 0
+    for layers, before, after in learned_layers(model, plain, images, held_out, config):
+        found |= layers
+        better, count = better + (after < before), count + 1
+    inputs = {f"{name}:input": layer.reads.grid for name, layer in found.items()}
+    tuned = with_layers(model.with_sites(inputs), {name: layer.rounded() for name, layer in found.items()})
+    before, after = sqnr_db(folds[-1:], [plain], [tuned])
+    note = f"network output {after:.2f} dB against {before:.2f} dB on photographs that did not train"
+    kept = after >= before + MARGIN_DB  # false, too, where a difference is not a number
+    notes = (
+        note if kept else f"dropped: {note}",
+        f"{better} of {count} {'blocks' if config.by_block else 'networks'} learned, {config.iterations} iterations of "
+        f"{min(config.batch, len(images))} of {len(images)} images each; the others round with the least squared error",
+    )
+    result = tuned if kept else plain
+    seconds = time.perf_counter() - start
+    return result.with_record(
+        StageRecord("adaround", asdict(config), seconds, before, after if kept else before, notes)
+    )
