@@ -2,9 +2,9 @@
 
     y^ = xi W^ x^ + b + eta        W^ = s' clamp(floor(w / s) + h(alpha))        x^ = s_x clamp(round(x / s_x))
 
-s, s', xi, eta are per output channel, s_x per tensor. xi s' is one number for an engine, and the step here learns as one: the
-quantities and what each stands for are in `QUANTITIES`. They start at what changes nothing. All steps are used as the
-engine stores them, rounded to FP16, with the gradient of the number that is not (straight-through).
+s, s', xi, eta are per output channel, s_x per tensor. xi s' is one number, so one quantity stands for both. What can be
+learned is named in `QUANTITIES`, steps relative to where they start. Scales are used as an engine stores them, rounded to
+FP16, with the gradient of the number before that (straight-through).
 
 What is learned folds into a `RoundedLayer`: integers, one scale per channel and a bias, no node more than before.
 """
@@ -62,8 +62,8 @@ class _LearnedStep(torch.autograd.Function):
         exact = x / scale
         inside = (exact >= ctx.low) & (exact <= ctx.high)
         of_step = exact.round().clamp_(ctx.low, ctx.high).sub_(exact * inside)
-        weight = ctx.grid.scale / math.sqrt(x.numel() * ctx.grid.high)  # LSQ, section 2.2
-        return gradient * inside, (gradient * of_step).sum() * weight, None
+        share = 1 / math.sqrt(x.numel() * ctx.grid.high)  # LSQ, section 2.2: a step moves no faster than the weights
+        return gradient * inside, (gradient * of_step).sum() * ctx.grid.scale * share, None
 
 
 class LearnedInput(nn.Module):
@@ -111,10 +111,9 @@ class LearnedLayer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         weight = layer.get_parameter("weight").detach()
-        self.layer, self.params, self.mode, self.nearest, self.unit = (layer, params, mode, nearest, unit)
-        self.reads = reads
-        ones = torch.ones(len(weight))
-        bias = getattr(layer, "bias", None)
+        self.layer, self.reads, self.params, self.mode = layer, reads, params, mode
+        self.nearest, self.unit = nearest, unit
+        ones, bias = torch.ones(len(weight)), getattr(layer, "bias", None)
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach()
         exact = weight / self._along(params.scale)
         floor = exact.floor()
@@ -153,7 +152,8 @@ class LearnedLayer(nn.Module):
 
     def integers(self) -> Tensor:
         """Integers in the weight's shape, as floats; in soft mode numbers between them."""
-        exact = self.layer.get_parameter("weight").detach() / self._along(self.params.scale * self.step * self.quant_step)
+        step = self.params.scale * self.step * self.quant_step
+        exact = self.layer.get_parameter("weight").detach() / self._along(step)
         if self.nearest:
             rounded = exact + (exact.round() - exact).detach()
         else:

@@ -151,7 +151,7 @@ def reconstruct(task: Task, phases: Sequence[Phase], schedule: Schedule) -> tupl
 def put_learned_layers(
     running: nn.Module, model: QuantModel, layers: Sequence[str], run: Callable[[], object], nearest: bool
 ) -> tuple[dict[str, LearnedLayer], Mode]:
-    """Put learned layers in the place of `layers` of `running`, a rounded copy of `model.net`, which `run` runs (edits it)."""
+    """Put learned layers in place of `layers` of `running`, a rounded copy of `model.net` (edits it); `run` runs them."""
     groups, sizes = readers_and_sizes(running, layers, run)
     mode, found = Mode(), dict[str, LearnedLayer]()
     for group in groups:

@@ -54,7 +54,7 @@ class Config:
     iterations: int = 200  # per block
     batch: int = 16  # images per iteration
     images: int = 128  # that train, spread over the photographs; what blocks read and return of them stays in memory
-    regulariser: float = 0.01  # weight of the push to 0 or 1 (BRECQ: 0.01 ResNet, RegNet; 0.1 MobileNet-v2; 0.2 MnasNet)
+    regulariser: float = 0.01  # weight of the push to 0 or 1 (BRECQ: 0.01, MobileNet-v2 0.1, MnasNet 0.2)
     rounding_rate: float = 1e-3  # of Adam for alpha, over 20 000 iterations
     step_rate: float = 4e-5  # of Adam at the start for steps, gains and offsets, over 20 000 iterations
 
@@ -75,14 +75,14 @@ class Config:
         *first, last = CASES[self.case]
         phases = (*first, replace(last, learned=(*last.learned, *((OFFSET,) if self.offset else ()))))
         without = () if self.input_steps else (INPUT_STEP,)
-        return tuple(replace(each, learned=tuple(name for name in each.learned if name not in without)) for each in phases)
+        learned = [tuple(name for name in each.learned if name not in without) for each in phases]
+        return tuple(replace(each, learned=names) for each, names in zip(phases, learned, strict=True))
 
     def schedule(self) -> Schedule:
         """Iterations and rates: Adam gets as far as it would in the published number of iterations."""
         faster = PUBLISHED_ITERATIONS / self.iterations
-        return Schedule(
-            self.iterations, self.batch, self.rounding_rate * faster, self.step_rate * faster, self.regulariser, self.drop
-        )
+        rates = (self.rounding_rate * faster, self.step_rate * faster)
+        return Schedule(self.iterations, self.batch, *rates, self.regulariser, self.drop)
 
 
 def units(model: QuantModel) -> dict[str, list[str]]:
