@@ -6,8 +6,8 @@ least squared error (eq. 1), each block learns which of its two neighbours every
 per output channel and the step of each input (eq. 8), so that the block returns what it does in the float network. All of
 it folds into integers, scales and biases: an engine runs the same kernels.
 
-Which steps learn is the paper's Table 1, here `CASES`. Where nothing is published this was chosen: the rates are the
-published ones for 20 000 iterations, raised for fewer (`rates`); xi, eta and the steps learn relative to their size.
+Which steps learn is the paper's Table 1, here `CASES`. Its authors published no code. Chosen here: xi, eta and the steps
+learn relative to their size, and all rates are raised where there are fewer than the published 20 000 iterations.
 
 One part of the photographs trains, the other judges each block at ten moments of its training, and in the end the network's
 output: what is not better there than plain rounding is dropped.
@@ -39,24 +39,26 @@ CASES = {
     "2.3": (Phase((ROUNDING, QUANT_STEP, DEQUANT_STEP, INPUT_STEP)),),
 }
 PUBLISHED_ITERATIONS = 20_000
+CROSSING = 2.0  # how far Adam must be able to move alpha: h leaves 0 at -2.4 and reaches 1 at 2.4
+FASTEST = 2e-3  # of steps: a quarter of an integer for the largest weight of 8 bits, at every iteration
 HELD_OUT = 32  # images that judge a block while it learns
 
 
 @dataclass(frozen=True)
 class Config:
-    """What learns, and for how long; MobileNet-v2 takes ... with the defaults."""
+    """What learns, and for how long; the paper takes 20 000 iterations of 32 images out of 1024."""
 
     case: str = "2.2"  # of AdaQTransform's Table 1: 1.1.1 | 1.1.2 (AdaRound) | 1.2 (LSQ) | 2.1 | 2.2 | 2.3
     offset: bool = True  # biases learn too: with case 2.2 this is AdaQTransform
     input_steps: bool = True  # the steps of inputs learn, in the cases that have them
     by_block: bool = True  # one block after another; else all layers at once, over as many iterations in all
     drop: float = 0.0  # probability of each input element not to round while learning; QDrop: 0.5
-    iterations: int = 200  # per block
+    iterations: int = 100  # per block
     batch: int = 16  # images per iteration
     images: int = 128  # that train, spread over the photographs; what blocks read and return of them stays in memory
     regulariser: float = 0.01  # weight of the push to 0 or 1 (BRECQ: 0.01, MobileNet-v2 0.1, MnasNet 0.2)
-    rounding_rate: float = 1e-3  # of Adam for alpha, over 20 000 iterations
-    step_rate: float = 4e-5  # of Adam at the start for steps, gains and offsets, over 20 000 iterations
+    rounding_rate: float = 1e-3  # of Adam for alpha, more if iterations are few
+    step_rate: float = 4e-5  # of Adam at the start for steps, gains and offsets; for 20 000 iterations, more for fewer
 
     def __post_init__(self) -> None:
         if self.case not in CASES:
@@ -79,10 +81,10 @@ class Config:
         return tuple(replace(each, learned=names) for each, names in zip(phases, learned, strict=True))
 
     def schedule(self) -> Schedule:
-        """Iterations and rates: Adam gets as far as it would in the published number of iterations."""
-        faster = PUBLISHED_ITERATIONS / self.iterations
-        rates = (self.rounding_rate * faster, self.step_rate * faster)
-        return Schedule(self.iterations, self.batch, *rates, self.regulariser, self.drop)
+        """Iterations and rates: fast enough for alpha to cross over, and for steps to get as far as published if they can."""
+        rounding_rate = max(self.rounding_rate, CROSSING / self.iterations)
+        step_rate = min(self.step_rate * PUBLISHED_ITERATIONS / self.iterations, max(FASTEST, self.step_rate))
+        return Schedule(self.iterations, self.batch, rounding_rate, step_rate, self.regulariser, self.drop)
 
 
 def units(model: QuantModel) -> dict[str, list[str]]:
