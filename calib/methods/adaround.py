@@ -51,7 +51,7 @@ class Config:
     case: str = "2.2"  # of AdaQTransform's Table 1: 1.1.1 | 1.1.2 (AdaRound) | 1.2 (LSQ) | 2.1 | 2.2 | 2.3
     offset: bool = True  # biases learn too: with case 2.2 this is AdaQTransform
     input_steps: bool = True  # the steps of inputs learn, in the cases that have them
-    by_block: bool = True  # one block after another; else all layers at once, over as many iterations in all
+    by_block: bool = True  # one block after another; else all layers at once, with `iterations` in all
     drop: float = 0.0  # probability of each input element not to round while learning; QDrop: 0.5
     iterations: int = 100  # per block
     batch: int = 16  # images per iteration
@@ -81,7 +81,7 @@ class Config:
         return tuple(replace(each, learned=names) for each, names in zip(phases, learned, strict=True))
 
     def schedule(self) -> Schedule:
-        """Iterations and rates: fast enough for alpha to cross over, and for steps to get as far as published if they can."""
+        """Iterations, and rates that let alpha cross over and steps get as far as with the published."""
         rounding_rate = max(self.rounding_rate, CROSSING / self.iterations)
         step_rate = min(self.step_rate * PUBLISHED_ITERATIONS / self.iterations, max(FASTEST, self.step_rate))
         return Schedule(self.iterations, self.batch, rounding_rate, step_rate, self.regulariser, self.drop)

@@ -148,8 +148,8 @@ def test_layers_that_read_one_tensor_are_found():
 
 @pytest.mark.parametrize(
     "options",
-    [{"case": "3.1"}, {"iterations": 0}, {"batch": 0}, {"images": 0}, {"regulariser": -1.0}, {"drop": 1.0}, {"step_rate": -1.0}],
-)  # fmt: skip
+    [{"case": "3.1"}, {"iterations": 0}, {"batch": 0}, {"images": 0}, {"regulariser": -1.0}, {"drop": 1.0}],
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         adaround.Config(**options)
