@@ -117,7 +117,7 @@ class LearnedLayer(nn.Module):
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach()
         exact = weight / self._along(params.scale)
         floor = exact.floor()
-        self.free = (floor >= -params.high) & (floor < params.high)  # of a clipped weight both neighbours are one
+        self.free = (floor >= -params.high) & (floor < params.high)  # a clipped weight has no choice
         self.alpha = nn.Parameter(alpha_of(exact - floor))
         self.step, self.quant_step, self.dequant_step = (nn.Parameter(ones.clone()) for _ in range(3))
         self.offset = nn.Parameter(torch.zeros(len(weight)))
@@ -157,8 +157,7 @@ class LearnedLayer(nn.Module):
         if self.nearest:
             rounded = exact + (exact.round() - exact).detach()
         else:
-            h = self.h()
-            rounded = exact + (exact.floor() - exact).detach() + torch.where(self.free, h, h.detach())
+            rounded = exact + (exact.floor() - exact).detach() + self.h()
         return rounded.clamp(-self.params.high, self.params.high)
 
     def gain(self) -> Tensor:
