@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from calib.calibrate import Batches, spread_images
+from calib.batches import Batches, spread_images
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
 from calib.methods.rtn import weight_sites

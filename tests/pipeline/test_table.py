@@ -10,7 +10,7 @@ from PIL import Image
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.images import image_sets
 from calib.methods import rtn
 from calib.precision import Precision
@@ -97,7 +97,7 @@ def test_a_row_is_what_the_stages_give_by_hand(paper):
     folds = [[torch.from_numpy(batch) for batch in fold.batches(16)] for fold in calibration.folds()]
     tiny = tiny_model("vit", seed=len("vit_s"))
     model = QuantModel("tiny", tiny.net, tiny.net, tiny.family, precision=Precision(4, 4, 8))
-    model = calibrate(fold_batch_norms(model, folds[0][0][:1]), folds, CalibrateConfig("max"))
+    model = calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max"))
     model = rtn.reduce_error(model, folds, rtn.Config())
     (images,) = evaluation.batches(8)
     with torch.no_grad():

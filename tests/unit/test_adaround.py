@@ -6,7 +6,7 @@ from torch import nn
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
-from calib.fold import fold_batch_norms
+from calib.fold import fold_affine
 from calib.held_out import sqnr_db
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP
 from calib.methods import adaround, rtn
@@ -22,7 +22,7 @@ FAST = adaround.Config(iterations=20, batch=4)
 def calibrated(family="vit", precision=None):
     folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
     model = replace(tiny_model(family), precision=precision or Precision())
-    return calibrate(fold_batch_norms(model, folds[0][0][:1]), folds, CalibrateConfig("max")), folds
+    return calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max")), folds
 
 
 def learned(config):
