@@ -113,6 +113,6 @@ def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
         for kind in AFFINE
         if (total := sum(isinstance(module, kind) for module in model.net.modules()))
     )
-    record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes)
+    record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes or ("nothing to fold",))
     net.requires_grad_(False)
     return replace(model, net=net, exact_net=net).with_record(record)

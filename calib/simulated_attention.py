@@ -44,14 +44,9 @@ def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> 
 
 
 def calibrate_attention(model: QuantModel, folds: Sequence[Batches]) -> QuantModel:
-    """`model` with sites for every attention. Raises UserError if there is none, or one that cannot be simulated."""
+    """`model` with sites for every attention; there may be none. Raises UserError for one that cannot be simulated."""
     start = time.perf_counter()
     names = model.family.attentions(model.net)
-    if not names:
-        raise UserError(
-            f"[precision] attention = '{model.precision.attention}' was asked for, but family '{model.family.name}' has no "
-            f"attention: expected 'float'"
-        )
     histograms = {f"{name}:{role}": SignedHistogram() for name in names for role in ATTENTION_ROLES}
 
     def look(name: str, attention: nn.Module, x: Tensor) -> None:

@@ -18,6 +18,7 @@ from calib.equalise import equalise
 from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.quant_model import QuantModel
+from calib.simulated_attention import calibrate_attention
 from compensation.finetune import finetune
 from compensation.qwt import compensate
 from deploy.recipe import Recipe, method_module
@@ -54,6 +55,10 @@ def scale_stages(recipe: Recipe) -> Iterator[Stage]:
         yield _on_folds("equalise", equalise, recipe.equalise)
     if recipe.attention:
         yield _on_folds("attention", int8_attention.prepare, recipe.attention)
+    if recipe.precision.attention != "float":
+        yield Stage(
+            "simulated attention", recipe.precision, lambda model, images: calibrate_attention(model, images.folds)
+        )
     yield _on_folds("calibrate", calibrate, recipe.calibrate)
 
 

@@ -134,9 +134,13 @@ def test_inputs_of_32_bits_leave_attention_as_it_is():
     assert all(isinstance(grid, Unrounded) for grid in sites.values())
 
 
+def test_a_network_without_attention_has_none_to_simulate():
+    model = calibrate_attention(replace(tiny_model("resnet"), precision=Precision(attention="uniform")), FOLDS)
+    assert model.sites == {}
+    assert model.history[-1].notes == ("0 attentions simulated, softmax output uniform",)
+
+
 def test_what_cannot_be_simulated_is_refused():
-    with pytest.raises(UserError, match="family 'resnet' has no attention"):
-        calibrate_attention(replace(tiny_model("resnet"), precision=Precision(attention="uniform")), FOLDS)
     model = replace(tiny_model("vit"), precision=Precision(attention="uniform"))
     model.net.blocks[1].attn.norm = nn.LayerNorm(48)
     with pytest.raises(UserError, match=r"attention 'blocks\.1\.attn' cannot be simulated: it has a gate or a norm"):

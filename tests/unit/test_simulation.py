@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from calib.grids import LogSqrt2
 from calib.methods import rtn
 from calib.qdq import quantized_net
 from calib.quant_model import StageRecord
@@ -40,6 +41,14 @@ def test_every_stage_leaves_its_record_in_the_order_they_compose():
         "fold", "equalise", "attention", "calibrate", "erq", "choose attention", "qwt", "qwt_star",
     ]  # fmt: skip
     assert all(record.notes for record in history)
+
+
+def test_attention_rounds_in_a_simulation_that_asks_for_it():
+    simulated = recipe(precision={"weights": 4, "inputs": 4, "attention": "log_sqrt2"}, compensate=None, method=None)
+    model = Simulator(tiny_model("vit"), images()).run(simulated)
+    assert [record.stage for record in model.history] == ["fold", "equalise", "simulated attention", "calibrate", "rtn"]
+    assert model.int8_attention == ("blocks.0.attn", "blocks.1.attn")
+    assert isinstance(model.sites["blocks.0.attn:softmax"], LogSqrt2)
 
 
 def outputs(model):
