@@ -24,6 +24,7 @@ from calib.quant_model import QuantModel
 
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
 MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new photographs exceed it
+NOT_FOR_ALL = ("max x1.6", "max x2", "max x2.5")  # some layers need that much, never all of them: not judged as a rule
 PER_LAYER = "per layer"
 
 Offers = Mapping[str, Mapping[str, float]]  # layer -> candidate -> threshold
@@ -93,7 +94,9 @@ class Judge:
 def search(judge: Judge, offers: Sequence[Offers]) -> tuple[dict[str, str], str]:
     """(candidate by layer, what was found). `offers`: by fold, the same candidates for every layer."""
     rules = list(next(iter(offers[0].values())))
-    choices: dict[str, dict[str, str]] = {rule: dict.fromkeys(offers[0], rule) for rule in rules}
+    choices: dict[str, dict[str, str]] = {
+        rule: dict.fromkeys(offers[0], rule) for rule in rules if rule not in NOT_FOR_ALL
+    }
 
     def thresholds(picks: Mapping[str, str]) -> list[Thresholds]:
         return [{layer: of_fold[layer][pick] for layer, pick in picks.items()} for of_fold in offers]

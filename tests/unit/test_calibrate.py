@@ -15,8 +15,8 @@ def test_the_search_takes_what_serves_the_networks_output_best():
     assert note.startswith("8 activation scales by '")
     figures = [float(figure) for figure in re.findall(r"(-?[0-9.]+) dB", note)]
     assert figures == sorted(figures, reverse=True)
-    # max, four percentiles, MSE, entropy, four margins, the best per layer, and that without narrowing
-    assert len(figures) == 13
+    # max, four percentiles, MSE, entropy, max with a margin, the best per layer, and that without narrowing
+    assert len(figures) == 10
 
 
 def test_all_folds_together_give_the_final_scale():
