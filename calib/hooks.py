@@ -1,4 +1,4 @@
-"""Looking at, or replacing, what layers read; the hooks are gone when the block ends."""
+"""Looking at what layers read (or replacing it) and return; the hooks are gone when the block ends."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 InputHook = Callable[[str, nn.Module, Tensor], Tensor | None]
+OutputHook = Callable[[str, Tensor], None]
 
 
 @contextmanager
@@ -20,6 +21,19 @@ def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Itera
         return before
 
     handles = [net.get_submodule(name).register_forward_pre_hook(bound(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def output_hooks(net: nn.Module, modules: Iterable[str], hook: OutputHook) -> Iterator[None]:
+    """While open, `hook(name, y)` runs after each of `modules` has returned y; later modules may edit y in place."""
+    handles = [
+        net.get_submodule(name).register_forward_hook(lambda _m, _x, y, name=name: hook(name, y)) for name in modules
+    ]
     try:
         yield
     finally:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from calib.hooks import output_hooks
 from calib.learned_layer import ROUNDING, LearnedInput, LearnedLayer, Mode
 from calib.modules import replace_module
 from calib.quant_model import QuantModel
 from calib.soft_rounding import beta_at, undecided
-from calib.unit_io import output_hooks, readers_and_sizes, unit_io
+from calib.unit_io import readers_and_sizes, unit_io
 from calib.weight_steps import least_squares_qparams
 
 LOOKS = 10  # at the images held out, in each phase

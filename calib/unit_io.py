@@ -1,31 +1,18 @@
 """What a part of a network reads and returns, and which of its layers read the same tensor."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-OutputHook = Callable[[str, Tensor], None]
+from calib.hooks import input_hooks, output_hooks
 
 
 class _ReachedError(Exception):
     """Ends a forward pass behind the unit that was waited for."""
-
-
-@contextmanager
-def output_hooks(net: nn.Module, modules: Iterable[str], hook: OutputHook) -> Iterator[None]:
-    """While open, `hook(name, y)` runs after each of `modules` has returned y; later modules may edit y in place."""
-    handles = [
-        net.get_submodule(name).register_forward_hook(lambda _m, _x, y, name=name: hook(name, y)) for name in modules
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -71,16 +58,11 @@ def readers_and_sizes(
     """(layers grouped by the tensor they read, standard deviation of each layer's output) while `run` runs `net`."""
     read: dict[str, Tensor] = {}
     sizes: dict[str, float] = {}
-    handles = [
-        net.get_submodule(name).register_forward_pre_hook(lambda _m, x, name=name: read.update({name: x[0]}))
-        for name in layers
-    ]
-    try:
-        with output_hooks(net, layers, lambda name, y: sizes.update({name: float(y.std())})):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        input_hooks(net, layers, lambda name, _layer, x: read.update({name: x})),
+        output_hooks(net, layers, lambda name, y: sizes.update({name: float(y.std())})),
+    ):
+        run()
     groups: dict[int, list[str]] = {}  # by identity: the tensors are alive in `read`
     for name, x in read.items():
         groups.setdefault(id(x), []).append(name)

@@ -13,7 +13,7 @@ network's output on other photographs says so.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,16 +21,13 @@ from torch import Tensor
 
 from calib.batches import Batches
 from calib.held_out import adopt_if_better
-from calib.layer_rows import weight_matrix
-from calib.layer_sums import LayerSums, add_inputs, error_across, pooled
+from calib.layer_fits import fitted_layers
+from calib.layer_sums import LayerSums, error_across, pooled
 from calib.methods.rtn import weight_sites
-from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
-from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
+from calib.rounded_layer import RoundedLayer
 from calib.rounding import round_with_compensation
-
-MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
 
 
 @dataclass(frozen=True)
@@ -74,23 +71,6 @@ def best_fits(plain: RoundedLayer, folds: Sequence[LayerSums], config: Config) -
     return (*tried[ridge], fit(pooled(folds), ridge, bits))
 
 
-def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
-    """Layers to be quantized that share passes over the images: as many as `MEMORY` allows, within a block if `by_block`."""
-    blocks = model.family.blocks(model.net)
-    part: list[str] = []
-    before, held = "", 0
-    for name in model.layers:
-        block = next((block for block in blocks if name.startswith(f"{block}.")), name)
-        groups, outputs, columns = weight_matrix(model.net.get_submodule(name)).shape
-        size = 8 * folds * groups * (columns + 1) * (columns + 1 + outputs)
-        if part and (held + size > MEMORY or (by_block and block != before)):
-            yield part
-            part, held = [], 0
-        part.append(name)
-        before, held = block, held + size
-    yield part
-
-
 def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with weights and biases that make up for the rounding of inputs and weights.
 
@@ -98,24 +78,10 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     """
     start = time.perf_counter()
     plain = model.with_sites(weight_sites(model))
-    rows = max(1, config.rows // sum(len(batches) for batches in folds))
-    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]  # by fold, then by all of them
-    rounded: list[str] = []
-    for part in parts(model, len(folds), config.propagate):
-        source = None
-        if config.propagate:
-            sites = {f"{name}:weight": plain.sites[f"{name}:weight"] for name in rounded}
-            source = quantized_net(with_layers(model.with_sites(sites), found[-1]))
-        sums = [{name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in part} for _ in folds]
-        for of_fold, batches in zip(sums, folds, strict=True):
-            add_inputs(of_fold, model, batches, rows, source)
-        for name in part:
-            nearest = rounded_layer(model.net.get_submodule(name), plain.qparams(f"{name}:weight"))
-            if fits := best_fits(nearest, [of_fold.pop(name) for of_fold in sums], config):
-                for layers, one in zip(found, fits, strict=True):
-                    layers[name] = one
-        rounded += part
+    found = fitted_layers(
+        model, plain, folds, config.rows, lambda nearest, sums: best_fits(nearest, sums, config), config.propagate
+    )
     adopted, before, after, note = adopt_if_better(plain, found, folds)
-    notes = (f"{len(found[-1])} of {len(rounded)} layers fitted, the others round to nearest: less error", note)
+    notes = (f"{len(found[-1])} of {len(model.layers)} layers fitted, the others round to nearest: less error", note)
     record = StageRecord("erq", asdict(config), time.perf_counter() - start, before, after, notes)
     return adopted.with_record(record)

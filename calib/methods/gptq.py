@@ -22,12 +22,12 @@ from torch import Tensor
 
 from calib.batches import Batches
 from calib.held_out import adopt_if_better
-from calib.layer_sums import LayerSums, add_inputs, error_across, pooled
-from calib.methods.erq import parts
+from calib.layer_fits import fitted_layers
+from calib.layer_sums import LayerSums, error_across, pooled
 from calib.methods.rtn import weight_sites
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
-from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer
+from calib.rounded_layer import RoundedLayer
 
 BLOCK = 128  # columns
 
@@ -89,17 +89,9 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     """
     start = time.perf_counter()
     plain = model.with_sites(weight_sites(model))
-    rows = max(1, config.rows // sum(len(batches) for batches in folds))
-    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]  # by fold, then by all of them
-    for part in parts(model, len(folds), by_block=False):
-        sums = [{name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in part} for _ in folds]
-        for of_fold, batches in zip(sums, folds, strict=True):
-            add_inputs(of_fold, model, batches, rows)
-        for name in part:
-            nearest = rounded_layer(model.net.get_submodule(name), plain.qparams(f"{name}:weight"))
-            if fits := fits_that_help(nearest, [of_fold.pop(name) for of_fold in sums], config.damping):
-                for layers, one in zip(found, fits, strict=True):
-                    layers[name] = one
+    found = fitted_layers(
+        model, plain, folds, config.rows, lambda nearest, sums: fits_that_help(nearest, sums, config.damping)
+    )
     adopted, before, after, note = adopt_if_better(plain, found, folds)
     notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest", note)
     record = StageRecord("gptq", asdict(config), time.perf_counter() - start, before, after, notes)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from calib import layer_fits
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.fold import fold_affine
@@ -219,10 +220,10 @@ def test_a_propagated_fit_aims_at_the_float_output_from_rounded_inputs():
 def test_layers_share_a_pass_within_memory_or_within_a_block(monkeypatch):
     model, _ = calibrated("vit")
     layers = list(model.layers)
-    assert list(erq.parts(model, 2, by_block=False)) == [layers]
-    assert [len(part) for part in erq.parts(model, 2, by_block=True)] == [4, 4]
-    monkeypatch.setattr(erq, "MEMORY", 1)
-    assert list(erq.parts(model, 2, by_block=False)) == [[name] for name in layers]
+    assert list(layer_fits.parts(model, 2, by_block=False)) == [layers]
+    assert [len(part) for part in layer_fits.parts(model, 2, by_block=True)] == [4, 4]
+    monkeypatch.setattr(layer_fits, "MEMORY", 1)
+    assert list(layer_fits.parts(model, 2, by_block=False)) == [[name] for name in layers]
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1, groups=6)])

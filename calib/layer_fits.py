@@ -1,0 +1,60 @@
+"""Fitting a network's layers one by one, from sums over their inputs, as many at a time as memory allows."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from calib.batches import Batches
+from calib.layer_rows import weight_matrix
+from calib.layer_sums import LayerSums, add_inputs
+from calib.qdq import quantized_net
+from calib.quant_model import QuantModel
+from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
+
+MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
+
+# (layer rounded to nearest, its sums by fold) -> the layer fitted on each fold, then on all of them; empty to leave it
+Fit = Callable[[RoundedLayer, Sequence[LayerSums]], tuple[RoundedLayer, ...]]
+
+
+def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
+    """Layers to be quantized that share passes over the images: as many as `MEMORY` allows, within a block if `by_block`."""
+    blocks = model.family.blocks(model.net)
+    part: list[str] = []
+    before, held = "", 0
+    for name in model.layers:
+        block = next((block for block in blocks if name.startswith(f"{block}.")), name)
+        groups, outputs, columns = weight_matrix(model.net.get_submodule(name)).shape
+        size = 8 * folds * groups * (columns + 1) * (columns + 1 + outputs)
+        if part and (held + size > MEMORY or (by_block and block != before)):
+            yield part
+            part, held = [], 0
+        part.append(name)
+        before, held = block, held + size
+    yield part
+
+
+def fitted_layers(
+    model: QuantModel, plain: QuantModel, folds: Sequence[Batches], rows: int, fit: Fit, propagate: bool = False
+) -> list[dict[str, RoundedLayer]]:
+    """What `fit` finds for each layer of `model`: by fold, then of all folds together.
+
+    `plain`: `model` with `:weight` sites. `rows` of a layer's input over all images are enough. `propagate`: inputs come
+    through the blocks fitted before; two more passes per block.
+    """
+    share = max(1, rows // sum(len(batches) for batches in folds))
+    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]
+    rounded: list[str] = []
+    for part in parts(model, len(folds), propagate):
+        source = None
+        if propagate:
+            sites = {f"{name}:weight": plain.sites[f"{name}:weight"] for name in rounded}
+            source = quantized_net(with_layers(model.with_sites(sites), found[-1]))
+        sums = [{name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in part} for _ in folds]
+        for of_fold, batches in zip(sums, folds, strict=True):
+            add_inputs(of_fold, model, batches, share, source)
+        for name in part:
+            nearest = rounded_layer(model.net.get_submodule(name), plain.qparams(f"{name}:weight"))
+            if fits := fit(nearest, [of_fold.pop(name) for of_fold in sums]):
+                for layers, one in zip(found, fits, strict=True):
+                    layers[name] = one
+        rounded += part
+    return found
