@@ -31,15 +31,15 @@ class Fit(NamedTuple):
     ridge: float = 0.0
 
 
-def _cholesky_solution(matrix: Tensor, right: Tensor, constant: Tensor) -> tuple[Tensor, float]:
-    """(z, ridge) with (D A D + ridge I') (z / D) = D B, D = diag(A)^-1/2; I' leaves the bias out.
+def _cholesky_solution(matrix: Tensor, right: Tensor, constant: Tensor, least: float) -> tuple[Tensor, float]:
+    """(z, ridge >= least) with (D A D + ridge I') (z / D) = D B, D = diag(A)^-1/2; I' leaves the bias out.
 
     `constant` (d+1,): columns that get z = 0.
     """
     scale = torch.where(constant, 0.0, matrix.diagonal().rsqrt())
     scaled = matrix * scale[:, None] * scale
     scaled.diagonal()[constant] = 1.0
-    for ridge in RIDGES:
+    for ridge in (least, *(ridge for ridge in RIDGES if ridge > least)):
         penalty = torch.full_like(scale, ridge)
         penalty[-1] = 0.0
         factor, failed = torch.linalg.cholesky_ex(scaled + penalty.diag())
@@ -50,7 +50,7 @@ def _cholesky_solution(matrix: Tensor, right: Tensor, constant: Tensor) -> tuple
             return solution, ridge
     raise torch.linalg.LinAlgError(
         f"no fit with weights below {LARGEST_WEIGHT:.0f} from {float(matrix[-1, -1]):.0f} samples of {len(matrix) - 1} "
-        f"channels, even with ridge {RIDGES[-1]}: use more samples or fewer channels"
+        f"channels, even with ridge {ridge:g}: use more samples or fewer channels"
     )
 
 
@@ -101,11 +101,12 @@ class Moments:
         """Sum of [x, 1] r^T, (d_in + 1, d_out), without the shift."""
         return self.about(torch.zeros_like(self.shift)).b
 
-    def solve(self, ridge_mean: float = 0.0, penalise_bias: bool = False) -> Fit:
+    def solve(self, ridge_mean: float = 0.0, penalise_bias: bool = False, ridge: float = 0.0) -> Fit:
         """argmin mean |r - W x - b|^2 + ridge_mean |W|^2, with |b|^2 added inside the penalty if `penalise_bias`.
 
-        A numerically singular problem gets the least of `RIDGES` that gives weights below `LARGEST_WEIGHT`. Channels that
-        do not vary get weight 0. Raises torch.linalg.LinAlgError if no ridge helps, ValueError without samples.
+        `ridge` is another penalty, on the weights of channels scaled to unit power. A numerically singular problem gets
+        the least of `RIDGES` above it that gives weights below `LARGEST_WEIGHT`. Channels that do not vary get weight 0.
+        Raises torch.linalg.LinAlgError if no ridge helps, ValueError without samples.
         """
         if not self.count:
             raise ValueError("no samples to fit: call update first")
@@ -117,7 +118,7 @@ class Moments:
         matrix = moments.a + penalty.diag()
         power = matrix.diagonal()[:-1] + self.count * moments.shift.square()
         constant = torch.cat((matrix.diagonal()[:-1] <= CONSTANT * power, torch.tensor([False])))
-        z, ridge = _cholesky_solution(matrix, moments.b, constant)
+        z, ridge = _cholesky_solution(matrix, moments.b, constant, ridge)
         weight = z[:-1].t()
         return Fit(weight, z[-1] - weight @ moments.shift, ridge)
 

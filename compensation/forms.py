@@ -33,20 +33,20 @@ class Place:
         return not FORMS[form].on_norm or self.norm is not None
 
 
-def dense_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
+def dense_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
     """A full matrix, or for maps one per group."""
-    fits = [group.solve() for group in groups]
+    fits = [group.solve(ridge=ridge) for group in groups]
     return DenseBranch(fits[0]) if place.layout.channels_last else ConvBranch(fits, place.layout.stride)
 
 
-def shared_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
+def shared_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
     """A full matrix in INT8 behind the block's first norm."""
     assert place.norm is not None
     assert place.norm_params is not None
-    return SharedBranch(groups[0].solve(), place.norm, place.norm_params)
+    return SharedBranch(groups[0].solve(ridge=ridge), place.norm, place.norm_params)
 
 
-def diagonal_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
+def diagonal_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
     """A scale and a bias per channel: as many regressions with one input each."""
     layout = place.layout
     if layout.d_in != layout.d_out or layout.stride != 1:
@@ -57,13 +57,13 @@ def diagonal_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
         variance = group.a.diagonal()[:-1] / group.count - mean_x.square()
         covariance = group.b[:-1].diagonal() / group.count - mean_x * mean_r
         varies = variance > 1e-12 * (variance + group.shift.square())
-        scale = torch.where(varies, covariance / variance, 0.0)
+        scale = torch.where(varies, covariance / (variance * (1 + ridge)), 0.0)
         scales.append(scale)
         biases.append(mean_r - scale * (group.shift + mean_x))
     return DiagonalBranch(scales, biases, layout.channels_last)
 
 
-def low_rank_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
+def low_rank_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
     """Reduced-rank regression: of all maps of `rank`, the one whose output is nearest r.
 
     With C the covariance of x and W the full fit, its output has the covariance W C W^T; keeping the leading eigenvectors V
@@ -72,7 +72,7 @@ def low_rank_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
     if not place.layout.channels_last:
         raise NoFitError("a low-rank branch works on tokens, not on maps")
     (moments,) = groups
-    full = moments.solve()
+    full = moments.solve(ridge=ridge)
     centred = moments.about(moments.shift + moments.a[-1, :-1] / moments.count)
     leading = torch.linalg.eigh(full.weight @ centred.a[:-1, :-1] @ full.weight.t()).eigenvectors[:, -place.rank :]
     mean_r = moments.b[-1] / moments.count
@@ -82,13 +82,14 @@ def low_rank_branch(groups: Sequence[Moments], place: Place) -> BlockBranch:
 
 @dataclass(frozen=True)
 class Form:
-    """`kernels`: what a branch on tokens adds to a TensorRT-RTX engine, measured (benchmarks/results/branch_forms.json).
+    """`fit`: of sums per group, at a place, with a ridge on channels of unit power. `kernels`: what a branch on tokens adds
+    to a TensorRT-RTX engine, measured (benchmarks/results/branch_forms.json).
 
     `map_kernels`: the most that one on maps adds, measured in MobileNet-v2 and ResNet-18: 2 beside nearly every block,
     31 for all 17 and 11 for all 8.
     """
 
-    fit: Callable[[Sequence[Moments], Place], BlockBranch]
+    fit: Callable[[Sequence[Moments], Place, float], BlockBranch]
     kernels: int
     map_kernels: int = 0  # forms that work on tokens alone add none
     on_norm: bool = False  # reads the quantized output of the block's first norm, not the block's input

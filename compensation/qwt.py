@@ -52,6 +52,13 @@ class Config:
     rank: int = 32  # of the low-rank form; the others ignore it
     target: str = "local"  # local: the exact block on the same input; global: the exact network's own path
     rows: int = 16384  # samples per block and fold; more tokens than that are thinned out evenly
+    ridges: tuple[float, ...] = (
+        0.0,
+        0.003,
+        0.03,
+        0.3,
+        3.0,
+    )  # damping tried, on channels of unit power; 0 is the paper's
     r2_min: float = 0.0  # a branch is kept if its cross-validated R2 is above this
     kernel_price: float = 0.05  # R2 that one more kernel must bring
     min_gain_db: float = MARGIN_DB  # of the network's output on other photographs, or all branches go
@@ -60,6 +67,8 @@ class Config:
     carry: str = "memory"  # memory | disk | recompute: where block inputs wait (compensation/carry.py)
 
     def __post_init__(self) -> None:
+        if not self.ridges or min(self.ridges) < 0:
+            raise ValueError(f"ridges {self.ridges} are not numbers of at least 0")
         for form in self.forms:
             if form not in FORMS:
                 raise ValueError(f"form '{form}' is not one of {', '.join(FORMS)}")
@@ -139,22 +148,29 @@ def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tupl
     found: dict[str, Any] = {"form": form, "samples": int(samples), "groups": layout.groups, "stride": layout.stride}
     if total <= LOSSLESS * samples:
         return None, found | {"kept": False, "reason": "rounding changes nothing here"}
-    without: list[BlockBranch] = []
+    damped: list[tuple[float, float, BlockBranch, list[BlockBranch]]] = []
+    refusal = ""
+    for ridge in config.ridges:
+        without: list[BlockBranch] = []
 
-    def left_out(parts: Sequence[Moments]) -> list[Fit]:
-        without.append(FORMS[form].fit(parts, place))
-        return without[-1].fits()
+        def left_out(parts: Sequence[Moments], ridge: float = ridge, without: list[BlockBranch] = without) -> list[Fit]:
+            without.append(FORMS[form].fit(parts, place, ridge))
+            return without[-1].fits()
 
-    try:
-        branch = FORMS[form].fit(groups, place)
-        r2_cv = cross_validated_r2(sums.folds, left_out)
-    except (NoFitError, torch.linalg.LinAlgError) as refusal:
-        return None, found | {"kept": False, "reason": str(refusal)}
+        try:
+            branch = FORMS[form].fit(groups, place, ridge)
+            damped.append((cross_validated_r2(sums.folds, left_out), ridge, branch, without))
+        except (NoFitError, torch.linalg.LinAlgError) as reason:
+            refusal = refusal or str(reason)
+    if not damped:
+        return None, found | {"kept": False, "reason": refusal}
+    r2_cv, ridge, branch, without = max(damped, key=lambda one: one[0])
     fits = branch.fits()
     error = sum(group.sse(fit.weight, fit.bias) for group, fit in zip(groups, fits, strict=True))
     found |= {
         "r2": r2(groups, fits),
         "r2_cv": r2_cv,
+        "ridge": ridge,
         "r2_official": sums.official_r2(error, groups),
         "largest_weight": max(float(fit.weight.abs().max()) for fit in fits),
         "error_before": sum(float(group.q.sum()) for group in groups) / samples,  # squared, per sample

@@ -88,6 +88,20 @@ def test_an_explicit_ridge_is_the_ridge_on_the_mean(ridge_mean, mean, penalise_b
     torch.testing.assert_close(found.bias, bias, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_a_ridge_on_channels_of_unit_power_is_that_of_scaled_stored_samples(ridge):
+    x, r = samples()
+    x = (x - x[:9].mean(0)) * torch.logspace(-1, 1, D_IN)  # 9: the samples that the shift is the mean of
+    found = moments_of(x, r, 9).solve(ridge=ridge)
+    power = (x - x[:9].mean(0)).square().sum(0).sqrt()
+    design = torch.cat(((x - x[:9].mean(0)) / power, torch.ones(len(x), 1) / len(x) ** 0.5), 1).double()
+    penalty = torch.cat((ridge**0.5 * torch.eye(D_IN), torch.zeros(D_IN, 1)), 1).double()
+    stacked = torch.cat((design, penalty)), torch.cat((r, torch.zeros(D_IN, r.shape[1]))).double()
+    expected = torch.linalg.lstsq(*stacked).solution[:-1].T / power
+    torch.testing.assert_close(found.weight, expected.double(), rtol=1e-6, atol=1e-12)
+    assert found.ridge == ridge
+
+
 def test_duplicated_samples_do_not_change_a_ridge_fit():
     x, r = samples()
     once, twice = moments_of(x, r).solve(0.1, True), moments_of(torch.cat((x, x)), torch.cat((r, r))).solve(0.1, True)

@@ -22,7 +22,7 @@ from deploy.export import onnx_from_net
 from tests.tiny import tiny_batches
 from tests.unit.test_branch import quantized_model
 
-DENSE = Config(forms=("dense",))
+DENSE = Config(forms=("dense",), ridges=(0.0,))  # the paper's fit
 ALWAYS = dataclasses.replace(DENSE, min_gain_db=-1e9, kernel_price=0.0)
 
 
@@ -198,11 +198,28 @@ def test_weights_no_fp16_branch_can_hold_drop_the_block_with_a_reason():
     assert "weights below 1000" in found["reason"]
 
 
+def test_few_noisy_samples_take_the_ridge_that_serves_the_other_fold_best():
+    torch.manual_seed(0)
+    x = torch.randn(4, 20, 24)
+    r = x @ (0.1 * torch.eye(24)) + torch.randn(4, 20, 24)
+    sums, place = sums_of(x, r), Place(Layout(True, 24, 24), 1)
+    found = {
+        ridges: fit_branch("dense", sums, place, Config(forms=("dense",), ridges=ridges, r2_min=-99))[1]
+        for ridges in ((0.0,), (3.0,), (0.0, 3.0, 0.03))
+    }
+    chosen = found[0.0, 3.0, 0.03]
+    assert chosen["ridge"] == 3.0
+    assert chosen["r2_cv"] == found[3.0,]["r2_cv"] > found[0.0,]["r2_cv"] + 0.1
+    assert chosen["r2"] == found[3.0,]["r2"] < found[0.0,]["r2"], "the kept branch is damped as the judged ones"
+    exact = fit_branch("dense", sums_of(x, x @ torch.randn(24, 24)), place, Config(forms=("dense",)))[1]
+    assert exact["ridge"] == 0.0, "the paper's fit where there is no noise"
+
+
 def test_r2_min_is_a_limit_on_the_cross_validated_r2():
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(400, 3, generator=generator), torch.randn(400, 3, generator=generator)
     sums = sums_of(x, x + noise)
-    found = fit_branch("dense", sums, Place(sums.layout, 1), Config())[1]
+    found = fit_branch("dense", sums, Place(sums.layout, 1), DENSE)[1]
     assert 0.4 < found["r2_cv"] < found["r2"] < 0.6
     assert (
         fit_branch("dense", sums, Place(sums.layout, 1), dataclasses.replace(DENSE, r2_min=found["r2_cv"] - 1e-9))[0]
