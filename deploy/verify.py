@@ -12,11 +12,19 @@ from benchmarks.latency import Comparison, compare
 from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
 from deploy.runners import OnnxRunner, integer_layers
 
-# FP16 rounding moves a value across a rounding boundary now and then; the noise it adds stays far below that of INT8.
+# FP16 rounding moves a value across a rounding boundary now and then; the noise it adds stays below that of INT8 ...
 MAX_FP16_LOSS_DB = 1.0
+# ... or is small by itself. ONNX Runtime rounds to FP16 after every operation: 35-41 dB on networks of random weights.
+FP16_NOISE_DB = 33.0
 # Another processor sums in another order, which flips ties, and the few golden images are a small sample.
 MAX_DRIFT_DB = 3.0
 SPEED_BATCH = 8
+
+
+def least_fp16_db(fp32_sqnr_db: float) -> float:
+    """What a graph of FP16 types has to reach where the same with FP32 types reaches `fp32_sqnr_db`."""
+    both = -10 * np.log10(10 ** (-fp32_sqnr_db / 10) + 10 ** (-FP16_NOISE_DB / 10))
+    return min(fp32_sqnr_db - MAX_FP16_LOSS_DB, both)
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,10 @@ class Verdict:
 
     def failure(self) -> str | None:
         """What is beyond its limit, or None."""
-        if not np.isfinite(self.fp16_sqnr_db) or self.fp16_sqnr_db < self.fp32_sqnr_db - MAX_FP16_LOSS_DB:
+        if not self.fp16_sqnr_db >= least_fp16_db(self.fp32_sqnr_db):
             return (
                 f"{MODEL} (FP16) reaches {self.fp16_sqnr_db:.1f} dB where {MODEL_FP32} reaches {self.fp32_sqnr_db:.1f} dB: "
-                f"FP16 costs more than {MAX_FP16_LOSS_DB} dB, look for overflow"
+                f"expected at least {least_fp16_db(self.fp32_sqnr_db):.1f} dB, look for overflow"
             )
         return None
 
