@@ -65,7 +65,9 @@ def test_dinov2_is_small_and_quick_to_build(dinov2):
     report, *_ = dinov2
     assert report["bytes"]["float_onnx"] > 86e6
     assert report["engine"]["bytes"] < 0.4 * report["bytes"]["float_onnx"]
-    assert report["seconds"]["total"] <= 300
+    # machines differ: in passes of the float graph over all calibration images, timed in the same run; 7 here, 275 s
+    float_pass = report["speed"]["ort_cpu"]["baseline_ms"] / 1000 * report["calibration"]["count"] / 8
+    assert report["seconds"]["total"] <= 9 * float_pass
     assert report["peak_rss_mb"] <= 4000
 
 
