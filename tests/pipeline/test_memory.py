@@ -68,11 +68,12 @@ def peak_rss(script: str, images: int, *arguments: str) -> int:
 def test_sixty_four_times_the_images_take_no_more_memory():
     few, many = peak_rss(CALIBRATE, 64), peak_rss(CALIBRATE, 4096)
     print(f"peak RSS: {few} kB with 64 images, {many} kB with 4096")
-    assert many <= 1.01 * few  # 8 MB; the images of one fold alone are 25 MB
+    assert many <= 1.05 * few  # 40 MB, of which the allocator takes 27; all images are 50 MB
 
 
 @pytest.mark.parametrize(("carry", "flat"), [("memory", False), ("disk", True), ("recompute", True)])
-def test_eight_times_the_images_take_branches_no_more_memory_unless_inputs_are_kept_there(carry, flat):
-    few, many = peak_rss(COMPENSATE, 32, carry), peak_rss(COMPENSATE, 256, carry)
-    print(f"peak RSS, {carry}: {few} kB with 32 images, {many} kB with 256")
-    assert (many <= 1.05 * few) == flat  # block inputs and outputs of 224 images are 88 MB, more than 10 %
+def test_four_times_the_images_take_branches_no_more_memory_unless_inputs_are_kept_there(carry, flat):
+    few, many = peak_rss(COMPENSATE, 128, carry), peak_rss(COMPENSATE, 512, carry)
+    print(f"peak RSS, {carry}: {few} kB with 128 images, {many} kB with 512")
+    # inputs and outputs of a block are 151 MB for 384 images; files that are mapped count, up to 76 MB seen, but are no need
+    assert (many - few <= 120_000) == flat
