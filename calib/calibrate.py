@@ -5,17 +5,17 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calib.batches import Batches, spread_images
 from calib.channel_scale import FoldScale, fold_scale
 from calib.equalise import EQUALISED
 from calib.grids import Grid, Unrounded, input_grid
 from calib.hooks import input_hooks
-from calib.layer_rows import channel_extremes
+from calib.layer_rows import Extremes
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.precision import UNROUNDED
 from calib.quant_model import QuantModel, StageRecord
@@ -50,31 +50,28 @@ def observed_inputs(net: nn.Module, layers: Iterable[str]) -> Iterator[dict[str,
         yield histograms
 
 
-@dataclass
+@dataclass(frozen=True)
 class Observed:
-    """What one fold showed: histograms of the layers' inputs, and extremes (C,) of their channels."""
+    """What one fold showed of the layers' inputs."""
 
     histograms: dict[str, Histogram]
-    low: dict[str, Tensor] = field(default_factory=dict)
-    high: dict[str, Tensor] = field(default_factory=dict)
-
-    def add_extremes(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Widen the ranges of the channels of a layer's input."""
-        low, high = channel_extremes(layer, x)
-        self.low[name] = torch.minimum(self.low.get(name, low), low)
-        self.high[name] = torch.maximum(self.high.get(name, high), high)
+    extremes: Extremes
 
 
-def _observe(net: nn.Module, layers: Sequence[str], batches: Batches) -> Observed:
-    with observed_inputs(net, layers) as histograms:
-        observed = Observed(histograms)
-        with input_hooks(net, layers, observed.add_extremes), torch.inference_mode():
-            for batch in batches:
-                net(batch)
-    return observed
+def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, ranged: Sequence[str]) -> Observed:
+    """`ranged`: the layers whose channels' extremes are wanted."""
+    extremes = Extremes()
+    with (
+        observed_inputs(net, layers) as histograms,
+        input_hooks(net, ranged, extremes.add),
+        torch.inference_mode(),
+    ):
+        for batch in batches:
+            net(batch)
+    return Observed(histograms, extremes)
 
 
-def _fold_scales(model: QuantModel, fold: Observed) -> dict[str, FoldScale]:
+def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
     """How the fold alone would have equalised, by layer."""
     details = (record.details for record in model.history if record.stage == "equalise")
     equalised = next(details, {}).get(EQUALISED, {})
@@ -117,7 +114,8 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     if model.precision.zero_points:
         return _with_asymmetric_inputs(model, folds, config)
     layers = model.layers
-    observed = [_observe(model.net, layers, batches) for batches in folds]
+    ranged = layers if config.observer == "search" else ()
+    observed = [_observe(model.net, layers, batches, ranged) for batches in folds]
     whole = {
         name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
         for name in observed[0].histograms
@@ -129,7 +127,7 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
             for found in (*by_fold, whole)
         ]
         images = [spread_images(folds[index - 1], JUDGE_IMAGES) for index in range(len(folds))]
-        judge = Judge(model, [_fold_scales(model, fold) for fold in observed], images)
+        judge = Judge(model, [_fold_scales(model, fold.extremes) for fold in observed], images)
         picks, how = search(judge, offers[:-1])
         chosen = [
             {name: offer[pick] for (name, pick), offer in zip(picks.items(), of.values(), strict=True)} for of in offers

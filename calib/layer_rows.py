@@ -74,23 +74,30 @@ def _pair(padding: object) -> tuple[int, int]:
 
 
 @dataclass
-class Samples:
-    """Rows (T, G, K) by layer, and per-channel extremes (C,) of the layer's input over all images seen."""
+class Extremes:
+    """Lowest and highest value (C,) of every channel that layers read, over all images seen."""
+
+    low: dict[str, Tensor] = field(default_factory=dict)
+    high: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """Widen the ranges of a layer by its input `x`."""
+        axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
+        low, high = x.amin(axes), x.amax(axes)
+        self.low[name] = torch.minimum(self.low.get(name, low), low)
+        self.high[name] = torch.maximum(self.high.get(name, high), high)
+
+
+@dataclass
+class Samples(Extremes):
+    """Rows (T, G, K) by layer beside the extremes of its channels."""
 
     rows: dict[str, Tensor] = field(default_factory=dict)  # allocated once: thousands of pieces fragment the heap
     filled: dict[str, int] = field(default_factory=dict)  # how many of the rows are there yet
-    low: dict[str, Tensor] = field(default_factory=dict)
-    high: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, layer: str) -> Tensor:
         """All rows of a layer, (T, G, K)."""
         return self.rows[layer][: self.filled[layer]]
-
-
-def channel_extremes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value, both (C,), by channel of the input `x` of `layer`."""
-    axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
-    return x.amin(axes), x.amax(axes)
 
 
 @contextmanager
@@ -104,9 +111,7 @@ def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: in
     seen: Counter[str] = Counter()
 
     def observe(name: str, layer: nn.Module, x: Tensor) -> None:
-        low, high = channel_extremes(layer, x)
-        samples.low[name] = torch.minimum(samples.low.get(name, low), low)
-        samples.high[name] = torch.maximum(samples.high.get(name, high), high)
+        samples.add(name, layer, x)
         columns = channels_of_inputs(layer)
         wanted = max(1, min(ROWS, ELEMENTS // columns.numel()))
         if name not in samples.rows:

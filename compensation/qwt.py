@@ -52,13 +52,7 @@ class Config:
     rank: int = 32  # of the low-rank form; the others ignore it
     target: str = "local"  # local: the exact block on the same input; global: the exact network's own path
     rows: int = 16384  # samples per block and fold; more tokens than that are thinned out evenly
-    ridges: tuple[float, ...] = (
-        0.0,
-        0.003,
-        0.03,
-        0.3,
-        3.0,
-    )  # damping tried, on channels of unit power; 0 is the paper's
+    ridges: tuple[float, ...] = (0.0, 0.003, 0.03, 0.3, 3.0)  # tried, on channels of unit power; 0 is the paper's
     r2_min: float = 0.0  # a branch is kept if its cross-validated R2 is above this
     kernel_price: float = 0.05  # R2 that one more kernel must bring
     min_gain_db: float = MARGIN_DB  # of the network's output on other photographs, or all branches go

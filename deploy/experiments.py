@@ -4,13 +4,13 @@ A line of [ours] is a recipe without its bits, and the bits it is run at: "4/6" 
 leaves them alone.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError, nearest
+from deploy.named_toml import named_path, read_toml, stems
 from deploy.recipe import Recipe, recipe_from_tables
 
 FOLDER = Path(__file__).parent / "tables"
@@ -52,7 +52,7 @@ class Table:
 
 def table_names() -> tuple[str, ...]:
     """Names of the papers that come with the tool."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+    return stems(FOLDER)
 
 
 def _precision(bits: str, ends: int, where: str) -> dict[str, int]:
@@ -93,10 +93,7 @@ def _experiments(lines: dict[str, Any], ends: int, where: str) -> tuple[Experime
 def table_from_toml(path: Path) -> Table:
     """Read one file. Raises UserError for a syntax error, an unknown key or a number too many, naming the file."""
     where = f"table '{path}'"
-    try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read: {error}") from error
+    content = read_toml(path, where)
     for key in content:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(KEYS)}.{nearest(key, KEYS)}")
@@ -119,9 +116,4 @@ def table_from_toml(path: Path) -> Table:
 
 def load_table(name: str) -> Table:
     """A paper's table by its name or by the path of a TOML file. Raises UserError with the nearest names."""
-    if name.endswith(".toml"):
-        return table_from_toml(Path(name))
-    known = table_names()
-    if name not in known:
-        raise UserError(f"unknown PAPER '{name}': expected {', '.join(known)} or a .toml file.{nearest(name, known)}")
-    return table_from_toml(FOLDER / f"{name}.toml")
+    return table_from_toml(named_path(name, FOLDER, "PAPER"))

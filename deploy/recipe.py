@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import pkgutil
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from calib import calibrate, equalise, int8_attention
 from calib.errors import UserError, nearest
 from calib.precision import INT8_ENGINE, Precision
 from compensation import finetune, qwt
+from deploy.named_toml import named_path, read_toml, stems
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -63,7 +63,7 @@ class Recipe:
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the recipes that come with the tool."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+    return stems(FOLDER)
 
 
 def method_module(name: str) -> ModuleType:
@@ -122,18 +122,10 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
 
 def recipe_from_toml(path: Path) -> Recipe:
     """Read one recipe file. Raises UserError for a syntax error or an unknown key, naming the file."""
-    try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe '{path}' cannot be read: {error}") from error
-    return recipe_from_tables(path.stem, content, f"recipe '{path}'")
+    where = f"recipe '{path}'"
+    return recipe_from_tables(path.stem, read_toml(path, where), where)
 
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by its name or by the path of a TOML file. Raises UserError with the nearest names."""
-    if name.endswith(".toml"):
-        return recipe_from_toml(Path(name))
-    known = recipe_names()
-    if name not in known:
-        raise UserError(f"unknown RECIPE '{name}': expected {', '.join(known)} or a .toml file.{nearest(name, known)}")
-    return recipe_from_toml(FOLDER / f"{name}.toml")
+    return recipe_from_toml(named_path(name, FOLDER, "RECIPE"))
