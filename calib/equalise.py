@@ -6,38 +6,51 @@ few levels. For every `Move` of the family (calib/moves.py) the range h_c of cha
     r_c = (h_c / mean h)^a         x' = (x - m) / r         (mean: geometric, so that nothing grows as a whole)
 
 a = 1 is RepQ-ViT's scale reparametrisation in its symmetric form (eq. 8-10 with z = 0), a = 0.5 SmoothQuant's; in between,
-difficulty is shared between x and the weight. The exponent, and whether to centre (m), are chosen per layer by the error of
-the layer's output when input and weight are rounded, across photographs: ranges from one half of the calibration set, rows
-from the other. Within one half a = 1 always looks good, because no row exceeds its own channel's range; on new
-photographs the channels that fire rarely exceed theirs several times over.
+difficulty is shared between x and the weight. The exponent, and whether to centre (m), are chosen per layer by what rounding
+its input and weight does to the network's output, to first order (calib/first_order.py), at the clipping threshold that
+suits them best. A layer's own error chooses worse: in a transformer it serves the few huge activations.
+
+Ranges come from one half of the calibration set, the images that judge from the other. Within one half a = 1 always looks
+good, because no value exceeds its own channel's range; on new photographs the channels that fire rarely exceed theirs
+several times over.
 
 `rule = "repq"` is RepQ-ViT itself (calib/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged. The
 search rounds symmetrically even where inputs get zero points later: centring does most of their work.
 """
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from calib.batches import Batches, spread_images
-from calib.channel_scale import channel_scale
+from calib.channel_scale import FoldScale, channel_scale
 from calib.errors import UserError
+from calib.first_order import output_gradients, output_noise
 from calib.hooks import input_hooks
-from calib.layer_rows import Samples, channels_of_inputs, output_errors, sampled_inputs, weight_matrix
+from calib.layer_rows import Extremes, along_inputs, channel_axis
 from calib.moves import Move, Moved, Norm
-from calib.precision import INT8, UNROUNDED, LayerBits
+from calib.precision import UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import channel_qparams
 from calib.repq import Reparametrised, channel_ranges, reparametrised
 
 EQUALISED = "equalised"  # in the record's details: [exponent, centred] by layer
 RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
-THRESHOLDS = (1.2, 1.0, 0.8)  # clipping thresholds tried, of the input's range; the final one is calibrate's business
+THRESHOLDS = (
+    0.6,
+    0.8,
+    1.0,
+    1.25,
+    1.6,
+)  # clipping thresholds tried, of the range; the final one is calibrate's business
+JUDGE_IMAGES = 8  # per fold
 
 
 @dataclass(frozen=True)
@@ -53,27 +66,72 @@ class Config:
             raise ValueError(f"rule '{self.rule}' is not one of {', '.join(RULES)}")
 
 
-def rounding_error(rows: Tensor, weight: Tensor, amax: float, bits: LayerBits = INT8) -> float:
-    """Least squared output error of rounding `rows` (T, G, K) and `weight` (G, N, K), over a few thresholds of `amax`."""
-    return min(output_errors(rows, weight, [amax * threshold for threshold in THRESHOLDS], bits))
+Candidate = tuple[float, bool]  # exponent, centred
 
 
-def _best(model: QuantModel, name: str, folds: Sequence[Samples], config: Config, shifts: bool) -> tuple[float, bool]:
-    """(exponent, centred) with the least error across folds; ties go to the first, which changes least."""
-    layer, bits = model.net.get_submodule(name), model.bits(name)
-    columns, weight = channels_of_inputs(layer), weight_matrix(layer)
-    centres = (False, True) if shifts and config.shift else (False,)
+def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int) -> Tensor:
+    """What rounding `x` does to the output, to first order, at each of `THRESHOLDS`; see `output_noise`."""
+    return torch.tensor(
+        [output_noise(gradients, scale.fake_quantize(x, amax * threshold, bits, axis) - x) for threshold in THRESHOLDS],
+        dtype=torch.float64,
+    )
 
-    def error(candidate: tuple[float, bool]) -> float:
-        total = 0.0
-        for index, fit in enumerate(folds):
-            scale, shift = channel_scale(fit.low[name], fit.high[name], *candidate)
-            reach = torch.maximum((fit.high[name] - shift) / scale, (shift - fit.low[name]) / scale)
-            rows = (folds[index - 1].of(name) - shift[columns]) / scale[columns]
-            total += rounding_error(rows, weight * scale[columns][:, None], float(reach.max()), bits)
-        return total
 
-    return min(((a, centred) for centred in centres for a in config.exponents), key=error)
+def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> float:
+    """What rounding the weight of `layer` does to the output when its input is divided by `scale` (C,).
+
+    `squares`: sum of (dr.y / dW)^2. Every weight has an error of its own, uniform within its channel's step.
+    """
+    along = along_inputs(layer, scale)
+    step = channel_qparams(layer.get_parameter("weight") * along, bits).scale
+    return float((squares / along.square()).flatten(1).sum(1).double() @ step.double().square()) / 12
+
+
+class Trial:
+    """Candidates for the scale of what one layer reads: ranges of one fold, judged by images of another."""
+
+    def __init__(self, layer: nn.Module, low: Tensor, high: Tensor, candidates: Sequence[Candidate]) -> None:
+        self.layer, self.axis = layer, channel_axis(layer)
+        self.scales: dict[Candidate, tuple[Tensor, FoldScale, float]] = {}
+        for candidate in candidates:
+            scale, shift = channel_scale(low, high, *candidate)
+            reach = torch.maximum(high - shift, shift - low) / scale
+            self.scales[candidate] = scale, FoldScale(shift, 1 / scale, 1.0), float(reach.max())
+
+    def noise(self, x: Tensor, gradients: Tensor, squares: Tensor, bits: LayerBits) -> dict[Candidate, Tensor]:
+        """At each of `THRESHOLDS`, by candidate, of the images that read `x` (B, ...) here."""
+        return {
+            candidate: input_noise(x, gradients, scale, reach, bits.input, self.axis)
+            + weight_noise(self.layer, squares, factors, bits.weight)
+            for candidate, (factors, scale, reach) in self.scales.items()
+        }
+
+
+def _judged(
+    model: QuantModel, shifts: Mapping[str, bool], folds: Sequence[Batches], ranges: Sequence[Extremes], config: Config
+) -> dict[str, Candidate]:
+    """(exponent, centred) by layer, the least noise across folds; ties go to the first, which changes least.
+
+    `shifts`: by layer, whether it can be centred.
+    """
+    total: dict[str, dict[Candidate, Tensor]] = {name: {} for name in shifts}
+    if not total:
+        return {}
+    for index, found in enumerate(ranges):
+        trials = {}
+        for name, shift in shifts.items():
+            candidates = itertools.product((False, True) if shift and config.shift else (False,), config.exponents)
+            trials[name] = Trial(
+                model.net.get_submodule(name), found.low[name], found.high[name], [(a, m) for m, a in candidates]
+            )
+        images = spread_images(folds[index - 1], JUDGE_IMAGES)
+        for seen in output_gradients(model.net, list(shifts), images, with_weights=True):
+            with torch.no_grad():
+                for name, trial in trials.items():
+                    noise = trial.noise(seen.inputs[name], seen.gradients[name], seen.weights[name], model.bits(name))
+                    for candidate, of_image in noise.items():
+                        total[name][candidate] = total[name].get(candidate, 0.0) + of_image
+    return {name: min(noise, key=lambda each: float(noise[each].min())) for name, noise in total.items()}
 
 
 def _consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
@@ -83,10 +141,7 @@ def _consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         moved = weight @ shift
         bias = getattr(layer, "bias", None)
         layer.bias = nn.Parameter(moved if bias is None else bias.data + moved, requires_grad=False)
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    factor = scale.reshape(groups, 1, -1)
-    shape = weight.shape
-    weight.copy_((weight.reshape(groups, shape[0] // groups, shape[1], -1) * factor[..., None]).reshape(shape))
+    weight.mul_(along_inputs(layer, scale))
 
 
 def placed_moves(model: QuantModel) -> Iterator[tuple[Move, str, str]]:
@@ -98,12 +153,12 @@ def placed_moves(model: QuantModel) -> Iterator[tuple[Move, str, str]]:
                 yield move, prefix + move.producer, prefix + move.consumer
 
 
-def sample_inputs(net: nn.Module, layers: Iterable[str], batches: Batches) -> Samples:
-    """One pass of `net` over `batches`: extremes and rows of the inputs of `layers`."""
-    with sampled_inputs(net, layers, len(batches)) as samples, torch.inference_mode():
+def _extremes(net: nn.Module, layers: Iterable[str], batches: Batches) -> Extremes:
+    extremes = Extremes()
+    with input_hooks(net, layers, extremes.add), torch.inference_mode():
         for batch in batches:
             net(batch)
-    return samples
+    return extremes
 
 
 def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
@@ -148,20 +203,20 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
         return _repq(model, folds, config)
     start = time.perf_counter()
     places = list(placed_moves(model))
-    samples = [sample_inputs(model.net, {consumer for *_, consumer in places}, batches) for batches in folds]
-    chosen, moved = [], []
-    for move, producer, consumer in places:
-        exponent, centred = _best(model, consumer, samples, config, move.shifts)
-        if exponent or centred:
-            low = torch.stack([fold.low[consumer] for fold in samples]).amin(0)
-            high = torch.stack([fold.high[consumer] for fold in samples]).amax(0)
-            moved.append(Moved(producer, consumer, *channel_scale(low, high, exponent, centred)))
-        chosen.append((exponent, centred))
-    exponents = [exponent for exponent, _ in chosen]
+    shifts = {consumer: move.shifts for move, _, consumer in places}
+    ranges = [_extremes(model.net, shifts, batches) for batches in folds]
+    chosen = _judged(model, shifts, folds, ranges, config)
+    moved = []
+    for _, producer, consumer in places:
+        if any(chosen[consumer]):
+            low = torch.stack([found.low[consumer] for found in ranges]).amin(0)
+            high = torch.stack([found.high[consumer] for found in ranges]).amax(0)
+            moved.append(Moved(producer, consumer, *channel_scale(low, high, *chosen[consumer])))
+    exponents = [exponent for exponent, _ in chosen.values()]
     notes = (
-        f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(c for _, c in chosen)} centred; exponents "
-        + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
+        f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(c for _, c in chosen.values())} centred; "
+        "exponents " + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
     )
-    details = {EQUALISED: {consumer: how for (*_, consumer), how in zip(places, chosen, strict=True)}}
+    details = {EQUALISED: chosen}
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes, details=details)
     return apply_moves(model, moved).with_record(record)

@@ -174,7 +174,7 @@ def _observe(model: QuantModel, names: Sequence[str], batches: Batches) -> tuple
     seen: dict[str, list[Seen]] = {name: [] for name in names}
     refused: dict[str, str] = {}
     hooked = [*names, *(f"{name}.proj" for name in names)]
-    for inputs, gradients in output_gradients(model.net, hooked, spread_images(batches, IMAGES)):
+    for inputs, gradients, _ in output_gradients(model.net, hooked, spread_images(batches, IMAGES)):
         with torch.inference_mode():
             for name in names:
                 attention = model.net.get_submodule(name)

@@ -6,22 +6,14 @@ T sampled rows, G groups (1 for a Linear), N outputs and K inputs per group. A r
 K = (in / groups) kh kw, the channel being the slow index.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.grids import input_grid
 from calib.hooks import input_hooks
-from calib.precision import INT8, LayerBits
-from calib.quantizer import channel_qparams
-
-ROWS = 1024  # rows kept per layer ...
-ELEMENTS = 1 << 20  # ... but no more elements than this (4 MB)
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -31,12 +23,17 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
-def channels_of_inputs(layer: nn.Module) -> Tensor:
-    """Index (G, K) of the input channel that each column of `weight_matrix` reads."""
-    if isinstance(layer, nn.Conv2d):
-        taps = layer.kernel_size[0] * layer.kernel_size[1]
-        return torch.arange(layer.in_channels).repeat_interleave(taps).reshape(layer.groups, -1)
-    return torch.arange(weight_matrix(layer).shape[2])[None]
+def channel_axis(layer: nn.Module) -> int:
+    """Where the channels of its input are."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
+
+
+def along_inputs(layer: nn.Module, values: Tensor) -> Tensor:
+    """`values` (C,) of the input channels of a Linear or Conv2d, in a shape that its weight can be multiplied by."""
+    weight = layer.get_parameter("weight")
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    by_output = values.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+    return by_output.reshape(len(weight), -1, *[1] * (weight.ndim - 2))
 
 
 def sample_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -88,44 +85,6 @@ class Extremes:
         self.high[name] = torch.maximum(self.high.get(name, high), high)
 
 
-@dataclass
-class Samples(Extremes):
-    """Rows (T, G, K) by layer beside the extremes of its channels."""
-
-    rows: dict[str, Tensor] = field(default_factory=dict)  # allocated once: thousands of pieces fragment the heap
-    filled: dict[str, int] = field(default_factory=dict)  # how many of the rows are there yet
-
-    def of(self, layer: str) -> Tensor:
-        """All rows of a layer, (T, G, K)."""
-        return self.rows[layer][: self.filled[layer]]
-
-
-@contextmanager
-def sampled_inputs(net: nn.Module, layers: Iterable[str], batches: int, seed: int = 0) -> Iterator[Samples]:
-    """While open, forward passes of `net` fill `Samples`; every one of the `batches` expected gives its share of rows.
-
-    The rows do not become more with the batches: of many batches, some give none.
-    """
-    samples = Samples()
-    generators = {name: torch.Generator().manual_seed(seed) for name in layers}
-    seen: Counter[str] = Counter()
-
-    def observe(name: str, layer: nn.Module, x: Tensor) -> None:
-        samples.add(name, layer, x)
-        columns = channels_of_inputs(layer)
-        wanted = max(1, min(ROWS, ELEMENTS // columns.numel()))
-        if name not in samples.rows:
-            samples.rows[name] = x.new_empty(wanted, *columns.shape)
-        seen[name] += 1
-        start, stop = samples.filled.get(name, 0), wanted * seen[name] // batches
-        if stop > start:
-            samples.rows[name][start:stop] = sample_rows(layer, x, stop - start, generators[name])
-        samples.filled[name] = stop
-
-    with input_hooks(net, generators, observe):
-        yield samples
-
-
 def input_rows(
     net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor], count: int, seed: int = 0
 ) -> Iterator[dict[str, Tensor]]:
@@ -148,15 +107,3 @@ def input_rows(
 def product(rows: Tensor, weight: Tensor) -> Tensor:
     """y (G, T, N) of rows (T, G, K) and weight (G, N, K)."""
     return torch.matmul(rows.transpose(0, 1), weight.transpose(1, 2))
-
-
-def output_errors(rows: Tensor, weight: Tensor, thresholds: Iterable[float], bits: LayerBits = INT8) -> list[float]:
-    """Squared error of the product when `weight` (G, N, K) rounds per channel and `rows` (T, G, K) at each threshold."""
-    exact, channels = product(rows, weight), weight.flatten(0, 1)
-    rounded = channel_qparams(channels, bits.weight).fake_quantize(channels).reshape(weight.shape)
-
-    def error(amax: float) -> float:
-        x = input_grid(amax, bits.input).fake_quantize(rows)
-        return float((product(x, rounded) - exact).pow(2).sum())
-
-    return [error(amax) for amax in thresholds]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from calib.channel_scale import FoldScale
 from calib.decibels import decibels
-from calib.first_order import output_gradients
+from calib.first_order import output_gradients, output_noise
 from calib.hooks import input_hooks
+from calib.layer_rows import channel_axis
 from calib.observers import Histogram, amax_from_histogram
 from calib.quant_model import QuantModel
 
@@ -38,11 +39,6 @@ def candidates(histogram: Histogram, bits: int = 8) -> dict[str, float]:
         for observer, percentile in SEARCHED
     }
     return found | {f"max x{margin:g}": histogram.amax * margin for margin in MARGINS}
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Where the channels of its input are."""
-    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 @contextmanager
@@ -83,11 +79,11 @@ class Judge:
         layers = list(offers[0])
         noise = {layer: dict.fromkeys(offers[0][layer], 0.0) for layer in layers}
         for fold, images in enumerate(self.images):
-            for inputs, gradients in output_gradients(self.model.net, layers, images):
-                for layer, x in inputs.items():
+            for seen in output_gradients(self.model.net, layers, images):
+                for layer, x in seen.inputs.items():
                     for candidate, amax in offers[fold][layer].items():
                         error = self._rounding(fold, layer, amax)(x) - x
-                        noise[layer][candidate] += float((gradients[layer] * error).flatten(2).sum(2).square().sum())
+                        noise[layer][candidate] += output_noise(seen.gradients[layer], error)
         return noise
 
 

@@ -6,12 +6,14 @@ from torch import nn
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
-from calib.equalise import Config, channel_scale, equalise, placed_moves, rounding_error
+from calib.channel_scale import FoldScale, channel_scale
+from calib.equalise import THRESHOLDS, Config, equalise, input_noise, placed_moves, weight_noise
+from calib.first_order import PROJECTIONS, output_gradients
 from calib.fold import fold_affine
-from calib.layer_rows import channels_of_inputs, product, sample_rows, sampled_inputs, weight_matrix
+from calib.layer_rows import along_inputs, product, sample_rows, weight_matrix
 from calib.methods import rtn
 from calib.qdq import quantized_net
-from calib.quantizer import qparams_from_amax
+from calib.quantizer import channel_qparams
 from tests.tiny import TINY, tiny_batches, tiny_model
 
 FIXED = Config(exponents=(0.7,))
@@ -102,7 +104,6 @@ def test_sampled_rows_are_the_layers_own_products(layer):
     x = torch.randn(2, 5, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 7, 7)
     rows = sample_rows(layer, x, 40, torch.Generator().manual_seed(0))
     assert rows.shape[1:] == (weight_matrix(layer).shape[0], weight_matrix(layer).shape[2])
-    assert channels_of_inputs(layer).shape == rows.shape[1:]
     with torch.no_grad():
         y = layer(x) - (layer.bias if isinstance(layer, nn.Linear) else layer.bias[:, None, None])
         outputs = y.reshape(-1, 4) if isinstance(layer, nn.Linear) else y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
@@ -111,22 +112,50 @@ def test_sampled_rows_are_the_layers_own_products(layer):
     assert float(nearest.max()) < 1e-4
 
 
-def test_rounding_error_is_that_of_fake_quantization():
-    rows, weight = torch.randn(50, 1, 8), torch.randn(1, 5, 8)
-    amax = float(rows.abs().max())
-    by_hand = []
-    for threshold in (1.2, 1.0, 0.8):
-        x = qparams_from_amax(torch.tensor(amax * threshold)).fake_quantize(rows[:, 0])
-        w = rtn.channel_qparams(weight[0]).fake_quantize(weight[0])
-        by_hand.append(float((x @ w.T - rows[:, 0] @ weight[0].T).pow(2).sum()))
-    assert rounding_error(rows, weight, amax) == pytest.approx(min(by_hand), rel=1e-4)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_weight_takes_over_what_its_input_is_divided_by(layer):
+    x, values = (torch.randn(2, 5, 6), torch.rand(6) + 0.5) if isinstance(layer, nn.Linear) else (
+        torch.randn(2, 6, 7, 7), torch.rand(6) + 0.5)  # fmt: skip
+    divided = x / (values if isinstance(layer, nn.Linear) else values[:, None, None])
+    with torch.no_grad():
+        expected = layer(x)
+        layer.weight.mul_(along_inputs(layer, values))
+        torch.testing.assert_close(layer(divided), expected)
+        layer.weight.div_(along_inputs(layer, values))
 
 
-@pytest.mark.parametrize("batches", [1, 3, 7, 100])
-def test_the_number_of_sampled_rows_does_not_follow_the_batches(batches, monkeypatch):
-    monkeypatch.setattr("calib.layer_rows.ROWS", 20)
-    net = nn.Sequential(nn.Linear(6, 4))
-    with torch.no_grad(), sampled_inputs(net, ["0"], batches) as samples:
-        for _ in range(batches):
-            net(torch.randn(2, 6))
-    assert samples.of("0").shape == (20, 1, 6)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_noise_of_weights_is_that_of_errors_drawn_at_random(layer, monkeypatch):
+    monkeypatch.setattr("calib.first_order.PROJECTIONS", 1000)
+    torch.manual_seed(0)
+    x, scale = torch.randn(1, 6) if isinstance(layer, nn.Linear) else torch.randn(1, 6, 5, 5), torch.rand(6) + 0.5
+    net = nn.Sequential(layer)
+    (seen,) = output_gradients(net, ["0"], x, with_weights=True)
+    step = channel_qparams(layer.weight * along_inputs(layer, scale)).scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    drawn = 0.0
+    with torch.no_grad():
+        exact = net(x)
+        for _ in range(400):
+            kept = layer.weight.clone()
+            layer.weight.add_((torch.rand_like(kept) - 0.5) * step / along_inputs(layer, scale))
+            drawn += float((net(x) - exact).square().sum())
+            layer.weight.copy_(kept)
+    found = weight_noise(layer, seen.weights["0"], scale, 8) / 1000
+    assert found == pytest.approx(drawn / 400, rel=0.2)  # 400 and 1000 samples
+
+
+def test_noise_of_inputs_is_that_of_rounding_them():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 3), torch.randn(64, 8)
+    net = nn.Sequential(layer)
+    scale = FoldScale(torch.linspace(-1, 1, 8), torch.rand(8) + 0.5, 1.0)
+    amax = float(((x - scale.centre) * scale.factor).abs().max())
+    found = torch.zeros(len(THRESHOLDS), dtype=torch.float64)
+    for inputs, gradients, _ in output_gradients(net, ["0"], x):
+        found += input_noise(inputs["0"], gradients["0"], scale, amax, 4, -1) / PROJECTIONS
+    for threshold, noise in zip(THRESHOLDS, found, strict=True):
+        step = float(torch.tensor(amax * threshold / 7).half())
+        z = ((x - scale.centre) * scale.factor / step).round().clamp(-8, 7) * step
+        with torch.no_grad():
+            expected = (net(z / scale.factor + scale.centre) - net(x)).square().sum()
+        assert float(noise / expected) == pytest.approx(1, abs=0.35)  # 256 samples of the mean

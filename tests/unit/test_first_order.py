@@ -13,7 +13,7 @@ def test_the_gradient_foretells_what_a_small_error_does(family):
     layers = model.layers
     for which in (0, len(layers) // 2, len(layers) - 1):
         layer, parts = layers[which], []
-        for inputs, gradients in output_gradients(net, layers, x):
+        for inputs, gradients, _ in output_gradients(net, layers, x):
             error = 1e-8 * torch.randn(inputs[layer].shape, dtype=torch.float64)
             parts.append((error, (gradients[layer] * error).flatten(2).sum(2)))
         error, foretold = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
@@ -39,16 +39,34 @@ def test_on_average_the_square_is_the_noise_of_the_output():
     squares = torch.cat(
         [
             (gradients["0"] * error[2 * index : 2 * index + 2]).sum(2).square().mean(0)
-            for index, (_, gradients) in enumerate(output_gradients(net, ("0",), x))
+            for index, (_, gradients, _) in enumerate(output_gradients(net, ("0",), x))
         ]
     )
     exact = (net(x + error) - net(x)).detach().square().sum()
     assert float(squares.sum() / exact) == pytest.approx(1, abs=0.1)  # 8000 samples
 
 
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_gradients_of_weights_are_those_of_every_image_alone(family):
+    net, images, layers = tiny_model(family).net, tiny_batches(1)[0][:2], tiny_model(family).layers
+    found = [seen.weights for seen in output_gradients(net, layers, images, with_weights=True)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [net.get_submodule(name).weight.requires_grad_() for name in layers]
+    for image, squares in zip(images, found, strict=True):
+        output = net(image[None])
+        expected = [torch.zeros_like(weight) for weight in weights]
+        for vector in torch.randn(PROJECTIONS, *output.shape, generator=generator):
+            gradients = torch.autograd.grad((output * vector).sum(), weights, retain_graph=True)
+            expected = [total + gradient**2 for total, gradient in zip(expected, gradients, strict=True)]
+        for name, total in zip(layers, expected, strict=True):
+            torch.testing.assert_close(squares[name], total.detach(), rtol=1e-4, atol=1e-6 * float(total.max()))
+
+
 def test_no_hook_and_no_gradient_stays():
     model = tiny_model("vit")
     layers = model.layers
-    list(output_gradients(model.net, layers, tiny_batches(1)[0]))
+    wanted = [parameter.requires_grad for parameter in model.net.parameters()]
+    list(output_gradients(model.net, layers, tiny_batches(1)[0], with_weights=True))
+    assert [parameter.requires_grad for parameter in model.net.parameters()] == wanted
     assert all(not module._forward_pre_hooks for module in model.net.modules())
     assert all(parameter.grad is None for parameter in model.net.parameters())
