@@ -33,7 +33,7 @@ from calib.channel_scale import FoldScale, channel_scale
 from calib.errors import UserError
 from calib.first_order import output_gradients, output_noise
 from calib.hooks import input_hooks
-from calib.layer_rows import Extremes, along_inputs, channel_axis
+from calib.layer_rows import ChannelStatistics, along_inputs, channel_axis, channel_statistics
 from calib.moves import Move, Moved, Norm
 from calib.precision import UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
@@ -80,7 +80,8 @@ def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bit
 def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> float:
     """What rounding the weight of `layer` does to the output when its input is divided by `scale` (C,).
 
-    `squares`: sum of (dr.y / dW)^2. Every weight has an error of its own, uniform within its channel's step.
+    `squares`: sum of (dr.y / dW)^2 around the mean input, as biases mend the rest (calib/methods/rtn.py). Every weight has
+    an error of its own, uniform within its channel's step.
     """
     along = along_inputs(layer, scale)
     step = channel_qparams(layer.get_parameter("weight") * along, bits).scale
@@ -108,7 +109,11 @@ class Trial:
 
 
 def _judged(
-    model: QuantModel, shifts: Mapping[str, bool], folds: Sequence[Batches], ranges: Sequence[Extremes], config: Config
+    model: QuantModel,
+    shifts: Mapping[str, bool],
+    folds: Sequence[Batches],
+    ranges: Sequence[ChannelStatistics],
+    config: Config,
 ) -> dict[str, Candidate]:
     """(exponent, centred) by layer, the least noise across folds; ties go to the first, which changes least.
 
@@ -125,7 +130,8 @@ def _judged(
                 model.net.get_submodule(name), found.low[name], found.high[name], [(a, m) for m, a in candidates]
             )
         images = spread_images(folds[index - 1], JUDGE_IMAGES)
-        for seen in output_gradients(model.net, list(shifts), images, with_weights=True):
+        means = {name: found.mean(name) for name in shifts}
+        for seen in output_gradients(model.net, list(shifts), images, weights_around=means):
             with torch.no_grad():
                 for name, trial in trials.items():
                     noise = trial.noise(seen.inputs[name], seen.gradients[name], seen.weights[name], model.bits(name))
@@ -151,14 +157,6 @@ def placed_moves(model: QuantModel) -> Iterator[tuple[Move, str, str]]:
             if type(module).__name__ == move.block and move.applies(module):
                 prefix = f"{block}." if block else ""
                 yield move, prefix + move.producer, prefix + move.consumer
-
-
-def _extremes(net: nn.Module, layers: Iterable[str], batches: Batches) -> Extremes:
-    extremes = Extremes()
-    with input_hooks(net, layers, extremes.add), torch.inference_mode():
-        for batch in batches:
-            net(batch)
-    return extremes
 
 
 def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
@@ -204,7 +202,7 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
     start = time.perf_counter()
     places = list(placed_moves(model))
     shifts = {consumer: move.shifts for move, _, consumer in places}
-    ranges = [_extremes(model.net, shifts, batches) for batches in folds]
+    ranges = [channel_statistics(model.net, shifts, batches) for batches in folds]
     chosen = _judged(model, shifts, folds, ranges, config)
     moved = []
     for _, producer, consumer in places:

@@ -7,14 +7,15 @@ An error e of a weight does (dr.y / dW . e)^2; of rounding, where e is as large 
 weight, that is on average sum (dr.y / dW)^2 D^2 / 12.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from calib.hooks import input_hooks
+from calib.hooks import input_hooks, output_hooks
+from calib.layer_rows import along_inputs, channel_axis
 
 PROJECTIONS = 4  # r per image: with 32 images 128 samples of the mean, 1 dB
 BATCH = 2  # images at a time: every layer's input and its gradients are in memory
@@ -23,7 +24,7 @@ BATCH = 2  # images at a time: every layer's input and its gradients are in memo
 class Seen(NamedTuple):
     """Of a few images, by layer: `inputs` x (B, ...), `gradients` g (K, B, ...) there, and what weights do if asked for.
 
-    `weights`: sum over the K vectors r of (dr.y / dW)^2, in the shape of W.
+    `weights`: sum over the K vectors r of (dr.y / dW)^2, in the shape of W, where W reads x less its mean.
     """
 
     inputs: dict[str, Tensor]
@@ -48,33 +49,57 @@ def _with_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(wanted)
 
 
+def _around(layer: nn.Module, mean: Tensor, of_weight: Tensor, of_output: Tensor) -> Tensor:
+    """dr.y / dW if the layer read x - mean (C,), from that for x and from dr.y / db (out,)."""
+    return of_weight - along_inputs(layer, mean) * of_output.reshape(-1, *[1] * (of_weight.ndim - 1))
+
+
 def output_gradients(
-    net: nn.Module, layers: Sequence[str], images: Tensor, seed: int = 0, with_weights: bool = False
+    net: nn.Module,
+    layers: Sequence[str],
+    images: Tensor,
+    seed: int = 0,
+    weights_around: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Seen]:
-    """What errors at `layers` do, for every few of `images`; one at a time `with_weights`."""
+    """What errors at `layers` do, for every few of `images`.
+
+    `weights_around`: mean input (C,) by layer; errors of weights are then looked at too, one image at a time.
+    """
     generator = torch.Generator().manual_seed(seed)
+    means = weights_around or {}
+    modules = {name: net.get_submodule(name) for name in means}
+    weights = [module.get_parameter("weight") for module in modules.values()]
     inputs: dict[str, Tensor] = {}
-    weights = [net.get_submodule(name).get_parameter("weight") for name in layers] if with_weights else []
+    probes: dict[str, Tensor] = {}  # zeros added to outputs: their gradients are those of biases
 
     def keep(name: str, _layer: nn.Module, x: Tensor) -> Tensor:
         # a copy, because an activation in place may follow; the first layer reads images, which have no gradient
         inputs[name] = x.clone() if x.requires_grad else x.clone().requires_grad_()
         return inputs[name]
 
-    for batch in images.split(1 if with_weights else BATCH):
+    def probe(name: str, y: Tensor) -> Tensor:
+        axis = channel_axis(modules[name]) % y.ndim
+        probes[name] = y.new_zeros(y.shape[axis], requires_grad=True)
+        return y + probes[name].reshape(-1, *[1] * (y.ndim - 1 - axis))
+
+    for batch in images.split(1 if means else BATCH):
         gradients: list[tuple[Tensor, ...]] = []
-        squares = [torch.zeros_like(weight) for weight in weights]
-        with _with_gradients(weights), input_hooks(net, layers, keep), torch.enable_grad():
-            output = net(batch)
+        squares = {name: torch.zeros_like(weight) for name, weight in zip(modules, weights, strict=True)}
+        with _with_gradients(weights), torch.enable_grad():
+            with input_hooks(net, layers, keep), output_hooks(net, modules, probe):
+                output = net(batch)
             read = [inputs[name] for name in layers]
+            asked = [*read, *weights, *(probes[name] for name in modules)]
             vectors = torch.randn(PROJECTIONS, *output.shape, generator=generator).to(output.dtype)
             for vector in vectors:
-                found = torch.autograd.grad(output, [*read, *weights], vector, retain_graph=True)
+                found = torch.autograd.grad(output, asked, vector, retain_graph=True)
                 gradients.append(found[: len(read)])
-                for square, gradient in zip(squares, found[len(read) :], strict=True):
-                    square.add_(gradient.square())
-        x = {name: read.detach() for name, read in inputs.items()}
-        del output, read, found  # the last that hold the graph
+                of_weights, of_outputs = found[len(read) : len(read) + len(weights)], found[len(read) + len(weights) :]
+                for (name, module), *pair in zip(modules.items(), of_weights, of_outputs, strict=True):
+                    squares[name] += _around(module, means[name], *pair).detach().square()
+        x = {name: one.detach() for name, one in inputs.items()}
+        del output, read, asked, found  # the last that hold the graph
         inputs.clear()
+        probes.clear()
         g = {name: torch.stack(parts) for name, parts in zip(layers, zip(*gradients, strict=True), strict=True)}
-        yield Seen(x, g, dict(zip(layers, squares, strict=False)))
+        yield Seen(x, g, squares)

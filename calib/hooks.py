@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 InputHook = Callable[[str, nn.Module, Tensor], Tensor | None]
-OutputHook = Callable[[str, Tensor], None]
+OutputHook = Callable[[str, Tensor], Tensor | None]
 
 
 @contextmanager
@@ -30,7 +30,10 @@ def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Itera
 
 @contextmanager
 def output_hooks(net: nn.Module, modules: Iterable[str], hook: OutputHook) -> Iterator[None]:
-    """While open, `hook(name, y)` runs after each of `modules` has returned y; later modules may edit y in place."""
+    """While open, `hook(name, y)` runs after each of `modules` has returned y; what it returns is passed on instead.
+
+    Later modules may edit y in place.
+    """
     handles = [
         net.get_submodule(name).register_forward_hook(lambda _m, _x, y, name=name: hook(name, y)) for name in modules
     ]

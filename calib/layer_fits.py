@@ -37,8 +37,8 @@ def fitted_layers(
 ) -> list[dict[str, RoundedLayer]]:
     """What `fit` finds for each layer of `model`: by fold, then of all folds together.
 
-    `plain`: `model` with `:weight` sites. `rows` of a layer's input over all images are enough. `propagate`: inputs come
-    through the blocks fitted before; two more passes per block.
+    `plain`: `model` with `:weight` sites, its biases perhaps others. `rows` of a layer's input over all images are enough.
+    `propagate`: inputs come through the blocks fitted before; two more passes per block.
     """
     share = max(1, rows // sum(len(batches) for batches in folds))
     found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]
@@ -52,7 +52,7 @@ def fitted_layers(
         for of_fold, batches in zip(sums, folds, strict=True):
             add_inputs(of_fold, model, batches, share, source)
         for name in part:
-            nearest = rounded_layer(model.net.get_submodule(name), plain.qparams(f"{name}:weight"))
+            nearest = rounded_layer(plain.net.get_submodule(name), plain.qparams(f"{name}:weight"))
             if fits := fit(nearest, [of_fold.pop(name) for of_fold in sums]):
                 for layers, one in zip(found, fits, strict=True):
                     layers[name] = one

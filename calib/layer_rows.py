@@ -6,8 +6,8 @@ T sampled rows, G groups (1 for a Linear), N outputs and K inputs per group. A r
 K = (in / groups) kh kw, the channel being the slow index.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -70,19 +70,36 @@ def _pair(padding: object) -> tuple[int, int]:
     return padding
 
 
-@dataclass
-class Extremes:
-    """Lowest and highest value (C,) of every channel that layers read, over all images seen."""
+class ChannelStatistics:
+    """Lowest, highest and mean value (C,) of every channel that layers read, over all images seen."""
 
-    low: dict[str, Tensor] = field(default_factory=dict)
-    high: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.low: dict[str, Tensor] = {}
+        self.high: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor] = {}  # float64
+        self.count: Counter[str] = Counter()
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Widen the ranges of a layer by its input `x`."""
+        """Take the input `x` of a layer in."""
         axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
-        low, high = x.amin(axes), x.amax(axes)
+        low, high, total = x.amin(axes), x.amax(axes), x.sum(axes, dtype=torch.float64)
         self.low[name] = torch.minimum(self.low.get(name, low), low)
         self.high[name] = torch.maximum(self.high.get(name, high), high)
+        self.total[name] = self.total.get(name, 0.0) + total
+        self.count[name] += x.numel() // len(low)
+
+    def mean(self, name: str) -> Tensor:
+        """(C,) float32."""
+        return (self.total[name] / self.count[name]).float()
+
+
+def channel_statistics(net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor]) -> ChannelStatistics:
+    """Of what `layers` read while `batches` go through `net`."""
+    found = ChannelStatistics()
+    with input_hooks(net, layers, found.add), torch.inference_mode():
+        for batch in batches:
+            net(batch)
+    return found
 
 
 def input_rows(

@@ -21,7 +21,6 @@ from calib.modules import replace_module
 from calib.quant_model import QuantModel
 from calib.soft_rounding import beta_at, undecided
 from calib.unit_io import readers_and_sizes, unit_io
-from calib.weight_steps import least_squares_qparams
 
 LOOKS = 10  # at the images held out, in each phase
 BATCH = 16  # images at a time where nothing trains
@@ -150,16 +149,15 @@ def reconstruct(task: Task, phases: Sequence[Phase], schedule: Schedule) -> tupl
 
 
 def put_learned_layers(
-    running: nn.Module, model: QuantModel, layers: Sequence[str], run: Callable[[], object], nearest: bool
+    running: nn.Module, start: QuantModel, layers: Sequence[str], run: Callable[[], object], nearest: bool
 ) -> tuple[dict[str, LearnedLayer], Mode]:
-    """Put learned layers in place of `layers` of `running`, a rounded copy of `model.net` (edits it); `run` runs them."""
+    """Put learned layers in place of `layers` of `running`, a rounded copy of `start.net` (edits it); `run` runs them."""
     groups, sizes = readers_and_sizes(running, layers, run)
     mode, found = Mode(), dict[str, LearnedLayer]()
     for group in groups:
-        reads = LearnedInput(model.sites[f"{group[0]}:input"], mode)
+        reads = LearnedInput(start.sites[f"{group[0]}:input"], mode)
         for name in group:
-            layer = model.net.get_submodule(name)
-            params = least_squares_qparams(layer.get_parameter("weight"), model.bits(name).weight)
+            layer, params = start.net.get_submodule(name), start.qparams(f"{name}:weight")
             found[name] = LearnedLayer(layer, params, reads, mode, nearest, sizes[name])
             replace_module(running, name, found[name])
     return found, mode
@@ -171,17 +169,19 @@ def _sampled(one: Tensor, other: Tensor, share: float, generator: torch.Generato
 
 
 def block_task(
-    running: nn.Module, model: QuantModel, unit: str, layers: Sequence[str], images: Tensor, held_out: Tensor, nearest: bool
+    running: nn.Module, model: QuantModel, start: QuantModel, unit: str, layers: Sequence[str], images: Tensor,
+    held_out: Tensor, nearest: bool,
 ) -> Task:  # fmt: skip
     """Teach `layers`, all in the submodule `unit`, to return what it does in the float network, reading what it gets here.
 
-    `running`: a rounded copy of `model.net`, complete up to `unit`; its layers are replaced (edits it).
+    `start`: `model` with the grids and biases that learning starts from. `running`: a rounded copy of it, complete up to
+    `unit`; its layers are replaced (edits it).
     """
     exact, given = (unit_io(net, unit, images.split(BATCH)) for net in (model.net, running))
     judged = unit_io(model.net, unit, held_out.split(BATCH)).outputs
     read = unit_io(running, unit, held_out.split(BATCH)).inputs
     found, mode = put_learned_layers(
-        running, model, layers, lambda: given.run(running.get_submodule(unit), given.inputs[:BATCH]), nearest
+        running, start, layers, lambda: given.run(running.get_submodule(unit), given.inputs[:BATCH]), nearest
     )
     module, generator = running.get_submodule(unit), torch.Generator().manual_seed(0)
 
@@ -197,10 +197,16 @@ def block_task(
 
 
 def network_task(
-    running: nn.Module, model: QuantModel, layers: Sequence[str], images: Tensor, held_out: Tensor, nearest: bool
+    running: nn.Module,
+    model: QuantModel,
+    start: QuantModel,
+    layers: Sequence[str],
+    images: Tensor,
+    held_out: Tensor,
+    nearest: bool,
 ) -> Task:
     """Teach all `layers` at once; the loss is the sum of theirs. `running` as in `block_task`."""
-    found, mode = put_learned_layers(running, model, layers, lambda: running(images[:BATCH]), nearest)
+    found, mode = put_learned_layers(running, start, layers, lambda: running(images[:BATCH]), nearest)
 
     def loss_on(batch: Tensor) -> Tensor:
         targets: dict[str, Tensor] = {}

@@ -70,3 +70,13 @@ def with_layers(model: QuantModel, layers: Mapping[str, RoundedLayer]) -> QuantM
         layer.bias = nn.Parameter(rounded.bias.flatten(), requires_grad=False)
     sites = {f"{name}:weight": rounded.params for name, rounded in layers.items()}
     return replace(model, net=net).with_sites(sites)
+
+
+def with_biases(net: nn.Module, changes: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `net` with `changes` (out,) added to the biases of these layers; a layer without a bias gets one."""
+    net = copy.deepcopy(net)
+    for name, change in changes.items():
+        layer = net.get_submodule(name)
+        bias = getattr(layer, "bias", None)
+        layer.bias = nn.Parameter(change if bias is None else bias.detach() + change, requires_grad=False)
+    return net

@@ -62,16 +62,15 @@ def scale_stages(recipe: Recipe) -> Iterator[Stage]:
     yield _on_folds("calibrate", calibrate, recipe.calibrate)
 
 
-def repaired(model: QuantModel, repair: Callable[[QuantModel], QuantModel]) -> QuantModel:
-    """`repair(model)`, or `model` with its record if the record says that the output on other photographs got worse."""
-    after = repair(model)
+def repaired(after: QuantModel, without: Callable[[], QuantModel]) -> QuantModel:
+    """`after`, or `without()` with its last record if that says that the output on other photographs got worse."""
     record = after.history[-1]
     before_db, after_db = record.sqnr_before_db, record.sqnr_after_db
     if before_db is None or after_db is None or after_db >= before_db:
         return after
     note = f"rolled back: network output {after_db:.2f} dB against {before_db:.2f} dB on other photographs"
     record = replace(record, sqnr_after_db=before_db, notes=(*record.notes, note))
-    return replace(model, history=after.history[:-1]).with_record(record)
+    return replace(without(), history=after.history[:-1]).with_record(record)
 
 
 def _round_weights(recipe: Recipe) -> Stage:
@@ -79,8 +78,8 @@ def _round_weights(recipe: Recipe) -> Stage:
     method = method_module(recipe.method)
 
     def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
-        nearest = model.with_sites(rtn.weight_sites(model))
-        return repaired(nearest, lambda _: method.reduce_error(model, images.folds, recipe.method_config))
+        rounded = method.reduce_error(model, images.folds, recipe.method_config)
+        return repaired(rounded, lambda: rtn.nearest(model, images.folds))
 
     return Stage(recipe.method, recipe.method_config, run)
 
@@ -94,13 +93,13 @@ def repair_stages(recipe: Recipe) -> Iterator[Stage]:
         yield Stage(
             "compensate",
             options,
-            lambda model, images: repaired(model, lambda plain: compensate(plain, images.folds, options)),
+            lambda model, images: repaired(compensate(model, images.folds, options), lambda: model),
         )
     if tuning := recipe.finetune:
         yield Stage(
             "finetune",
             tuning,
-            lambda model, images: repaired(model, lambda plain: finetune(plain, images.whole, tuning)),
+            lambda model, images: repaired(finetune(model, images.whole, tuning), lambda: model),
         )
 
 

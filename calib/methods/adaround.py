@@ -23,11 +23,13 @@ from torch import Tensor
 from calib.batches import Batches, spread_images
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
-from calib.methods.rtn import weight_sites
+from calib.methods.rtn import nearest, with_corrected_biases
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import QParams
 from calib.reconstruction import Phase, Schedule, block_task, network_task, reconstruct
 from calib.rounded_layer import with_layers
+from calib.weight_steps import least_squares_qparams
 
 # Table 1: what learns, and when
 CASES = {
@@ -87,6 +89,14 @@ class Config:
         return Schedule(self.iterations, self.batch, rounding_rate, step_rate, self.regulariser, self.drop)
 
 
+def least_squares_sites(model: QuantModel) -> dict[str, QParams]:
+    """A `:weight` site for every layer to be quantized, of the steps that learning starts from."""
+    return {
+        f"{name}:weight": least_squares_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
+        for name in model.layers
+    }
+
+
 def units(model: QuantModel) -> dict[str, list[str]]:
     """Layers to be quantized by the block they are in; a layer outside all blocks is its own."""
     blocks = model.family.blocks(model.net)
@@ -97,17 +107,17 @@ def units(model: QuantModel) -> dict[str, list[str]]:
 
 
 def learned_layers(
-    model: QuantModel, plain: QuantModel, images: Tensor, held_out: Tensor, config: Config
+    model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config
 ) -> Iterator[tuple[dict[str, LearnedLayer], float, float]]:
-    """(layers, loss on the images held out before and after) of each task, taught in turn. `plain`: `model`, rounded."""
-    running, phases, schedule = quantized_net(plain), config.phases(), config.schedule()
-    nearest = not any(ROUNDING in phase.learned for phase in phases)
+    """(layers, loss on the images held out before and after) of each task, taught in turn. `start`: `model`, rounded."""
+    running, phases, schedule = quantized_net(start), config.phases(), config.schedule()
+    to_nearest = not any(ROUNDING in phase.learned for phase in phases)
     if not config.by_block:
-        task = network_task(running, model, model.layers, images, held_out, nearest)
+        task = network_task(running, model, start, model.layers, images, held_out, to_nearest)
         yield dict(task.layers), *reconstruct(task, phases, schedule)
         return
     for unit, layers in units(model).items():
-        task = block_task(running, model, unit, layers, images, held_out, nearest)
+        task = block_task(running, model, start, unit, layers, images, held_out, to_nearest)
         yield dict(task.layers), *reconstruct(task, phases, schedule)
 
 
@@ -117,13 +127,14 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     `folds` are parts of the calibration set without a common photograph.
     """
     start = time.perf_counter()
-    plain = model.with_sites(weight_sites(model))
+    plain = nearest(model, folds)
     training = folds[:-1] or folds
     images = torch.cat([spread_images(batches, max(1, config.images // len(training))) for batches in training])
     held_out = spread_images(folds[-1], HELD_OUT)
+    start_here = with_corrected_biases(model.with_sites(least_squares_sites(model)), folds)
     found: dict[str, LearnedLayer] = {}
     better = count = 0
-    for layers, before, after in learned_layers(model, plain, images, held_out, config):
+    for layers, before, after in learned_layers(model, start_here, images, held_out, config):
         found |= layers
         better, count = better + (after < before), count + 1
     inputs = {f"{name}:input": layer.reads.grid for name, layer in found.items()}

@@ -23,7 +23,7 @@ from calib.batches import Batches
 from calib.held_out import adopt_if_better
 from calib.layer_fits import fitted_layers
 from calib.layer_sums import LayerSums, error_across, pooled
-from calib.methods.rtn import weight_sites
+from calib.methods.rtn import nearest
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
 from calib.rounded_layer import RoundedLayer
@@ -77,9 +77,9 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
     """
     start = time.perf_counter()
-    plain = model.with_sites(weight_sites(model))
+    plain = nearest(model, folds)
     found = fitted_layers(
-        model, plain, folds, config.rows, lambda nearest, sums: best_fits(nearest, sums, config), config.propagate
+        model, plain, folds, config.rows, lambda layer, sums: best_fits(layer, sums, config), config.propagate
     )
     adopted, before, after, note = adopt_if_better(plain, found, folds)
     notes = (f"{len(found[-1])} of {len(model.layers)} layers fitted, the others round to nearest: less error", note)

@@ -24,7 +24,7 @@ from calib.batches import Batches
 from calib.held_out import adopt_if_better
 from calib.layer_fits import fitted_layers
 from calib.layer_sums import LayerSums, error_across, pooled
-from calib.methods.rtn import weight_sites
+from calib.methods.rtn import nearest
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
 from calib.rounded_layer import RoundedLayer
@@ -88,9 +88,9 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
     """
     start = time.perf_counter()
-    plain = model.with_sites(weight_sites(model))
+    plain = nearest(model, folds)
     found = fitted_layers(
-        model, plain, folds, config.rows, lambda nearest, sums: fits_that_help(nearest, sums, config.damping)
+        model, plain, folds, config.rows, lambda layer, sums: fits_that_help(layer, sums, config.damping)
     )
     adopted, before, after, note = adopt_if_better(plain, found, folds)
     notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest", note)

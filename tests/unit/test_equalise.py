@@ -130,7 +130,7 @@ def test_noise_of_weights_is_that_of_errors_drawn_at_random(layer, monkeypatch):
     torch.manual_seed(0)
     x, scale = torch.randn(1, 6) if isinstance(layer, nn.Linear) else torch.randn(1, 6, 5, 5), torch.rand(6) + 0.5
     net = nn.Sequential(layer)
-    (seen,) = output_gradients(net, ["0"], x, with_weights=True)
+    (seen,) = output_gradients(net, ["0"], x, weights_around={"0": torch.zeros(6)})
     step = channel_qparams(layer.weight * along_inputs(layer, scale)).scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
     drawn = 0.0
     with torch.no_grad():

@@ -46,27 +46,69 @@ def test_on_average_the_square_is_the_noise_of_the_output():
     assert float(squares.sum() / exact) == pytest.approx(1, abs=0.1)  # 8000 samples
 
 
+def means_of(net, layers):
+    torch.manual_seed(0)
+    modules = {name: net.get_submodule(name) for name in layers}
+    return {
+        name: torch.randn(layer.in_channels if isinstance(layer, torch.nn.Conv2d) else layer.in_features)
+        for name, layer in modules.items()
+    }
+
+
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_gradients_of_weights_are_those_of_every_image_alone(family):
+def test_gradients_of_weights_are_those_of_every_image_alone(family, centred):
     net, images, layers = tiny_model(family).net, tiny_batches(1)[0][:2], tiny_model(family).layers
-    found = [seen.weights for seen in output_gradients(net, layers, images, with_weights=True)]
+    means = {name: mean * centred for name, mean in means_of(net, layers).items()}
+    found = [seen.weights for seen in output_gradients(net, layers, images, weights_around=means)]
     generator = torch.Generator().manual_seed(0)
+    shifts = {name: torch.zeros(len(net.get_submodule(name).weight), requires_grad=True) for name in layers}
+
+    def shifted(name):
+        return lambda _m, _x, y: y + (shifts[name][:, None, None] if y.ndim == 4 else shifts[name])
+
+    hooks = [net.get_submodule(name).register_forward_hook(shifted(name)) for name in layers]
     weights = [net.get_submodule(name).weight.requires_grad_() for name in layers]
     for image, squares in zip(images, found, strict=True):
         output = net(image[None])
         expected = [torch.zeros_like(weight) for weight in weights]
         for vector in torch.randn(PROJECTIONS, *output.shape, generator=generator):
-            gradients = torch.autograd.grad((output * vector).sum(), weights, retain_graph=True)
-            expected = [total + gradient**2 for total, gradient in zip(expected, gradients, strict=True)]
+            dot = (output * vector).sum()
+            gradients = torch.autograd.grad(dot, weights, retain_graph=True)
+            offsets = torch.autograd.grad(dot, list(shifts.values()), retain_graph=True)
+            for index, (name, gradient, offset) in enumerate(zip(layers, gradients, offsets, strict=True)):
+                layer = net.get_submodule(name)
+                # a mean on all taps adds its share of the output's gradient to each of them
+                per_group = means[name].reshape(getattr(layer, "groups", 1), -1)
+                rows = per_group.repeat_interleave(len(offset) // len(per_group), 0)
+                of_mean = (offset[:, None] * rows).reshape(*rows.shape[:1], -1, *[1] * (gradient.ndim - 2))
+                expected[index] += (gradient - of_mean) ** 2
         for name, total in zip(layers, expected, strict=True):
             torch.testing.assert_close(squares[name], total.detach(), rtol=1e-4, atol=1e-6 * float(total.max()))
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_centred_weight_reads_its_input_less_the_mean():
+    torch.manual_seed(0)
+    first, mean, x = torch.nn.Linear(6, 4), torch.randn(6), torch.randn(1, 5, 6)
+    net, lower = (
+        torch.nn.Sequential(first, torch.nn.GELU()),
+        torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.GELU()),
+    )
+    with torch.no_grad():
+        lower[0].weight.copy_(first.weight)
+        lower[0].bias.copy_(first.bias + first.weight @ mean)
+    (found,) = output_gradients(net, ["0"], x, weights_around={"0": mean})
+    (expected,) = output_gradients(lower, ["0"], x - mean, weights_around={"0": torch.zeros(6)})
+    torch.testing.assert_close(found.weights["0"], expected.weights["0"], rtol=1e-4, atol=1e-6)
 
 
 def test_no_hook_and_no_gradient_stays():
     model = tiny_model("vit")
     layers = model.layers
     wanted = [parameter.requires_grad for parameter in model.net.parameters()]
-    list(output_gradients(model.net, layers, tiny_batches(1)[0], with_weights=True))
+    list(output_gradients(model.net, layers, tiny_batches(1)[0], weights_around=means_of(model.net, layers)))
     assert [parameter.requires_grad for parameter in model.net.parameters()] == wanted
     assert all(not module._forward_pre_hooks for module in model.net.modules())
     assert all(parameter.grad is None for parameter in model.net.parameters())
