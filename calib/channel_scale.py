@@ -35,10 +35,14 @@ class FoldScale:
     factor: Tensor
     widening: float
 
+    def along(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """(centre, factor) in a shape that goes with `x`, whose channels lie along `axis`."""
+        shape = [-1 if dimension == axis % x.ndim else 1 for dimension in range(x.ndim)]
+        return self.centre.reshape(shape), self.factor.reshape(shape)
+
     def fake_quantize(self, x: Tensor, amax: float, bits: int, axis: int) -> Tensor:
         """`x`, channels along `axis`, rounded on that scale at the threshold that the scale of all folds calls `amax`."""
-        shape = [-1 if dimension == axis % x.ndim else 1 for dimension in range(x.ndim)]
-        centre, factor = self.centre.reshape(shape), self.factor.reshape(shape)
+        centre, factor = self.along(x, axis)
         return input_grid(amax * self.widening, bits).fake_quantize((x - centre) * factor) / factor + centre
 
 

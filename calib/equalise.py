@@ -32,6 +32,7 @@ from calib.batches import Batches, spread_images
 from calib.channel_scale import FoldScale, channel_scale
 from calib.errors import UserError
 from calib.first_order import output_gradients, output_noise
+from calib.grids import input_grid
 from calib.hooks import input_hooks
 from calib.layer_rows import ChannelStatistics, along_inputs, channel_axis, channel_statistics
 from calib.moves import Move, Moved, Norm
@@ -50,7 +51,7 @@ THRESHOLDS = (
     1.25,
     1.6,
 )  # clipping thresholds tried, of the range; the final one is calibrate's business
-JUDGE_IMAGES = 8  # per fold
+JUDGE_IMAGES = 6  # per fold
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ Candidate = tuple[float, bool]  # exponent, centred
 
 def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int) -> Tensor:
     """What rounding `x` does to the output, to first order, at each of `THRESHOLDS`; see `output_noise`."""
-    return torch.tensor(
-        [output_noise(gradients, scale.fake_quantize(x, amax * threshold, bits, axis) - x) for threshold in THRESHOLDS],
-        dtype=torch.float64,
-    )
+    centre, factor = scale.along(x, axis)
+    scaled, slopes = (x - centre) * factor, gradients / factor
+    grids = [input_grid(amax * threshold, bits) for threshold in THRESHOLDS]
+    return torch.tensor([output_noise(slopes, grid.fake_quantize(scaled) - scaled) for grid in grids], dtype=torch.float64)
 
 
 def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> float:

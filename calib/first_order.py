@@ -34,7 +34,7 @@ class Seen(NamedTuple):
 
 def output_noise(gradients: Tensor, error: Tensor) -> float:
     """|y(x + e) - y(x)|^2 summed over images, of an error (B, ...) where g is `gradients` (K, B, ...); K times as much."""
-    return float((gradients * error).flatten(2).sum(2).square().sum())
+    return float(torch.einsum("kbe,be->kb", gradients.flatten(2), error.flatten(1)).square().sum())
 
 
 @contextmanager
