@@ -22,7 +22,7 @@ from calib.quant_model import QuantModel, StageRecord
 from calib.ranges import SignedHistogram, grid_from_histogram
 from calib.threshold_search import Judge, candidates, search
 
-JUDGE_IMAGES = 12  # per fold
+JUDGE_IMAGES = 8  # per fold
 FOLD_THRESHOLDS = "fold_thresholds"  # in the record's details: what each fold alone would give, by layer
 
 

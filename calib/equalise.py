@@ -19,6 +19,7 @@ search rounds symmetrically even where inputs get zero points later: centring do
 """
 
 import copy
+import functools
 import itertools
 import math
 import time
@@ -75,7 +76,9 @@ def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bit
     centre, factor = scale.along(x, axis)
     scaled, slopes = (x - centre) * factor, gradients / factor
     grids = [input_grid(amax * threshold, bits) for threshold in THRESHOLDS]
-    return torch.tensor([output_noise(slopes, grid.fake_quantize(scaled) - scaled) for grid in grids], dtype=torch.float64)
+    return torch.tensor(
+        [output_noise(slopes, grid.fake_quantize(scaled) - scaled) for grid in grids], dtype=torch.float64
+    )
 
 
 def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> float:
@@ -204,12 +207,12 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
     places = list(placed_moves(model))
     shifts = {consumer: move.shifts for move, _, consumer in places}
     ranges = [channel_statistics(model.net, shifts, batches) for batches in folds]
+    whole = functools.reduce(ChannelStatistics.merge, ranges)
     chosen = _judged(model, shifts, folds, ranges, config)
     moved = []
     for _, producer, consumer in places:
         if any(chosen[consumer]):
-            low = torch.stack([found.low[consumer] for found in ranges]).amin(0)
-            high = torch.stack([found.high[consumer] for found in ranges]).amax(0)
+            low, high = whole.low[consumer], whole.high[consumer]
             moved.append(Moved(producer, consumer, *channel_scale(low, high, *chosen[consumer])))
     exponents = [exponent for exponent, _ in chosen.values()]
     notes = (

@@ -18,20 +18,20 @@ BATCH = 16
 MARGIN_DB = 0.1  # a smaller gain is chance
 
 
-def sqnr_db(folds: Sequence[Batches], *candidates: Sequence[QuantModel]) -> list[float]:
+def sqnr_db(folds: Sequence[Batches], *candidates: Sequence[QuantModel], images: int = JUDGED) -> list[float]:
     """Output SQNR (dB) of each candidate over all folds; fold i - 1 runs through its i-th model, fitted on fold i.
 
-    The candidates are repairs of one network: its float outputs are computed once for all.
+    The candidates are repairs of one network: its float outputs are computed once for all. `images` of each fold are taken.
     """
     signal, noise = 0.0, [0.0] * len(candidates)
     for index, models in enumerate(zip(*candidates, strict=True)):
         nets = [quantized_net(model) for model in models]
         with torch.inference_mode():
-            for images in spread_images(folds[index - 1], JUDGED).split(BATCH):
-                exact = models[0].float_net(images).double()
+            for batch in spread_images(folds[index - 1], images).split(BATCH):
+                exact = models[0].float_net(batch).double()
                 signal += float(exact.square().sum())
                 for which, net in enumerate(nets):
-                    noise[which] += float((net(images) - exact).square().sum())
+                    noise[which] += float((net(batch) - exact).square().sum())
     return [decibels(signal, each) for each in noise]
 
 

@@ -92,6 +92,15 @@ class ChannelStatistics:
         """(C,) float32."""
         return (self.total[name] / self.count[name]).float()
 
+    def merge(self, other: "ChannelStatistics") -> "ChannelStatistics":
+        """Of the images of both; neither is changed."""
+        merged = ChannelStatistics()
+        merged.low = {name: torch.minimum(low, other.low[name]) for name, low in self.low.items()}
+        merged.high = {name: torch.maximum(high, other.high[name]) for name, high in self.high.items()}
+        merged.total = {name: total + other.total[name] for name, total in self.total.items()}
+        merged.count = self.count + other.count
+        return merged
+
 
 def channel_statistics(net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor]) -> ChannelStatistics:
     """Of what `layers` read while `batches` go through `net`."""

@@ -1,8 +1,8 @@
 """Which clipping thresholds serve the network's output best, on photographs that did not suggest them.
 
 A layer's own error is no judge of this: in a transformer it favours clipping the few huge activations that later layers live
-on. So one rule for all layers is judged by the network's output when all its inputs round; and thresholds are chosen layer
-by layer by what their error does to the output, to first order (calib/first_order.py), then judged in the same way.
+on. What the error of every threshold at every layer does to the output, to first order (calib/first_order.py), ranks rules
+for all layers and chooses thresholds layer by layer; the best of both are judged by the output when all inputs round.
 
 Thresholds come from one fold, the images they are judged on from another. Both folds must be new to each other, equalisation
 included (calib/channel_scale.py): by the channel scales of all folds together no photograph of theirs exceeds a range, while
@@ -26,6 +26,7 @@ from calib.quant_model import QuantModel
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
 MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new photographs exceed it
 NOT_FOR_ALL = ("max x1.6", "max x2", "max x2.5")  # some layers need that much, never all of them: not judged as a rule
+JUDGED_RULES = 3  # whose output is measured: those that are foretold the least noise
 PER_LAYER = "per layer"
 
 Offers = Mapping[str, Mapping[str, float]]  # layer -> candidate -> threshold
@@ -89,27 +90,26 @@ class Judge:
 
 def search(judge: Judge, offers: Sequence[Offers]) -> tuple[dict[str, str], str]:
     """(candidate by layer, what was found). `offers`: by fold, the same candidates for every layer."""
-    rules = list(next(iter(offers[0].values())))
-    choices: dict[str, dict[str, str]] = {
-        rule: dict.fromkeys(offers[0], rule) for rule in rules if rule not in NOT_FOR_ALL
-    }
-
-    def thresholds(picks: Mapping[str, str]) -> list[Thresholds]:
-        return [{layer: of_fold[layer][pick] for layer, pick in picks.items()} for of_fold in offers]
-
-    reached = {name: judge.db(thresholds(picks)) for name, picks in choices.items()}
-    best = max(reached, key=lambda name: reached[name])
     alone = judge.alone(offers)
+    offered = list(next(iter(offers[0].values())))
+    rules = [each for each in offered if each not in NOT_FOR_ALL]
+    foretold = {rule: sum(noise[rule] for noise in alone.values()) for rule in rules}
 
-    def least(layer: str, among: Sequence[str]) -> str:
-        return min(among, key=lambda candidate: alone[layer][candidate])
+    def measured(picks: Mapping[str, str]) -> float:
+        return judge.db([{layer: of_fold[layer][pick] for layer, pick in picks.items()} for of_fold in offers])
+
+    choices = {
+        rule: dict.fromkeys(alone, rule) for rule in sorted(rules, key=lambda rule: foretold[rule])[:JUDGED_RULES]
+    }
+    reached = {name: measured(picks) for name, picks in choices.items()}
+    best = max(reached, key=lambda name: reached[name])
 
     def no_narrower(layer: str) -> list[str]:
-        return [rule for rule in rules if all(of[layer][rule] >= of[layer][best] for of in offers)]
+        return [each for each in offered if all(of[layer][each] >= of[layer][best] for of in offers)]
 
-    for name, among in ((PER_LAYER, lambda _: rules), (f"{PER_LAYER}, no narrower than {best}", no_narrower)):
-        choices[name] = {layer: least(layer, among(layer)) for layer in offers[0]}
-        reached[name] = judge.db(thresholds(choices[name]))
+    for name, among in ((PER_LAYER, lambda _: offered), (f"{PER_LAYER}, no narrower than {best}", no_narrower)):
+        choices[name] = {layer: min(among(layer), key=lambda each: noise[each]) for layer, noise in alone.items()}
+        reached[name] = measured(choices[name])
     ranked = sorted(reached, key=lambda name: -reached[name])
     shown = ", ".join(f"{name} {reached[name]:.1f} dB" for name in ranked)
     return choices[ranked[0]], f"by '{ranked[0]}' ({shown} on other photographs)"

@@ -23,7 +23,7 @@ from torch import Tensor
 from calib.batches import Batches, spread_images
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
-from calib.methods.rtn import nearest, with_corrected_biases
+from calib.methods.rtn import corrected, nearest
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
@@ -131,7 +131,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     training = folds[:-1] or folds
     images = torch.cat([spread_images(batches, max(1, config.images // len(training))) for batches in training])
     held_out = spread_images(folds[-1], HELD_OUT)
-    start_here = with_corrected_biases(model.with_sites(least_squares_sites(model)), folds)
+    start_here, *_ = corrected(model.with_sites(least_squares_sites(model)), folds)
     found: dict[str, LearnedLayer] = {}
     better = count = 0
     for layers, before, after in learned_layers(model, start_here, images, held_out, config):

@@ -19,6 +19,10 @@ from tests.tiny import tiny_batches, tiny_model
 FAST = adaround.Config(iterations=20, batch=4)
 
 
+def same_numbers(one, other) -> bool:
+    return all(torch.equal(value, other.net.state_dict()[name]) for name, value in one.net.state_dict().items())
+
+
 def calibrated(family="vit", precision=None):
     folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
     model = replace(tiny_model(family), precision=precision or Precision())
@@ -83,7 +87,7 @@ def test_an_engine_gets_integers_fp16_scales_and_no_new_node():
     model, folds = calibrated(precision=Precision(4, 8))
     assert model.precision.executable
     plain = rtn.reduce_error(model, folds, rtn.Config())
-    found = adaround.reduce_error(model, folds, FAST)
+    found = adaround.reduce_error(model, folds, replace(FAST, iterations=80))
     assert not found.history[-1].notes[0].startswith("dropped")
     assert found.sites.keys() == plain.sites.keys()
     for site, params in found.sites.items():
@@ -104,7 +108,7 @@ def test_what_does_not_help_other_photographs_is_dropped(monkeypatch):
     model, folds = calibrated()
     monkeypatch.setattr(adaround, "MARGIN_DB", 100.0)
     found = adaround.reduce_error(model, folds, FAST)
-    assert found.net is model.net
+    assert same_numbers(found, rtn.nearest(model, folds))
     assert found.history[-1].notes[0].startswith("dropped: network output")
     assert found.history[-1].sqnr_after_db == found.history[-1].sqnr_before_db
 

@@ -4,6 +4,7 @@ import torch
 
 from calib.batches import spread_images
 from calib.calibrate import Config, calibrate
+from calib.threshold_search import JUDGED_RULES
 from tests.tiny import tiny_batches, tiny_model
 
 
@@ -15,8 +16,8 @@ def test_the_search_takes_what_serves_the_networks_output_best():
     assert note.startswith("8 activation scales by '")
     figures = [float(figure) for figure in re.findall(r"(-?[0-9.]+) dB", note)]
     assert figures == sorted(figures, reverse=True)
-    # max, four percentiles, MSE, entropy, max with a margin, the best per layer, and that without narrowing
-    assert len(figures) == 10
+    # the three rules foretold the least noise, the best per layer, and that without narrowing
+    assert len(figures) == JUDGED_RULES + 2
 
 
 def test_all_folds_together_give_the_final_scale():

@@ -11,7 +11,7 @@ BAD = {
     "unknown method": ('[method]\nname = "rtm"', r"unknown method 'rtm'.*Did you mean 'rtn'"),
     "option the method lacks": (
         '[method]\nname = "rtn"\nsteps = 3',
-        r"unknown option 'steps'; expected none",
+        r"unknown option 'steps'; expected bias_correction",
     ),
     "not a table": ("calibrate = 3", "expected a table"),
     "not TOML": ("[calibrate", "cannot be read"),

