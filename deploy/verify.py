@@ -12,8 +12,8 @@ from benchmarks.latency import Comparison, compare
 from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
 from deploy.runners import OnnxRunner, integer_layers
 
-# FP16 moves values across rounding boundaries, as another processor does: the few golden images gained up to 2.7 dB by it and
-# lost up to 2.1. An overflow costs tens of dB.
+# FP16 moves values across rounding boundaries, as another processor does: the few golden images gained up to 2.7 dB by it
+# and lost up to 2.1. An overflow costs tens of dB.
 MAX_FP16_LOSS_DB = 3.0
 # ... or is small by itself. ONNX Runtime rounds to FP16 after every operation: 35-41 dB on networks of random weights.
 FP16_NOISE_DB = 33.0
