@@ -15,7 +15,7 @@ from calib.channel_scale import FoldScale, fold_scale
 from calib.equalise import EQUALISED
 from calib.grids import Grid, Unrounded, input_grid
 from calib.hooks import input_hooks
-from calib.layer_rows import ChannelStatistics
+from calib.layer_rows import Extremes
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.precision import UNROUNDED
 from calib.quant_model import QuantModel, StageRecord
@@ -55,23 +55,23 @@ class Observed:
     """What one fold showed of the layers' inputs."""
 
     histograms: dict[str, Histogram]
-    channels: ChannelStatistics
+    extremes: Extremes
 
 
 def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, ranged: Sequence[str]) -> Observed:
-    """`ranged`: the layers whose channels are looked at."""
-    channels = ChannelStatistics()
+    """`ranged`: the layers whose channels' extremes are wanted."""
+    extremes = Extremes()
     with (
         observed_inputs(net, layers) as histograms,
-        input_hooks(net, ranged, channels.add),
+        input_hooks(net, ranged, extremes.add),
         torch.inference_mode(),
     ):
         for batch in batches:
             net(batch)
-    return Observed(histograms, channels)
+    return Observed(histograms, extremes)
 
 
-def _fold_scales(model: QuantModel, fold: ChannelStatistics) -> dict[str, FoldScale]:
+def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
     """How the fold alone would have equalised, by layer."""
     details = (record.details for record in model.history if record.stage == "equalise")
     equalised = next(details, {}).get(EQUALISED, {})
@@ -127,7 +127,7 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
             for found in (*by_fold, whole)
         ]
         images = [spread_images(folds[index - 1], JUDGE_IMAGES) for index in range(len(folds))]
-        judge = Judge(model, [_fold_scales(model, fold.channels) for fold in observed], images)
+        judge = Judge(model, [_fold_scales(model, fold.extremes) for fold in observed], images)
         picks, how = search(judge, offers[:-1])
         chosen = [
             {name: offer[pick] for (name, pick), offer in zip(picks.items(), of.values(), strict=True)} for of in offers

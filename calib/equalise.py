@@ -20,7 +20,6 @@ search rounds symmetrically even where inputs get zero points later: centring do
 
 import copy
 import functools
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from calib.errors import UserError
 from calib.first_order import output_gradients, output_noise
 from calib.grids import input_grid
 from calib.hooks import input_hooks
-from calib.layer_rows import ChannelStatistics, along_inputs, channel_axis, channel_statistics
+from calib.layer_rows import Extremes, Means, along_inputs, channel_axis, look_at_inputs
 from calib.moves import Move, Moved, Norm
 from calib.precision import UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
@@ -45,13 +44,8 @@ from calib.repq import Reparametrised, channel_ranges, reparametrised
 EQUALISED = "equalised"  # in the record's details: [exponent, centred] by layer
 RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
-THRESHOLDS = (
-    0.6,
-    0.8,
-    1.0,
-    1.25,
-    1.6,
-)  # clipping thresholds tried, of the range; the final one is calibrate's business
+# clipping thresholds tried, of the range; the final one is calibrate's business
+THRESHOLDS = (0.6, 0.8, 1.0, 1.25, 1.6)
 JUDGE_IMAGES = 6  # per fold
 
 
@@ -116,7 +110,8 @@ def _judged(
     model: QuantModel,
     shifts: Mapping[str, bool],
     folds: Sequence[Batches],
-    ranges: Sequence[ChannelStatistics],
+    ranges: Sequence[Extremes],
+    means: Sequence[Means],
     config: Config,
 ) -> dict[str, Candidate]:
     """(exponent, centred) by layer, the least noise across folds; ties go to the first, which changes least.
@@ -126,16 +121,18 @@ def _judged(
     total: dict[str, dict[Candidate, Tensor]] = {name: {} for name in shifts}
     if not total:
         return {}
-    for index, found in enumerate(ranges):
-        trials = {}
-        for name, shift in shifts.items():
-            candidates = itertools.product((False, True) if shift and config.shift else (False,), config.exponents)
-            trials[name] = Trial(
-                model.net.get_submodule(name), found.low[name], found.high[name], [(a, m) for m, a in candidates]
-            )
+    candidates = {
+        name: [(a, m) for m in ((False, True) if shift and config.shift else (False,)) for a in config.exponents]
+        for name, shift in shifts.items()
+    }
+    for index, (found, mean) in enumerate(zip(ranges, means, strict=True)):
+        trials = {
+            name: Trial(model.net.get_submodule(name), found.low[name], found.high[name], candidates[name])
+            for name in shifts
+        }
         images = spread_images(folds[index - 1], JUDGE_IMAGES)
-        means = {name: found.mean(name) for name in shifts}
-        for seen in output_gradients(model.net, list(shifts), images, weights_around=means):
+        around = {name: mean.of(name) for name in shifts}
+        for seen in output_gradients(model.net, list(shifts), images, weights_around=around):
             with torch.no_grad():
                 for name, trial in trials.items():
                     noise = trial.noise(seen.inputs[name], seen.gradients[name], seen.weights[name], model.bits(name))
@@ -206,9 +203,11 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
     start = time.perf_counter()
     places = list(placed_moves(model))
     shifts = {consumer: move.shifts for move, _, consumer in places}
-    ranges = [channel_statistics(model.net, shifts, batches) for batches in folds]
-    whole = functools.reduce(ChannelStatistics.merge, ranges)
-    chosen = _judged(model, shifts, folds, ranges, config)
+    ranges, means = [Extremes() for _ in folds], [Means() for _ in folds]
+    for batches, extremes, mean in zip(folds, ranges, means, strict=True):
+        look_at_inputs(model.net, shifts, batches, extremes, mean)
+    whole = functools.reduce(Extremes.merge, ranges)
+    chosen = _judged(model, shifts, folds, ranges, means, config)
     moved = []
     for _, producer, consumer in places:
         if any(chosen[consumer]):

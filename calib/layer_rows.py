@@ -6,6 +6,7 @@ T sampled rows, G groups (1 for a Linear), N outputs and K inputs per group. A r
 K = (in / groups) kh kw, the channel being the slow index.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -70,45 +71,65 @@ def _pair(padding: object) -> tuple[int, int]:
     return padding
 
 
-class ChannelStatistics:
-    """Lowest, highest and mean value (C,) of every channel that layers read, over all images seen."""
+def _but_channels(layer: nn.Module, x: Tensor) -> list[int]:
+    """The axes of the input `x` of `layer` that are not its channels."""
+    return [axis for axis in range(x.ndim) if axis != channel_axis(layer) % x.ndim]
+
+
+class Extremes:
+    """Lowest and highest value (C,) of every channel that layers read, over all images seen."""
 
     def __init__(self) -> None:
         self.low: dict[str, Tensor] = {}
         self.high: dict[str, Tensor] = {}
-        self.total: dict[str, Tensor] = {}  # float64
+
+    def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """Widen the ranges of a layer by its input `x`."""
+        axes = _but_channels(layer, x)
+        low, high = x.amin(axes), x.amax(axes)
+        self.low[name] = torch.minimum(self.low.get(name, low), low)
+        self.high[name] = torch.maximum(self.high.get(name, high), high)
+
+    def merge(self, other: "Extremes") -> "Extremes":
+        """Of the images of both; neither is changed."""
+        merged = Extremes()
+        merged.low = {name: torch.minimum(low, other.low[name]) for name, low in self.low.items()}
+        merged.high = {name: torch.maximum(high, other.high[name]) for name, high in self.high.items()}
+        return merged
+
+
+class Means:
+    """Mean value of every channel that layers read, over all images seen."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}  # (C,) float64
         self.count: Counter[str] = Counter()
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """Take the input `x` of a layer in."""
-        axes = [0, 2, 3] if isinstance(layer, nn.Conv2d) else list(range(x.ndim - 1))
-        low, high, total = x.amin(axes), x.amax(axes), x.sum(axes, dtype=torch.float64)
-        self.low[name] = torch.minimum(self.low.get(name, low), low)
-        self.high[name] = torch.maximum(self.high.get(name, high), high)
+        total = x.sum(_but_channels(layer, x), dtype=torch.float64)
         self.total[name] = self.total.get(name, 0.0) + total
-        self.count[name] += x.numel() // len(low)
+        self.count[name] += x.numel() // len(total)
 
-    def mean(self, name: str) -> Tensor:
+    def of(self, name: str) -> Tensor:
         """(C,) float32."""
         return (self.total[name] / self.count[name]).float()
 
-    def merge(self, other: "ChannelStatistics") -> "ChannelStatistics":
+    def merge(self, other: "Means") -> "Means":
         """Of the images of both; neither is changed."""
-        merged = ChannelStatistics()
-        merged.low = {name: torch.minimum(low, other.low[name]) for name, low in self.low.items()}
-        merged.high = {name: torch.maximum(high, other.high[name]) for name, high in self.high.items()}
+        merged = Means()
         merged.total = {name: total + other.total[name] for name, total in self.total.items()}
         merged.count = self.count + other.count
         return merged
 
 
-def channel_statistics(net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor]) -> ChannelStatistics:
-    """Of what `layers` read while `batches` go through `net`."""
-    found = ChannelStatistics()
-    with input_hooks(net, layers, found.add), torch.inference_mode():
+def look_at_inputs(net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor], *seen: Extremes | Means) -> None:
+    """Let `seen` take in what `layers` read while `batches` go through `net`."""
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for each in seen:
+            hooks.enter_context(input_hooks(net, layers, each.add))
         for batch in batches:
             net(batch)
-    return found
 
 
 def input_rows(

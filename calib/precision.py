@@ -50,6 +50,3 @@ class LayerBits:
 
     weight: int
     input: int
-
-
-INT8 = LayerBits(8, 8)

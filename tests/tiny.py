@@ -49,3 +49,9 @@ def tiny_model(family: str, seed: int = 0) -> QuantModel:
 def tiny_batches(count: int = 3, batch: int = 4, seed: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, 3, SIZE, SIZE, generator=generator) for _ in range(count)]
+
+
+def same_numbers(one: QuantModel, other: QuantModel) -> bool:
+    """Whether the networks of both hold the same weights and biases."""
+    numbers = other.net.state_dict()
+    return all(torch.equal(value, numbers[name]) for name, value in one.net.state_dict().items())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from calib.batches import Batches, spread_images
 from calib.held_out import sqnr_db
-from calib.layer_rows import ChannelStatistics, along_inputs, channel_statistics
+from calib.layer_rows import Means, along_inputs, look_at_inputs
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams, channel_qparams
 from calib.rounded_layer import with_biases
@@ -52,11 +52,11 @@ def mean_repair(layer: nn.Module, params: QParams, mean: Tensor) -> Tensor:
 
 def mean_inputs(model: QuantModel, folds: Sequence[Batches]) -> list[dict[str, Tensor]]:
     """Mean (C,) of what each layer reads, by fold, then of all folds together."""
-    seen = [
-        channel_statistics(model.net, model.layers, spread_images(batches, IMAGES).split(BATCH)) for batches in folds
-    ]
-    whole = functools.reduce(ChannelStatistics.merge, seen)
-    return [{name: one.mean(name) for name in model.layers} for one in (*seen, whole)]
+    seen = [Means() for _ in folds]
+    for batches, means in zip(folds, seen, strict=True):
+        look_at_inputs(model.net, model.layers, spread_images(batches, IMAGES).split(BATCH), means)
+    whole = functools.reduce(Means.merge, seen)
+    return [{name: one.of(name) for name in model.layers} for one in (*seen, whole)]
 
 
 def with_corrected_biases(model: QuantModel, means: Mapping[str, Tensor]) -> QuantModel:

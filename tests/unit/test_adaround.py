@@ -14,13 +14,9 @@ from calib.precision import Precision
 from calib.qdq import quantized_net
 from calib.quantizer import fp16_scale
 from calib.unit_io import readers_and_sizes, unit_io
-from tests.tiny import tiny_batches, tiny_model
+from tests.tiny import same_numbers, tiny_batches, tiny_model
 
 FAST = adaround.Config(iterations=20, batch=4)
-
-
-def same_numbers(one, other) -> bool:
-    return all(torch.equal(value, other.net.state_dict()[name]) for name, value in one.net.state_dict().items())
 
 
 def calibrated(family="vit", precision=None):

@@ -12,7 +12,7 @@ from calib.layer_sums import LayerSums, add_inputs, pooled
 from calib.methods import erq, rtn
 from calib.quantizer import QParams, quantize
 from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
-from tests.tiny import TINY, tiny_batches, tiny_model
+from tests.tiny import TINY, same_numbers, tiny_batches, tiny_model
 
 
 def coarse_rows(count=4096, columns=24, step=0.7, seed=0):
@@ -195,8 +195,7 @@ def test_a_fit_that_harms_the_output_is_dropped(monkeypatch):
 
     monkeypatch.setattr(erq, "best_fits", zero)
     found = erq.reduce_error(model, folds, erq.Config())
-    nearest = rtn.nearest(model, folds)
-    assert all(torch.equal(value, nearest.net.state_dict()[name]) for name, value in found.net.state_dict().items())
+    assert same_numbers(found, rtn.nearest(model, folds))
     assert found.sites.keys() == rtn.reduce_error(model, folds, rtn.Config()).sites.keys()
     assert found.history[-1].notes[1].startswith("dropped")
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
-from calib.layer_rows import channel_statistics
+from calib.layer_rows import Extremes, Means, look_at_inputs
 from calib.methods import rtn
 from calib.precision import UNROUNDED, Precision
 from calib.qdq import quantized_net
@@ -23,10 +23,11 @@ def test_the_mean_output_is_that_of_the_exact_weight(layer):
     torch.manual_seed(0)
     x = torch.randn(400, 6) + 3 if isinstance(layer, nn.Linear) else torch.randn(40, 6, 12, 12) + 3
     params = channel_qparams(layer.weight, bits=3)
-    mean = channel_statistics(nn.Sequential(layer), ["0"], [x]).mean("0")
+    means = Means()
+    look_at_inputs(nn.Sequential(layer), ["0"], [x], means)
     with torch.no_grad():
         exact = layer(x).transpose(0, 1).flatten(1).mean(1)
-        change = rtn.mean_repair(layer, params, mean)
+        change = rtn.mean_repair(layer, params, means.of("0"))
         layer.weight.copy_(params.fake_quantize(layer.weight))
         rounded = layer(x).transpose(0, 1).flatten(1).mean(1)
     # a patch sees a little less of the edges than the channel's mean does
@@ -80,13 +81,19 @@ def test_a_correction_that_harms_is_dropped_and_said():
 def test_statistics_of_parts_merge_to_those_of_the_whole(count):
     net, batches = tiny_model("mobilenet").net, tiny_batches(3, seed=1)
     layers = tiny_model("mobilenet").layers
-    whole = channel_statistics(net, layers, batches)
-    merged = channel_statistics(net, layers, batches[:count]).merge(
-        channel_statistics(net, layers, batches[count - 1 :])
-    )
+
+    def seen(images):
+        extremes, means = Extremes(), Means()
+        look_at_inputs(net, layers, images, extremes, means)
+        return extremes, means
+
+    (extremes, means), parts = seen(batches), [seen(batches[:count]), seen(batches[count - 1 :])]
+    merged = parts[0][0].merge(parts[1][0])
     for name in layers:
-        assert torch.equal(merged.low[name], whole.low[name])
-        assert torch.equal(merged.high[name], whole.high[name])
+        assert torch.equal(merged.low[name], extremes.low[name])
+        assert torch.equal(merged.high[name], extremes.high[name])
     if count == 1:  # nothing twice
-        twice = channel_statistics(net, layers, [*batches, *batches])
-        torch.testing.assert_close(twice.mean(layers[-1]), whole.mean(layers[-1]))
+        twice = means.merge(means)
+        torch.testing.assert_close(twice.of(layers[-1]), means.of(layers[-1]))
+        _, again = seen([*batches, *batches])
+        torch.testing.assert_close(again.of(layers[-1]), means.of(layers[-1]))

@@ -27,7 +27,7 @@ def judged(model, folds):
     observed = [_observe(model.net, model.layers, batches, model.layers) for batches in folds]
     offers = [{name: candidates(found) for name, found in fold.histograms.items()} for fold in observed]
     images = [torch.cat(folds[index - 1]) for index in range(len(folds))]
-    return Judge(model, [_fold_scales(model, fold.channels) for fold in observed], images), offers
+    return Judge(model, [_fold_scales(model, fold.extremes) for fold in observed], images), offers
 
 
 def by_hand(model, thresholds, images):
