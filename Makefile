@@ -53,10 +53,10 @@ doctor: $(VENV)/.ready ## What is installed, which backends build and run, what 
 	@$(RUN) -m deploy doctor
 
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
 test-fast: $(VENV)/.ready-dev ## Run the tests that need no real network
-	@$(RUN) -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slow"
 
 lint: $(VENV)/.ready-dev ## Style and types
 	@$(RUN) -m ruff check .

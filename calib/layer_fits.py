@@ -8,6 +8,7 @@ from calib.layer_sums import LayerSums, add_inputs
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
+from calib.watch import Watch
 
 MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
 
@@ -33,8 +34,14 @@ def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
 
 
 def fitted_layers(
-    model: QuantModel, plain: QuantModel, folds: Sequence[Batches], rows: int, fit: Fit, propagate: bool = False
-) -> list[dict[str, RoundedLayer]]:
+    model: QuantModel,
+    plain: QuantModel,
+    folds: Sequence[Batches],
+    rows: int,
+    fit: Fit,
+    watch: Watch,
+    propagate: bool = False,
+) -> list[dict[str, RoundedLayer]]:  # fmt: skip
     """What `fit` finds for each layer of `model`: by fold, then of all folds together.
 
     `plain`: `model` with `:weight` sites, its biases perhaps others. `rows` of a layer's input over all images are enough.
@@ -43,6 +50,7 @@ def fitted_layers(
     share = max(1, rows // sum(len(batches) for batches in folds))
     found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]
     rounded: list[str] = []
+    done = 0
     for part in parts(model, len(folds), propagate):
         source = None
         if propagate:
@@ -56,5 +64,7 @@ def fitted_layers(
             if fits := fit(nearest, [of_fold.pop(name) for of_fold in sums]):
                 for layers, one in zip(found, fits, strict=True):
                     layers[name] = one
+            done += 1
+            watch.at(done, len(model.layers))
         rounded += part
     return found

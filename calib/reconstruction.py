@@ -11,6 +11,7 @@ start.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ from calib.unit_io import readers_and_sizes, unit_io
 
 LOOKS = 10  # at the images held out, in each phase
 BATCH = 16  # images at a time where nothing trains
+
+State = dict[str, Any]  # of a task that is being learned: all it takes to go on
+Follow = Callable[[State, bool], None]
+
+
+def _alone(state: State, looked: bool) -> None:
+    """Nobody follows."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,15 @@ def _undecided(task: Task, beta: float) -> Tensor:
     return torch.stack([undecided(layer.h()[layer.free], beta) for layer in task.layers.values()]).sum()
 
 
-def _learn(task: Task, phase: Phase, schedule: Schedule, steps: int, keep: Callable[[], None]) -> None:
-    """`steps` steps of Adam on what `phase` learns; `keep` is called `LOOKS` times, last at the end."""
+def _begun(task: Task) -> State:
+    """The state of a task of which nothing is learned yet."""
+    loss = _look(task)
+    values = _values(task)
+    return {"phase": 0, "step": 0, "before": loss, "least": loss, "best": values, "values": values}
+
+
+def _learn(task: Task, phase: Phase, schedule: Schedule, steps: int, state: State, follow: Follow) -> None:
+    """`steps` steps of Adam on what `phase` learns, looking `LOOKS` times, last at the end; `state` is kept up to date."""
     for layer in task.layers.values():
         layer.learn(phase.learned)
     alphas, others = (_parameters(task.layers, rounding) for rounding in (True, False))
@@ -112,8 +127,11 @@ def _learn(task: Task, phase: Phase, schedule: Schedule, steps: int, keep: Calla
     optimiser = torch.optim.Adam(
         [{"params": alphas, "lr": schedule.rounding_rate}, {"params": others, "lr": schedule.step_rate}]
     )
+    if state["step"]:
+        optimiser.load_state_dict(state["optimiser"])
+        task.generator.set_state(state["generator"])
     task.mode.exact_inputs = phase.exact_inputs
-    for step in range(steps):
+    for step in range(state["step"], steps):
         task.mode.soft = True
         loss = task.loss(torch.randperm(task.count, generator=task.generator)[: schedule.batch])
         if alphas and (beta := beta_at(step / steps)):
@@ -124,28 +142,41 @@ def _learn(task: Task, phase: Phase, schedule: Schedule, steps: int, keep: Calla
         optimiser.step()
         for layer in task.layers.values():
             layer.keep_positive()
-        if (step + 1) * LOOKS // steps > step * LOOKS // steps:
-            keep()
+        looked = (step + 1) * LOOKS // steps > step * LOOKS // steps
+        if looked:
+            if (found := _look(task)) < state["least"]:
+                state |= {"least": found, "best": _values(task)}
+            state |= {
+                "step": step + 1, "values": _values(task), "optimiser": optimiser.state_dict(),
+                "generator": task.generator.get_state(),
+            }  # fmt: skip
+        follow(state, looked)
 
 
-def reconstruct(task: Task, phases: Sequence[Phase], schedule: Schedule) -> tuple[float, float]:
-    """Teach the layers of `task` phase by phase; (loss on images held out at the start, at the best look, which remains)."""
+def steps_of(phase: Phase, schedule: Schedule) -> int:
+    """How many steps of Adam a phase has."""
+    return max(1, round(phase.share * schedule.iterations))
+
+
+def reconstruct(
+    task: Task, phases: Sequence[Phase], schedule: Schedule, state: State | None = None, follow: Follow = _alone
+) -> tuple[float, float]:
+    """Teach the layers of `task` phase by phase; (loss on images held out at the start, at the best look, which remains).
+
+    `follow` gets, after each step, the state at the last look, and whether that was now; with a `state` that it got, an
+    interrupted task goes on to the same numbers.
+    """
     task.mode.drop, task.mode.generator = schedule.drop, task.generator
-    before = least = _look(task)
-    best = _values(task)
-
-    def keep() -> None:
-        nonlocal least, best
-        if (loss := _look(task)) < least:
-            least, best = loss, _values(task)
-
-    for phase in phases:
-        _learn(task, phase, schedule, max(1, round(phase.share * schedule.iterations)), keep)
-        _restore(task, best)
+    state = state or _begun(task)
+    _restore(task, state["values"])
+    for index in range(state["phase"], len(phases)):
+        _learn(task, phases[index], schedule, steps_of(phases[index], schedule), state, follow)
+        state |= {"phase": index + 1, "step": 0, "values": state["best"], "optimiser": None}
+        _restore(task, state["best"])
     task.mode.soft = False
     for layer in task.layers.values():
         layer.learn(())
-    return before, least
+    return state["before"], state["least"]
 
 
 def put_learned_layers(

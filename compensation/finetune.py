@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib.batches import Batches
+from calib.cache import code_sha256
 from calib.errors import UserError
 from calib.held_out import MARGIN_DB, sqnr_db
 from calib.kept_files import tensors_sha256
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
-from compensation.checkpoint import load_checkpoint, save_checkpoint
+from calib.watch import UNWATCHED, Watch
 from compensation.masters import Masters
 from compensation.minibatches import Minibatch, minibatches
 from compensation.sizes import engine_bytes
@@ -47,8 +48,6 @@ LEARNING_RATES = (
 )
 
 JUDGED_BATCHES = 4  # at most, of those that do not train
-
-ProgressCallback = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _check_labels(labels: Sequence[int], images: Batches, size: int, net: nn.Mod
 def _description(
     model: QuantModel, images: Batches, first: Tensor, labels: Sequence[int] | None, config: Config
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued; of the images, their number and first batch."""
+    """What decides the run, so that a checkpoint of it is found; of the images, their number and first batch."""
     nets = {"net": quantized_net(model), "exact": model.exact_net}
     state = {f"{kind}.{name}": value for kind, net in nets.items() for name, value in net.state_dict().items()}
     return {
@@ -169,6 +168,7 @@ def _description(
         "model": tensors_sha256(state),
         "images": [len(images), tensors_sha256({"first": first})],
         "labels": None if labels is None else tensors_sha256({"labels": torch.tensor(labels)}),
+        "code": code_sha256(Path(__file__).parent),
     }
 
 
@@ -200,14 +200,13 @@ def finetune(
     images: Batches,
     config: Config,
     labels: Sequence[int] | None = None,
-    checkpoint: Path | None = None,
-    progress: ProgressCallback | None = None,
+    watch: Watch = UNWATCHED,
 ) -> QuantModel:
     """`model` with its branches trained, and with `labels` (a class per image) its classifier, if that helps.
 
-    `images` come with those of one photograph next to each other: the last ones judge. `checkpoint`: a file from which an
-    interrupted run goes on, to the same numbers as without the interruption. Raises UserError for a checkpoint of another
-    run, labels that do not fit and fewer than two batches; ValueError if `all_blocks` meets blocks that are no chain.
+    `images` come with those of one photograph next to each other: the last ones judge. Interrupted, the same call goes on
+    from the checkpoint of `watch`, to the same numbers as without the interruption. Raises UserError for labels that do not
+    fit and fewer than two batches; ValueError if `all_blocks` meets blocks that are no chain.
     """
     start = time.perf_counter()
     first = next(iter(images))
@@ -228,21 +227,20 @@ def finetune(
         return model.with_record(record("nothing to train: no block has a branch"))
     masters, losses = Masters(running), list[float]()
     untrained = masters.values()
-    if checkpoint:
-        description = _description(begun, images, first, labels, config)
-        if state := load_checkpoint(checkpoint, description):
-            masters.restore(state)
-            losses += state["losses"]
+    checkpoint = watch.checkpoint("qwt_star", lambda: _description(begun, images, first, labels, config))
+    if state := checkpoint.load():
+        masters.restore(state)
+        losses += state["losses"]
     steps = config.epochs * math.ceil(split.count / config.batch)
     for loss in _train(net, begun.exact_net, masters, split, labels, config, len(losses)):
         losses.append(loss)
         if not math.isfinite(loss):
             reason = f"the loss of step {len(losses)} is {loss}; try a smaller learning rate than {rate:g}"
             return model.with_record(record(f"dropped: {reason}"))
-        if checkpoint and (len(losses) % config.save_every == 0 or len(losses) == steps):
-            save_checkpoint(checkpoint, description, {**masters.state(), "losses": losses})
-        if progress:
-            progress(len(losses), steps, loss)
+        if len(losses) % config.save_every == 0:
+            checkpoint.save({**masters.state(), "losses": losses})
+        watch.at(len(losses), steps)
+    checkpoint.remove()
 
     values, held_out = masters.values(), split.held_out()
     tuned = with_values(begun, values)
@@ -253,6 +251,7 @@ def finetune(
         note,
         _loss_note(losses),
         f"learning rate {rate:g} ({why}), {share:.1%} of the FP16 numbers moved",
+        *checkpoint.notes,
     ]
     if labels is not None:
         old, new = (_entropy(each, held_out, labels[split.count :]) for each in (model, tuned))

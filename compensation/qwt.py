@@ -12,7 +12,8 @@ What differs from the reference code, and why:
 3. A branch that does not pass is left out of the network instead of being filled with zeros.
 4. `exact_net` is the target: switching the quantizers of the network itself off would give a wrong one, once a method has
    changed weights.
-5. The form is chosen per block by what it brings and costs (compensation/select.py): `shared` costs no kernel at all.
+5. The form is chosen per block by what it brings and costs (compensation/select.py): `shared` costs no kernel at all. What
+   the network's output is as good without is left out in the end (compensation/leave_out.py).
 6. `target = "global"` aims at the float path from the images on instead: r = l_exact(x_exact) - l_quant(x), so that what one
    block leaves is the next one's to mend.
 """
@@ -37,6 +38,7 @@ from compensation.branch import BlockBranch
 from compensation.carry import CARRIES, Call, Carry
 from compensation.chain import block_layouts
 from compensation.forms import FORMS, NoFitError, Place
+from compensation.leave_out import worth_keeping
 from compensation.select import UNLIMITED, Option, front, select
 from compensation.sizes import engine_bytes
 
@@ -55,6 +57,7 @@ class Config:
     ridges: tuple[float, ...] = (0.0, 0.003, 0.03, 0.3, 3.0)  # tried, on channels of unit power; 0 is the paper's
     r2_min: float = 0.0  # a branch is kept if its cross-validated R2 is above this
     kernel_price: float = 0.05  # R2 that one more kernel must bring
+    by_output: bool = True  # branches that the network's output is as good without are left out
     min_gain_db: float = MARGIN_DB  # of the network's output on other photographs, or all branches go
     max_extra_kernels: int = UNLIMITED  # of all branches together
     max_extra_bytes: int = UNLIMITED
@@ -312,26 +315,43 @@ def compensate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Q
             model, images, config, {name: (chosen[name].form,) if name in chosen else () for name in names}
         )
     points = front(options, config.kernel_price)
-    branches: dict[str, Branch] = {name: fitted.branch for name, fitted in kept.items()}
-    # held_out judges the images of fold i - 1 with the i-th model
-    judges = [
-        replace(model, branches={name: fitted.without[index - 1] for name, fitted in kept.items()})
-        for index in range(len(folds))
-    ]
-    before, *compensated = sqnr_db(folds, [model] * len(folds), *([judges] if kept else []))
-    after = compensated[0] if compensated else before
+    before, after, left_out = _choice(model, folds, config, kept)
+    branches: dict[str, Branch] = {name: one.branch for name, one in kept.items() if name not in left_out}
     worth = bool(branches) and after >= before + config.min_gain_db
     notes = (
         *_notes(model, config, kept, tried, points),
+        *([f"left out, for the output is as good without: {', '.join(left_out)}"] if left_out else []),
         f"{'kept' if worth else 'not worth it, dropped'}: network output {after:.2f} dB against {before:.2f} dB without "
         "branches, on other photographs",
     )
     record = StageRecord(
         "qwt", asdict(config), time.perf_counter() - start, before, after if worth else before, notes,
-        {"tried": tried, "kept": {name: fitted.found for name, fitted in kept.items()} if worth else {},
+        {"tried": tried, "kept": {name: kept[name].found for name in branches} if worth else {},
          "front": points},
     )  # fmt: skip
     return replace(model, branches=branches if worth else {}).with_record(record)
+
+
+def _choice(
+    model: QuantModel, folds: Sequence[Batches], config: Config, kept: Mapping[str, Fitted]
+) -> tuple[float, float, list[str]]:
+    """(dB of the output without branches, with those of the better choice, blocks that this leaves without one)."""
+
+    def judges(blocks: Sequence[str]) -> list[QuantModel]:
+        """The i-th is fitted without fold i - 1, which `sqnr_db` judges it on."""
+        return [
+            replace(model, branches={name: kept[name].without[index - 1] for name in blocks})
+            for index in range(len(folds))
+        ]
+
+    everything, few = list(kept), list(kept)
+    if kept and config.by_output:
+        few = worth_keeping(judges(few), folds, [kept[name].found["kernels"] for name in few], config.kernel_price)
+    choices = [everything] if few == everything else [everything, few]
+    before, *after = sqnr_db(folds, judges([]), *(judges(choice) for choice in choices))
+    if after[-1] >= after[0] - MARGIN_DB:  # fewer cost less
+        return before, after[-1], [name for name in kept if name not in few]
+    return before, after[0], []
 
 
 def _notes(

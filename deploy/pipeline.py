@@ -25,6 +25,7 @@ from calib.preprocess import preprocessing_from_config
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.user_cache import cache_folder
+from calib.watch import Watch
 from calib.weights import load_net
 from calib.zoo import resolve_model
 from deploy.audit import audit, planned_attention, planned_layers, require_int8
@@ -64,7 +65,9 @@ class Options:
     seed: int = 0
     max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
     max_extra_bytes: int | None = None
-    cache: bool = True  # take equalise and calibrate from the cache where every input is the same
+    cache: bool = (
+        True  # take equalise and calibrate from the cache where every input is the same; keep unfinished training
+    )
 
 
 class Batches:
@@ -92,8 +95,8 @@ def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
 
 def _step(progress: Progress, stage: Stage, model: QuantModel, images: CalibrationImages) -> QuantModel:
     """What `stage` makes of `model`, with its notes shown."""
-    with progress.stage(stage.name) as note:
-        model = stage.run(model, images)
+    with progress.stage(stage.name) as note, progress.steps() as at:
+        model = stage.run(model, replace(images, watch=replace(images.watch, at=at)))
         note(*model.history[-1].notes)
     return model
 
@@ -130,7 +133,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
 
         folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
         by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
-        images = CalibrationImages(torch.from_numpy(golden[:1]), folds, by_photograph)
+        watch = Watch(folder=cache_folder("unfinished") if options.cache else None)
+        images = CalibrationImages(torch.from_numpy(golden[:1]), folds, by_photograph, watch)
         model = QuantModel(name, loaded.net, loaded.net, family, precision=recipe.precision)
         model = _step(progress, FOLD, model, images)
         cache = Cache(

@@ -1,4 +1,4 @@
-"""What a person sees while the stages run: one line per stage when it ends, a bar inside the long ones."""
+"""What a person sees while the stages run: one line per stage when it ends, how far the long ones are until then."""
 
 import sys
 import time
@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import rich.progress
 from rich.console import Console
-from rich.progress import track
 
 Item = TypeVar("Item")
+
+QUIET = 60.0  # seconds between lines where there is no terminal for a bar
 
 
 class Progress:
@@ -19,6 +21,8 @@ class Progress:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
         self.name = ""
+        self.on_terminal = sys.stderr.isatty()
+        self.bars = rich.progress.Progress(console=self.console, transient=True, disable=not self.on_terminal)
         self.console.print(title, style="bold", markup=False)
 
     @contextmanager
@@ -27,7 +31,8 @@ class Progress:
         lines: list[str] = []
         self.name = name
         start = time.perf_counter()
-        yield lambda *notes: lines.extend(notes)
+        with self.bars:
+            yield lambda *notes: lines.extend(notes)
         self.seconds[name] = round(time.perf_counter() - start, 3)
         first, *rest = lines or [""]
         self.console.print(f"  {name:<10}{self.seconds[name]:7.1f} s  {first}", markup=False)
@@ -36,7 +41,38 @@ class Progress:
 
     def bar(self, items: Iterable[Item], total: int) -> Iterator[Item]:
         """`items`, with a bar on a terminal that disappears at the end."""
-        if not sys.stderr.isatty():
-            yield from items
-            return
-        yield from track(items, f"  {self.name}", total, console=self.console, transient=True)
+        with self._task() as show:
+            for done, item in enumerate(items, 1):
+                yield item
+                show(done, total)
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[int, int], None]]:
+        """A function to call with (steps done, of how many): a bar on a terminal, else a line every minute."""
+        with self._task() as show:
+            yield show if self.on_terminal else self._now_and_then()
+
+    @contextmanager
+    def _task(self) -> Iterator[Callable[[int, int], None]]:
+        """A bar of its own; it appears with the first step."""
+        task = self.bars.add_task(f"  {self.name}", visible=False)
+        try:
+            yield lambda done, total: self.bars.update(task, completed=done, total=total, visible=True)
+        finally:
+            self.bars.remove_task(task)
+
+    def _now_and_then(self) -> Callable[[int, int], None]:
+        begun: tuple[float, int] | None = None  # when, and at which step: a run may go on from a checkpoint
+        said = time.monotonic()
+
+        def at(done: int, total: int) -> None:
+            nonlocal begun, said
+            now = time.monotonic()
+            begun = begun or (now, done)
+            if now - said < QUIET or done == begun[1]:
+                return
+            said = now
+            left = (now - begun[0]) / (done - begun[1]) * (total - done)
+            self.console.print(f"  {self.name:<10} step {done} of {total}, {left / 60:.0f} min left", markup=False)
+
+        return at

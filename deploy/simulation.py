@@ -19,6 +19,7 @@ from calib.fold import fold_affine
 from calib.methods import rtn
 from calib.quant_model import QuantModel
 from calib.simulated_attention import calibrate_attention
+from calib.watch import UNWATCHED, Watch
 from compensation.finetune import finetune
 from compensation.qwt import compensate
 from deploy.recipe import Recipe, method_module
@@ -26,11 +27,15 @@ from deploy.recipe import Recipe, method_module
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """`example` (1, 3, H, W): any image. `folds`: parts without a common photograph. `whole`: all, by photograph."""
+    """What the stages look at, and who looks at them.
+
+    `example` (1, 3, H, W): any image. `folds`: parts without a common photograph. `whole`: all, by photograph.
+    """
 
     example: Tensor
     folds: Sequence[Batches]
     whole: Batches
+    watch: Watch = UNWATCHED
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def _round_weights(recipe: Recipe) -> Stage:
     method = method_module(recipe.method)
 
     def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
-        rounded = method.reduce_error(model, images.folds, recipe.method_config)
+        rounded = method.reduce_error(model, images.folds, recipe.method_config, images.watch)
         return repaired(rounded, lambda: rtn.nearest(model, images.folds))
 
     return Stage(recipe.method, recipe.method_config, run)
@@ -99,7 +104,7 @@ def repair_stages(recipe: Recipe) -> Iterator[Stage]:
         yield Stage(
             "finetune",
             tuning,
-            lambda model, images: repaired(finetune(model, images.whole, tuning), lambda: model),
+            lambda model, images: repaired(finetune(model, images.whole, tuning, watch=images.watch), lambda: model),
         )
 
 
@@ -115,7 +120,7 @@ class Simulator:
         self.model, self.images = model, images
         self.done: list[tuple[Stage, QuantModel]] = []
 
-    def run(self, recipe: Recipe) -> QuantModel:
+    def run(self, recipe: Recipe, watch: Watch = UNWATCHED) -> QuantModel:
         """The network after all stages of `recipe`, with their records."""
         if recipe.precision != self.model.precision:
             self.model, self.done = replace(self.model, precision=recipe.precision), []
@@ -124,5 +129,5 @@ class Simulator:
         del self.done[shared:]
         for stage in todo[shared:]:
             model = self.done[-1][1] if self.done else self.model
-            self.done.append((stage, stage.run(model, self.images)))
+            self.done.append((stage, stage.run(model, replace(self.images, watch=watch))))
         return self.done[-1][1]

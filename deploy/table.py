@@ -32,6 +32,7 @@ from calib.preprocess import Preprocessing, preprocessing_from_config
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.user_cache import cache_folder
+from calib.watch import Watch
 from calib.weights import load_net
 from calib.zoo import ModelSpec, resolve_model
 from deploy import host
@@ -133,12 +134,12 @@ class Bench:
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
-    def measure(self, experiment: Experiment) -> dict[str, Any]:
+    def measure(self, experiment: Experiment, watch: Watch) -> dict[str, Any]:
         """What the recipe costs in accuracy; `seconds` are those of all its stages, shared ones too."""
         if self._simulator is None:
             self._simulator = Simulator(self.model, _in_memory(self.calibration))
             self._reference = _outputs(self.model.float_net, self.evaluation)
-        simulated = self._simulator.run(experiment.recipe)
+        simulated = self._simulator.run(experiment.recipe, watch)
         labels = self.evaluation.labels
         found = fidelity(
             self._reference, _outputs(quantized_net(simulated), self.evaluation), self.model.is_classifier,
@@ -169,7 +170,9 @@ def _kept(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _row(bench: Bench, experiment: Experiment, cache: bool, commit: str | None) -> tuple[dict[str, Any], str]:
+def _row(
+    bench: Bench, experiment: Experiment, cache: bool, commit: str | None, watch: Watch
+) -> tuple[dict[str, Any], str]:
     """(the row, whether it was measured or kept). One that the network cannot have says why in `error`, without figures."""
     path = cache_folder("table") / f"{bench.key(experiment)}.json"
     names = {
@@ -185,7 +188,7 @@ def _row(bench: Bench, experiment: Experiment, cache: bool, commit: str | None) 
         "error": None,
     }
     try:
-        row |= bench.measure(experiment)
+        row |= bench.measure(experiment, watch)
     except UserError as refusal:
         return {**row, "error": str(refusal), "fidelity": None, "seconds": 0.0, "stages": []}, "refused"
     try:
@@ -229,8 +232,9 @@ def table(options: Options) -> tuple[Path, dict[str, Any]]:
         models[bench.spec.name] = bench.about()
         progress.console.print(f"  {bench.spec.name}: {bench.loaded.source}", markup=False)
         for experiment in paper.experiments:
-            with progress.stage(f"{experiment.bits:<5} {experiment.method:<24}") as note:
-                row, how = _row(bench, experiment, options.cache, commit)
+            with progress.stage(f"{experiment.bits:<5} {experiment.method:<24}") as note, progress.steps() as at:
+                watch = Watch(at, cache_folder("unfinished") if options.cache else None)
+                row, how = _row(bench, experiment, options.cache, commit, watch)
                 note(f"{_cell(row)} ({how}, {row['seconds']:.0f} s of stages)")
                 rows.append(row)
     result = {

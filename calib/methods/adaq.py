@@ -29,6 +29,7 @@ from calib.methods import erq, rtn
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import fp16_scale
 from calib.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
+from calib.watch import UNWATCHED, Watch
 
 BASES = {"rtn": rtn, "erq": erq}  # with their default options
 
@@ -105,13 +106,13 @@ def best_fits(folds: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:
     return tuple(corrected(folds[0].rounded, *one) for one in fits)
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
     """`model` as the base method rounds it, its output channels corrected where that helps across photographs.
 
     `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
     """
     base_method = BASES[config.base]
-    base = base_method.reduce_error(model, folds, base_method.Config())
+    base = base_method.reduce_error(model, folds, base_method.Config(), watch)
     start = time.perf_counter()
     rows = max(1, config.rows // sum(len(batches) for batches in folds))
     rounded = {

@@ -16,19 +16,33 @@ output: what is not better there than plain rounding is dropped.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calib.batches import Batches, spread_images
+from calib.checkpoint import Checkpoint
 from calib.held_out import MARGIN_DB, sqnr_db
+from calib.kept_files import tensors_sha256
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
 from calib.methods.rtn import corrected, nearest
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
-from calib.reconstruction import Phase, Schedule, block_task, network_task, reconstruct
+from calib.reconstruction import (
+    Follow,
+    Phase,
+    Schedule,
+    State,
+    Task,
+    block_task,
+    network_task,
+    reconstruct,
+    steps_of,
+)
 from calib.rounded_layer import with_layers
+from calib.watch import UNWATCHED, Watch
 from calib.weight_steps import least_squares_qparams
 
 # Table 1: what learns, and when
@@ -44,6 +58,7 @@ PUBLISHED_ITERATIONS = 20_000
 CROSSING = 2.0  # how far Adam must be able to move alpha: h leaves 0 at -2.4 and reaches 1 at 2.4
 FASTEST = 2e-3  # of steps: a quarter of an integer for the largest weight of 8 bits, at every iteration
 HELD_OUT = 32  # images that judge a block while it learns
+SAVE_EVERY = 60.0  # seconds between checkpoints
 
 
 @dataclass(frozen=True)
@@ -106,25 +121,77 @@ def units(model: QuantModel) -> dict[str, list[str]]:
     return found
 
 
-def learned_layers(
+def tasks(
     model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config
+) -> Iterator[tuple[int, Task]]:
+    """(how many there are, task), each to be learned before the next is asked for. `start`: `model`, rounded."""
+    running = quantized_net(start)
+    to_nearest = not any(ROUNDING in phase.learned for phase in config.phases())
+    if not config.by_block:
+        yield 1, network_task(running, model, start, model.layers, images, held_out, to_nearest)
+        return
+    by_unit = units(model)
+    for unit, layers in by_unit.items():
+        yield len(by_unit), block_task(running, model, start, unit, layers, images, held_out, to_nearest)
+
+
+class Course:
+    """Where learning all tasks stands: the states of those begun, kept every `SAVE_EVERY` seconds."""
+
+    def __init__(self, checkpoint: Checkpoint, watch: Watch, steps: int) -> None:
+        self.checkpoint, self.watch, self.steps = checkpoint, watch, steps
+        kept = checkpoint.load() or {"states": [], "done": 0}
+        self.states: list[State] = kept["states"]
+        self.done, self.saved = int(kept["done"]), time.monotonic()
+
+    def follow(self, index: int, count: int) -> Follow:
+        """What takes the states of the task `index` of `count`."""
+
+        def at(state: State, looked: bool) -> None:
+            self.done += 1
+            self.states[index:] = [state]
+            if looked and time.monotonic() - self.saved >= SAVE_EVERY:
+                self.checkpoint.save({"states": self.states, "done": self.done})
+                self.saved = time.monotonic()
+            self.watch.at(self.done, count * self.steps)
+
+        return at
+
+    def state(self, index: int) -> State | None:
+        """Of a task that was begun before an interruption."""
+        return self.states[index] if index < len(self.states) else None
+
+
+def learned_layers(
+    model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config, course: Course
 ) -> Iterator[tuple[dict[str, LearnedLayer], float, float]]:
     """(layers, loss on the images held out before and after) of each task, taught in turn. `start`: `model`, rounded."""
-    running, phases, schedule = quantized_net(start), config.phases(), config.schedule()
-    to_nearest = not any(ROUNDING in phase.learned for phase in phases)
-    if not config.by_block:
-        task = network_task(running, model, start, model.layers, images, held_out, to_nearest)
-        yield dict(task.layers), *reconstruct(task, phases, schedule)
-        return
-    for unit, layers in units(model).items():
-        task = block_task(running, model, start, unit, layers, images, held_out, to_nearest)
-        yield dict(task.layers), *reconstruct(task, phases, schedule)
+    phases, schedule = config.phases(), config.schedule()
+    for index, (count, task) in enumerate(tasks(model, start, images, held_out, config)):
+        yield (
+            dict(task.layers),
+            *reconstruct(task, phases, schedule, course.state(index), course.follow(index, count)),
+        )
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def _description(
+    model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config
+) -> dict[str, Any]:
+    """What decides the run, so that a checkpoint of it is found."""
+    nets = {"exact": model.net, "start": quantized_net(start)}
+    state = {f"{kind}.{name}": value for kind, net in nets.items() for name, value in net.state_dict().items()}
+    return {
+        "options": asdict(config),
+        "model": tensors_sha256(state),
+        "images": tensors_sha256({"images": images, "held_out": held_out}),
+    }
+
+
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
     """`model` with its rounding learned on all of `folds` but the last, if the last says that it helps.
 
-    `folds` are parts of the calibration set without a common photograph.
+    `folds` are parts of the calibration set without a common photograph. Interrupted, the same call goes on from the
+    checkpoint of `watch`, to the same numbers as without the interruption.
     """
     start = time.perf_counter()
     plain = nearest(model, folds)
@@ -132,11 +199,14 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     images = torch.cat([spread_images(batches, max(1, config.images // len(training))) for batches in training])
     held_out = spread_images(folds[-1], HELD_OUT)
     start_here, *_ = corrected(model.with_sites(least_squares_sites(model)), folds)
+    checkpoint = watch.checkpoint("adaround", lambda: _description(model, start_here, images, held_out, config))
+    course = Course(checkpoint, watch, sum(steps_of(phase, config.schedule()) for phase in config.phases()))
     found: dict[str, LearnedLayer] = {}
     better = count = 0
-    for layers, before, after in learned_layers(model, start_here, images, held_out, config):
+    for layers, before, after in learned_layers(model, start_here, images, held_out, config, course):
         found |= layers
         better, count = better + (after < before), count + 1
+    checkpoint.remove()
     inputs = {f"{name}:input": layer.reads.grid for name, layer in found.items()}
     tuned = with_layers(model.with_sites(inputs), {name: layer.rounded() for name, layer in found.items()})
     before, after = sqnr_db(folds[-1:], [plain], [tuned])
@@ -146,6 +216,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
         note if kept else f"dropped: {note}",
         f"{better} of {count} {'blocks' if config.by_block else 'networks'} learned, {config.iterations} iterations of "
         f"{min(config.batch, len(images))} of {len(images)} images each; the others round with the least squared error",
+        *checkpoint.notes,
     )
     result = tuned if kept else plain
     seconds = time.perf_counter() - start

@@ -28,6 +28,7 @@ from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
 from calib.rounded_layer import RoundedLayer
 from calib.rounding import round_with_compensation
+from calib.watch import UNWATCHED, Watch
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def best_fits(plain: RoundedLayer, folds: Sequence[LayerSums], config: Config) -
     return (*tried[ridge], fit(pooled(folds), ridge, bits))
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
     """`model` with weights and biases that make up for the rounding of inputs and weights.
 
     `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
@@ -79,7 +80,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     start = time.perf_counter()
     plain = nearest(model, folds)
     found = fitted_layers(
-        model, plain, folds, config.rows, lambda layer, sums: best_fits(layer, sums, config), config.propagate
+        model, plain, folds, config.rows, lambda layer, sums: best_fits(layer, sums, config), watch, config.propagate
     )
     adopted, before, after, note = adopt_if_better(plain, found, folds)
     notes = (f"{len(found[-1])} of {len(model.layers)} layers fitted, the others round to nearest: less error", note)

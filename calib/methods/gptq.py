@@ -28,6 +28,7 @@ from calib.methods.rtn import nearest
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
 from calib.rounded_layer import RoundedLayer
+from calib.watch import UNWATCHED, Watch
 
 BLOCK = 128  # columns
 
@@ -82,7 +83,7 @@ def fits_that_help(plain: RoundedLayer, folds: Sequence[LayerSums], damping: flo
     return (*fits, fit(pooled(folds), plain.params, damping))
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
     """`model` with weights whose rounding errors cancel as far as the columns of a layer allow.
 
     `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
@@ -90,7 +91,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) ->
     start = time.perf_counter()
     plain = nearest(model, folds)
     found = fitted_layers(
-        model, plain, folds, config.rows, lambda layer, sums: fits_that_help(layer, sums, config.damping)
+        model, plain, folds, config.rows, lambda layer, sums: fits_that_help(layer, sums, config.damping), watch
     )
     adopted, before, after, note = adopt_if_better(plain, found, folds)
     notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest", note)

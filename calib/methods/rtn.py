@@ -23,6 +23,7 @@ from calib.layer_rows import Means, along_inputs, look_at_inputs
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams, channel_qparams
 from calib.rounded_layer import with_biases
+from calib.watch import UNWATCHED, Watch
 
 IMAGES = 32  # per fold: a mean needs no more
 BATCH = 16
@@ -83,7 +84,9 @@ def nearest(model: QuantModel, folds: Sequence[Batches]) -> QuantModel:
     return corrected(model.with_sites(weight_sites(model)), folds)[0]
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def reduce_error(
+    model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED,  # noqa: ARG001 - nothing is long here
+) -> QuantModel:  # fmt: skip
     """`model` with a `:weight` site for every layer to be quantized."""
     start = time.perf_counter()
     rounded = model.with_sites(weight_sites(model))

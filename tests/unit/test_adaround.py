@@ -6,6 +6,7 @@ from torch import nn
 
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
+from calib.checkpoint import Checkpoint
 from calib.fold import fold_affine
 from calib.held_out import sqnr_db
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP
@@ -14,9 +15,11 @@ from calib.precision import Precision
 from calib.qdq import quantized_net
 from calib.quantizer import fp16_scale
 from calib.unit_io import readers_and_sizes, unit_io
+from calib.watch import UNWATCHED, Watch
 from tests.tiny import same_numbers, tiny_batches, tiny_model
 
 FAST = adaround.Config(iterations=20, batch=4)
+UNFOLLOWED = adaround.Course(Checkpoint(None), UNWATCHED, FAST.iterations)
 
 
 def calibrated(family="vit", precision=None):
@@ -114,10 +117,58 @@ def test_no_block_is_worse_on_images_held_out_than_it_started():
     seen = []
     held_out, images = tiny_batches(1, seed=5)[0], torch.cat(folds[0])
     plain = rtn.reduce_error(model, folds, rtn.Config())
-    for layers, before, after in adaround.learned_layers(model, plain, images, held_out, FAST):
+    for layers, before, after in adaround.learned_layers(model, plain, images, held_out, FAST, UNFOLLOWED):
         assert after <= before
         seen += layers
     assert tuple(seen) == model.layers
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "stop_at", "again"),
+    [({}, 3, 3), ({}, 31, 31), ({"case": "1.1.1", "drop": 0.5}, 17, 18), ({"by_block": False}, 10, 11)],
+)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, options, stop_at, again):
+    """20 iterations, looked at every second in one phase: the step after the last look is the next."""
+    monkeypatch.setattr(adaround, "SAVE_EVERY", 0.0)
+    model, folds = calibrated(precision=Precision(3, 4))
+    config = replace(FAST, **options)
+    whole, seen = adaround.reduce_error(model, folds, config), []
+
+    def stop(step, _steps):
+        if step == stop_at:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        adaround.reduce_error(model, folds, config, Watch(stop, tmp_path))
+    (file,) = tmp_path.iterdir()
+    resumed = adaround.reduce_error(model, folds, config, Watch(lambda *step: seen.append(step), tmp_path))
+    count = len(adaround.units(model)) if config.by_block else 1
+    assert seen == [(step, 20 * count) for step in range(again, 20 * count + 1)]
+    one, other = (quantized_net(each).state_dict() for each in (resumed, whole))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert resumed.history[-1].notes == (*whole.history[-1].notes, f"went on from checkpoint '{file}'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_run_does_not_go_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaround, "SAVE_EVERY", 0.0)
+    model, folds = calibrated(precision=Precision(3, 4))
+
+    def stop(step, _steps):
+        if step == 10:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        adaround.reduce_error(model, folds, FAST, Watch(stop, tmp_path))
+    others = [(model, folds, replace(FAST, regulariser=0.0)), (model, folds[::-1], FAST), (*calibrated("resnet"), FAST)]
+    for other in others:
+        seen = []
+        adaround.reduce_error(*other, Watch(lambda step, _steps, seen=seen: seen.append(step), tmp_path))
+        assert seen[0] == 1
 
 
 def test_a_unit_reads_and_returns_what_hooks_see():

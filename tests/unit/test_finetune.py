@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 
 import pytest
 import timm
@@ -20,8 +19,8 @@ from calib.families import family_of
 from calib.methods import rtn
 from calib.qdq import dequantize, quantize_dequantize, quantized_net
 from calib.quant_model import QuantModel
+from calib.watch import Watch
 from compensation import finetune as stage
-from compensation.checkpoint import load_checkpoint, save_checkpoint
 from compensation.finetune import Config, cosine, finetune, learning_rate_of, loss_of, split_of
 from compensation.masters import Masters
 from compensation.minibatches import Minibatch, minibatches, shuffled
@@ -154,20 +153,33 @@ def test_the_loss_compares_penultimate_features_and_logits_with_labels(family):
 # training
 
 
-def test_loss_falls_and_images_never_seen_gain():
+@pytest.fixture
+def losses(monkeypatch):
+    """Those of the steps, as they come."""
+    seen, train = [], stage._train
+
+    def recorded(*args):
+        for loss in train(*args):
+            seen.append(loss)
+            yield loss
+
+    monkeypatch.setattr(stage, "_train", recorded)
+    return seen
+
+
+def test_loss_falls_and_images_never_seen_gain(losses):
     model, seen = compensated(), []
-    found = finetune(
-        model, tiny_batches(IMAGES), dataclasses.replace(FAST, epochs=3), progress=lambda *step: seen.append(step)
-    )
-    assert [step[:2] for step in seen] == [(step, 63) for step in range(1, 64)]  # 42 batches of 4, in 8, three times
-    epochs = [sum(step[2] for step in seen[start : start + 21]) for start in (0, 21, 42)]
+    watch = Watch(lambda *step: seen.append(step))
+    found = finetune(model, tiny_batches(IMAGES), dataclasses.replace(FAST, epochs=3), watch=watch)
+    assert seen == [(step, 63) for step in range(1, 64)]  # 42 batches of 4, in 8, three times
+    epochs = [sum(losses[start : start + 21]) for start in (0, 21, 42)]
     assert epochs[2] < epochs[1] < epochs[0]
     assert squared_error(found) < 0.95 * squared_error(model)
     record = found.history[-1]
     assert record.stage == "qwt_star"
     assert record.sqnr_after_db > record.sqnr_before_db + 0.1
     assert record.notes[0].startswith("network output")
-    first, last = sum(step[2] for step in seen[:6]) / 6, sum(step[2] for step in seen[-6:]) / 6
+    first, last = sum(losses[:6]) / 6, sum(losses[-6:]) / 6
     assert record.notes[1] == f"63 steps, loss {first:.4g} in the first tenth, {last:.4g} (other images) in the last"
     moved = [
         mine != theirs
@@ -309,11 +321,11 @@ def test_a_gain_that_may_be_chance_is_dropped():
     assert found.branches is compensated().branches
 
 
-def test_a_loss_that_is_no_number_ends_the_training():
-    model, seen = compensated(), []
+def test_a_loss_that_is_no_number_ends_the_training(losses):
+    model = compensated()
     config = dataclasses.replace(FAST, learning_rate=1e6)  # beyond FP16 after one step
-    found = finetune(model, tiny_batches(8), config, progress=lambda *step: seen.append(step))
-    assert len(seen) == 1
+    found = finetune(model, tiny_batches(8), config)
+    assert len(losses) == 2
     assert "the loss of step 2 is " in found.history[-1].notes[0]
     assert found.branches is model.branches
 
@@ -348,67 +360,43 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, stop_at):
     config = dataclasses.replace(FAST, epochs=2, save_every=2)
     labels = classes(model, 20)
     whole = finetune(model, images, config, labels)
-    path, seen = tmp_path / "deep" / "run.pt", []
+    folder, seen = tmp_path / "deep", []
 
-    def stop(step, _steps, _loss):
+    def stop(step, _steps):
         if step == stop_at:
             raise InterruptionError
 
     with pytest.raises(InterruptionError):
-        finetune(model, images, config, labels, path, stop)
-    resumed = finetune(model, images, config, labels, path, lambda *step: seen.append(step[0]))
+        finetune(model, images, config, labels, Watch(stop, folder))
+    (file,) = folder.iterdir()
+    resumed = finetune(model, images, config, labels, Watch(lambda step, _steps: seen.append(step), folder))
     assert seen == list(range(stop_at // 2 * 2 + 1, 19))
     assert same_state(quantized_net(resumed), quantized_net(whole))
-    assert resumed.history[-1].notes == whole.history[-1].notes
-    assert [file.name for file in path.parent.iterdir()] == ["run.pt"]
-
-    seen.clear()
-    finished = finetune(model, images, config, labels, path, lambda *step: seen.append(step[0]))
-    assert not seen
-    assert same_state(quantized_net(finished), quantized_net(whole))
+    *notes, entropy = whole.history[-1].notes
+    assert resumed.history[-1].notes == (*notes, f"went on from checkpoint '{file}'", entropy)
+    assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda run: run | {"config": dataclasses.replace(FAST, learning_rate=2e-3)}, "options"),
-    (lambda run: run | {"model": compensated("resnet")}, "model"),
-    (lambda run: run | {"images": tiny_batches(8, seed=5)}, "images"),
-    (lambda run: run | {"labels": classes(compensated(), 8)}, "labels"),
+@pytest.mark.parametrize("change", [
+    lambda run: run | {"config": dataclasses.replace(FAST, save_every=1, learning_rate=2e-3)},
+    lambda run: run | {"model": compensated("resnet")},
+    lambda run: run | {"images": tiny_batches(8, seed=5)},
+    lambda run: run | {"labels": classes(compensated(), 8)},
 ], ids=["options", "model", "images", "labels"])  # fmt: skip
-def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, named):
-    path = tmp_path / "run.pt"
-    run = {"model": compensated(), "images": tiny_batches(8), "config": FAST, "labels": None, "checkpoint": path}
-    finetune(**run)
-    kept = path.read_bytes()
-    with pytest.raises(UserError, match=rf"checkpoint '{path}' belongs to another run \(other {named}\)"):
-        finetune(**change(run))
-    assert path.read_bytes() == kept
+def test_another_run_does_not_go_on_from_its_checkpoint(tmp_path, change):
+    def stop(_step, _steps):
+        raise InterruptionError
 
-
-@pytest.mark.parametrize("damage", [
-    lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"hello",
-    lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
-], ids=["half", "empty", "other", "one bit"])  # fmt: skip
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
-    path = tmp_path / "run.pt"
-    finetune(compensated(), tiny_batches(8), FAST, checkpoint=path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"checkpoint '{path}' is damaged"):
-        finetune(compensated(), tiny_batches(8), FAST, checkpoint=path)
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    assert load_checkpoint(path, {"a": 1}) is None
-    save_checkpoint(path, {"a": 1}, {"step": 1})
-
-    def breaks(*_args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", breaks)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {"a": 1}, {"step": 2})
-    assert load_checkpoint(path, {"a": 1}) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
+    run = {"model": compensated(), "images": tiny_batches(8), "config": dataclasses.replace(FAST, save_every=1)}
+    with pytest.raises(InterruptionError):
+        finetune(**run, watch=Watch(stop, tmp_path))
+    kept, seen = list(tmp_path.iterdir()), []
+    finetune(**change(run), watch=Watch(lambda step, _steps: seen.append(step), tmp_path))
+    assert seen[0] == 1
+    assert list(tmp_path.iterdir()) == kept
+    seen.clear()
+    finetune(**run, watch=Watch(lambda step, _steps: seen.append(step), tmp_path))
+    assert seen[0] == 2
 
 
 # the order of the images

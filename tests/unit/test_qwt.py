@@ -23,7 +23,7 @@ from tests.tiny import tiny_batches
 from tests.unit.test_branch import quantized_model
 
 DENSE = Config(forms=("dense",), ridges=(0.0,))  # the paper's fit
-ALWAYS = dataclasses.replace(DENSE, min_gain_db=-1e9, kernel_price=0.0)
+ALWAYS = dataclasses.replace(DENSE, min_gain_db=-1e9, kernel_price=0.0, by_output=False)
 
 
 def halves(batches):

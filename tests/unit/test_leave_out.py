@@ -1,0 +1,104 @@
+"""Which branches stay. Oracles: all subsets, and the network run without a branch."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from calib.first_order import PROJECTIONS
+from calib.moments import Fit
+from calib.qdq import quantized_net
+from compensation import qwt
+from compensation.branch import DenseBranch
+from compensation.leave_out import _terms, least_error, worth_keeping
+from compensation.qwt import Config, compensate
+from tests.unit.test_qwt import halves, planted, tokens
+
+
+def cost(terms, prices, stays):
+    left_out = ~torch.tensor(stays)
+    t = terms[:, 0] + terms[:, 1:][:, left_out].sum(1)
+    return float(t.square().sum() + prices[~left_out].sum())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_the_best_of_all_where_two_errors_cancel(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lost = torch.randn(60, 6, generator=generator, dtype=torch.float64)
+    lost[:, 3] -= 0.9 * lost[:, 1]  # what the two add cancels in part: leaving one out alone is worse
+    missing = -lost[:, 2] - lost[:, 4] + 0.3 * torch.randn(60, generator=generator, dtype=torch.float64)
+    terms, prices = torch.cat([missing[:, None], lost], 1), torch.rand(6, generator=generator, dtype=torch.float64)
+    found = least_error(terms, prices)
+    best = min(itertools.product([True, False], repeat=6), key=lambda stays: cost(terms, prices, stays))
+    assert tuple(found) == best
+    assert not found[2]
+    assert not found[4]
+
+
+def test_a_price_that_a_branch_does_not_bring_leaves_it_out():
+    terms = torch.cat([torch.zeros(8, 1), torch.eye(8, 2)], 1).double()
+    assert least_error(terms, torch.tensor([0.9, 1.1], dtype=torch.float64)) == [True, False]
+
+
+def with_branches(share=1.0, wrong=0.0):
+    """The planted chain with its branches, times `share`; the second returns too much by `wrong`."""
+    model, maps = planted()
+    branches = {
+        str(index): DenseBranch(Fit(share * weight.double(), share * bias.double() + wrong * index))
+        for index, (weight, bias) in enumerate(maps)
+    }
+    return dataclasses.replace(model, branches=branches)
+
+
+def test_terms_are_those_of_the_network_without_a_branch():
+    model, images = with_branches(share=0.01), tokens(1)[0]
+    blocks = list(model.branches)
+    terms = _terms(
+        quantized_net(model), model.float_net, [f"{b}.branch" for b in blocks], images, torch.Generator().manual_seed(3)
+    )
+    vectors = torch.randn(PROJECTIONS, *images.shape, generator=torch.Generator().manual_seed(3))
+
+    def along(net):
+        with torch.no_grad():
+            return (vectors * (model.float_net(images) - net(images))).flatten(2).sum(2).flatten().double()
+
+    torch.testing.assert_close(terms[:, 0], along(quantized_net(model)), rtol=1e-5, atol=1e-5)
+    for index, block in enumerate(blocks, 1):
+        others = {name: branch for name, branch in model.branches.items() if name != block}
+        without = along(quantized_net(dataclasses.replace(model, branches=others)))
+        change = without - terms[:, 0]
+        assert float((terms[:, index] - change).norm() / change.norm()) < 0.02  # branches of 1 %, to first order
+
+
+@pytest.mark.parametrize(("wrong", "stay"), [(0.0, ["0", "1"]), (30.0, ["0"])])
+def test_a_branch_that_harms_the_output_is_left_out(wrong, stay):
+    model = with_branches(wrong=wrong)
+    assert worth_keeping([model] * 2, halves(tokens(4)), [1, 1], 0.05) == stay
+
+
+def opposite():
+    """A chain whose second block undoes the error of the first: x + c - W x, then y + c' + W (1 - W)^-1 (y - c)."""
+    model, ((weight, _), _) = planted()
+    for block in model.net:
+        block.linear.weight.data.zero_()  # of the exact block, too: it adds c
+    first, second = model.net
+    first.weight.data.copy_(weight)
+    first.bias.data.zero_()
+    undo = weight @ torch.linalg.inv(torch.eye(5) - weight)
+    second.weight.data.copy_(-undo)
+    second.bias.data.copy_(undo @ torch.tanh(first.linear.bias.data))
+    return model
+
+
+def test_what_is_left_out_is_what_the_output_on_other_photographs_agrees_to(monkeypatch):
+    images = halves(tokens(4))
+    monkeypatch.setattr(qwt, "worth_keeping", lambda *_args: [])
+    found = compensate(opposite(), images, Config(forms=("dense",), min_gain_db=0.0))
+    assert not found.branches
+    assert "left out, for the output is as good without: 0, 1" in found.history[-1].notes
+    everything = compensate(opposite(), images, Config(forms=("dense",), by_output=False, min_gain_db=-1e9))
+    assert set(everything.branches) == {"0", "1"}
+    needed = compensate(planted()[0], images, Config(forms=("dense",)))
+    assert set(needed.branches) == set(needed.history[-1].details["kept"]) == {"0", "1"}
+    assert not any("left out" in note for note in needed.history[-1].notes)
