@@ -53,7 +53,8 @@ doctor: $(VENV)/.ready ## What is installed, which backends build and run, what 
 	@$(RUN) -m deploy doctor
 
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not alone" --numprocesses=auto --dist=loadfile
+	@$(RUN) -m pytest -m alone
 
 test-fast: $(VENV)/.ready-dev ## Run the tests that need no real network
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slow"

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from torch import nn
 from calib.batches import Batches, spread_images
 from calib.channel_scale import FoldScale, fold_scale
 from calib.equalise import EQUALISED
-from calib.grids import Grid, Unrounded, input_grid
+from calib.errors import UserError
+from calib.grids import GELU_LEAST, Grid, Unrounded, input_grid, twin_gelu
 from calib.hooks import input_hooks
 from calib.layer_rows import Extremes
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
@@ -82,6 +84,23 @@ def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
     }
 
 
+def _behind_gelu(model: QuantModel) -> list[str]:
+    """Layers whose inputs take PTQ4ViT's twin grid."""
+    if model.precision.gelu != "twin":
+        return []
+    return [name for name in model.layers if re.fullmatch(model.family.after_gelu, name)]
+
+
+def _check_gelu(layers: Iterable[str], observed: Iterable[Observed]) -> None:
+    """Raises UserError for a layer that reads less than any GELU returns."""
+    for fold, name in itertools.product(observed, layers):
+        if (low := float(fold.extremes.low[name].min())) < GELU_LEAST:
+            raise UserError(
+                f"[precision] gelu 'twin': layer '{name}' reads {low:.3f}, which no GELU returns; expected a network with "
+                f"GELU and a recipe without [equalise], which scales what it returns"
+            )
+
+
 def _with_asymmetric_inputs(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with an asymmetric `:input` site for every layer that has none yet, from all folds together."""
     start = time.perf_counter()
@@ -107,15 +126,18 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
 
     `folds` are parts of the calibration set without a common photograph; all of them together give the scales, and
     `observer = "search"` chooses how by judging each fold's thresholds on another. Inputs with zero points are not judged:
-    calib/ranges.py says what `observer` means for them.
+    calib/ranges.py says what `observer` means for them. Raises UserError where [precision] asks for the grid of GELU outputs
+    and a layer reads something else.
     """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)
     if model.precision.zero_points:
         return _with_asymmetric_inputs(model, folds, config)
     layers = model.layers
-    ranged = layers if config.observer == "search" else ()
+    behind_gelu = _behind_gelu(model)
+    ranged = layers if config.observer == "search" else behind_gelu
     observed = [_observe(model.net, layers, batches, ranged) for batches in folds]
+    _check_gelu(behind_gelu, observed)
     whole = {
         name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
         for name in observed[0].histograms
@@ -142,7 +164,8 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
             for found in (*by_fold, whole)
         ]
     thresholds = chosen.pop()
-    sites = {f"{name}:input": input_grid(amax, model.bits(name).input) for name, amax in thresholds.items()}
+    grids = dict.fromkeys(thresholds, input_grid) | dict.fromkeys(behind_gelu, twin_gelu)
+    sites = {f"{name}:input": grids[name](amax, model.bits(name).input) for name, amax in thresholds.items()}
     notes = (f"{len(sites)} activation scales {how}",)
     details = {name: [found[name] for found in chosen] for name in whole}
     seconds = time.perf_counter() - start

@@ -9,6 +9,8 @@ from torch import Tensor
 from calib.precision import UNROUNDED
 from calib.quantizer import QParams, qparams_from_amax, qparams_from_range
 
+GELU_LEAST = -0.17  # -0.16997 at -0.7518
+
 
 class Grid(Protocol):
     """A set of values that a tensor rounds to."""
@@ -57,6 +59,7 @@ class TwinUniform:
     """PTQ4ViT's twin uniform grid: one bit tells whether `x` lies below `split`, the others count levels from 0 there.
 
     Softmax outputs are many near 0 and few near 1: `below` covers 0 .. split in fine steps, `above` 0 .. 1 in coarse ones.
+    GELU outputs have a short negative side: `below` covers that alone.
     """
 
     below: QParams
@@ -76,6 +79,13 @@ def twin_softmax(split: float, bits: int) -> TwinUniform:
     """The twin grid of softmax outputs, steps split / (2^(bits-1) - 1) and 1 / (2^(bits-1) - 1)."""
     below, above = (qparams_from_range(torch.tensor(0.0), torch.tensor(end), bits=bits - 1) for end in (split, 1.0))
     return TwinUniform(below, above, split)
+
+
+def twin_gelu(amax: float, bits: int) -> TwinUniform:
+    """The twin grid of GELU outputs, steps -GELU_LEAST / (2^(bits-1) - 1) and amax / (2^(bits-1) - 1)."""
+    ends = ((GELU_LEAST, 0.0), (0.0, amax))
+    below, above = (qparams_from_range(torch.tensor(low), torch.tensor(high), bits=bits - 1) for low, high in ends)
+    return TwinUniform(below, above, 0.0)
 
 
 def input_grid(amax: float, bits: int) -> Grid:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 UNROUNDED = 32  # bits of inputs that stay as they are: weight-only quantization
 ATTENTIONS = ("float", "uniform", "log_sqrt2", "twin")
+GELUS = ("uniform", "twin")
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class Precision:
 
     `ends`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
     `zero_points`: whether inputs have asymmetric ranges. `attention`: what softmax outputs round to in a simulation;
-    query, key and value then round as inputs do. (The recipe's [attention] is the engine's INT8 attention.)
+    query, key and value then round as inputs do. (The recipe's [attention] is the engine's INT8 attention.) `gelu`: the grid
+    of what layers behind a GELU read.
 
     QwT's figures for ResNets at "4/4" and "6/6" are weights = 4 or 6, inputs = 8: its code forces inputs of convolutions
     to 8 bits.
@@ -23,6 +25,7 @@ class Precision:
     ends: int = 0
     zero_points: bool = False
     attention: str = "float"
+    gelu: str = "uniform"
 
     def __post_init__(self) -> None:
         for name, bits, others in (
@@ -32,8 +35,11 @@ class Precision:
         ):
             if bits not in (*range(2, 9), *others):
                 raise ValueError(f"{name} {bits} is not one of {', '.join(map(str, (*range(2, 9), *others)))} bits")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention '{self.attention}' is not one of {', '.join(ATTENTIONS)}")
+        for name, grid, known in (("attention", self.attention, ATTENTIONS), ("gelu", self.gelu, GELUS)):
+            if grid not in known:
+                raise ValueError(f"{name} '{grid}' is not one of {', '.join(known)}")
+        if self.gelu == "twin" and (self.zero_points or self.inputs == UNROUNDED):
+            raise ValueError("gelu 'twin' is for inputs that round without zero points")
 
     @property
     def executable(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from deploy.package import read_json
 from deploy.recipe import recipe_names
 from deploy.report import print_report
+from deploy.table import cell
 
 ROOT = Path(__file__).parents[1]
 SHOWN = "dinov2_s"  # the model of the README's first command
@@ -75,6 +76,24 @@ def repairs_table() -> str:
     return "\n".join([head, "|---" * 9 + "|", *(row for _, row in rows), "", source])
 
 
+def papers_table() -> str:
+    """Our rows of the papers' tables that are checked in: SQNR and agreement by network, no published number among them."""
+    found = [read_json(path) for path in sorted((ROOT / "benchmarks/results").glob("table.*.json"))]
+    models = list(dict.fromkeys(row["model"] for result in found for row in result["rows"]))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for result in found:
+        for row in result["rows"]:
+            cells.setdefault((row["bits"], row["method"]), {})[row["model"]] = cell(row)
+    order = list(dict.fromkeys(bits for bits, _ in cells))
+    rows = [
+        f"| {bits} | {method} | {' | '.join(by_model.get(model, '') for model in models)} |"
+        for (bits, method), by_model in sorted(cells.items(), key=lambda item: order.index(item[0][0]))
+    ]
+    sources = sorted({f"`{result['command']}` at commit {result['commit']}" for result in found})
+    head = f"| bits | method | {' | '.join(models)} |"
+    return "\n".join([head, "|---" * (2 + len(models)) + "|", *rows, "", f"Measured by {', '.join(sources)}."])
+
+
 def _between(content: str, marks: re.Match[str]) -> str:
     return marks[1] + content + marks[2]
 
@@ -82,7 +101,12 @@ def _between(content: str, marks: re.Match[str]) -> str:
 def rendered(readme: str) -> str:
     """`readme` with everything between its `<!-- name -->` and `<!-- /name -->` marks made anew."""
     found = reports()
-    contents = {"output": shown_output(found[SHOWN]), "results": results_table(found), "repairs": repairs_table()}
+    contents = {
+        "output": shown_output(found[SHOWN]),
+        "results": results_table(found),
+        "repairs": repairs_table(),
+        "papers": papers_table(),
+    }
     for name, content in contents.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         readme, count = re.subn(pattern, partial(_between, content), readme, flags=re.DOTALL)

@@ -235,7 +235,7 @@ def table(options: Options) -> tuple[Path, dict[str, Any]]:
             with progress.stage(f"{experiment.bits:<5} {experiment.method:<24}") as note, progress.steps() as at:
                 watch = Watch(at, cache_folder("unfinished") if options.cache else None)
                 row, how = _row(bench, experiment, options.cache, commit, watch)
-                note(f"{_cell(row)} ({how}, {row['seconds']:.0f} s of stages)")
+                note(f"{cell(row)} ({how}, {row['seconds']:.0f} s of stages)")
                 rows.append(row)
     result = {
         "paper": paper.name, "title": paper.title, "source": paper.source, "notes": list(paper.notes),
@@ -254,7 +254,8 @@ def table(options: Options) -> tuple[Path, dict[str, Any]]:
     return path, result
 
 
-def _cell(row: dict[str, Any]) -> str:
+def cell(row: dict[str, Any]) -> str:
+    """A row's figure: top-1 in %, or SQNR and agreement where there are no labels."""
     found = row["fidelity"]
     if found is None:
         return "-"
@@ -267,7 +268,7 @@ def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str
     """(bits, who, method, cells) in the order of bits, the published rows first; those without a number are left out."""
     mine: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["rows"]:
-        mine.setdefault((row["bits"], row["method"]), {})[row["model"]] = _cell(row)
+        mine.setdefault((row["bits"], row["method"]), {})[row["model"]] = cell(row)
     floats = {
         row["model"]: f"{100 * row['fidelity']['reference_top1']:.2f}"
         for row in result["rows"]

@@ -15,14 +15,14 @@ from calib.moves import Move
 class Family:
     """Model knowledge of one family.
 
-    `networks` are the timm classes it describes, `modules` every module class that may occur inside (so that a
-    variant with an unknown part is refused by name instead of being quantized wrongly), `block` a regular
-    expression that matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16:
-    pairs of a regular expression over layer names and the reason. `percentile` (%) is where activations are clipped
-    when the recipe does not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular
-    expression for the names of attention modules with a packed qkv (calib/int8_attention.py). `channels_last`: blocks
-    pass tokens (B, ..., C) on, not maps (B, C, H, W). `first_norm`: names within a block of the norm that reads the
-    block's input and of the layer that reads the norm, if all blocks are like that.
+    `networks` are the timm classes it describes, `modules` every module class that may occur inside (so that a variant
+    with an unknown part is refused by name instead of being quantized wrongly), `block` a regular expression that
+    matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16: pairs of a regular
+    expression over layer names and the reason. `percentile` (%) is where activations are clipped when the recipe does
+    not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular expression for the names of
+    attention modules with a packed qkv (calib/int8_attention.py). `after_gelu`: one for the layers that may read what a
+    GELU returns. `channels_last`: blocks pass tokens (B, ..., C) on, not maps (B, C, H, W). `first_norm`: names within
+    a block of the norm that reads the block's input and of the layer that reads the norm, if all blocks are like that.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Family:
     percentile: float
     moves: tuple[Move, ...] = ()
     attention: str = "(?!)"  # matches nothing
+    after_gelu: str = "(?!)"
     channels_last: bool = False
     first_norm: tuple[str, str] | None = None
 

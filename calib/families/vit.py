@@ -25,6 +25,7 @@ FAMILY = Family(
         Insert("Block", "mlp.drop1", "mlp.fc2"),
     ),
     attention=r"blocks\.\d+\.attn",
+    after_gelu=r"blocks\.\d+\.mlp\.fc2",
     channels_last=True,
     first_norm=("norm1", "attn.qkv"),
 )  # fmt: skip

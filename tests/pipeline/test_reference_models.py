@@ -11,7 +11,7 @@ import pytest
 from deploy.verify import MAX_FP16_LOSS_DB
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 pytest.importorskip("tensorrt_rtx")
 
 

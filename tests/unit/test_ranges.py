@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from calib.cache import Cache
 from calib.calibrate import Config, calibrate
+from calib.equalise import Config as EqualiseConfig
+from calib.equalise import equalise
 from calib.errors import UserError
-from calib.grids import LogSqrt2, Unrounded, straight_through, twin_softmax
+from calib.grids import LogSqrt2, TwinUniform, Unrounded, straight_through, twin_gelu, twin_softmax
 from calib.hooks import input_hooks
 from calib.observers import Histogram
 from calib.precision import Precision
@@ -205,3 +207,35 @@ def test_the_cache_keeps_zero_points(tmp_path):
     assert replayed is not None
     for site in found.sites:
         assert torch.equal(replayed.qparams(site).zero_point, found.qparams(site).zero_point)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_the_twin_grid_of_a_gelu_has_half_its_levels_on_the_short_negative_side(bits):
+    x = skewed()
+    amax = float(x.max())
+    share = np.arange(2 ** (bits - 1)) / (2 ** (bits - 1) - 1)
+    levels = np.where((x.numpy() < 0)[:, None], -0.17 * share, amax * share)
+    distance = np.abs(x.numpy()[:, None] - levels).min(1)
+    found = twin_gelu(amax, bits).fake_quantize(x)
+    assert np.abs((found - x).abs().numpy() - distance).max() < 1e-3 * amax  # FP16 steps
+    assert 2**bits - 4 < len(np.unique(found)) <= 2**bits - 1  # both halves have the 0
+    plain = grid_from_histogram(histogram_of(x), "max", 0.0, bits)
+    assert (found - x)[x < 0].square().sum() < (plain.fake_quantize(x) - x)[x < 0].square().sum()
+
+
+def test_layers_behind_a_gelu_take_its_grid_if_the_recipe_says_so():
+    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+    model = replace(tiny_model("vit"), precision=Precision(4, 4, gelu="twin"))
+    for observer in ("max", "search"):
+        found = calibrate(model, folds, Config(observer))
+        twins = {site for site, grid in found.sites.items() if isinstance(grid, TwinUniform)}
+        assert twins == {f"{name}:input" for name in model.layers if name.endswith("fc2")}
+        assert twins
+
+
+def test_a_scaled_gelu_is_refused_by_name():
+    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+    model = replace(tiny_model("vit"), precision=Precision(4, 4, gelu="twin"))
+    model = equalise(model, folds, EqualiseConfig(exponents=(0.5,)))
+    with pytest.raises(UserError, match=r"layer 'blocks\.\d\.mlp\.fc2' reads -\d.*without \[equalise\]"):
+        calibrate(model, folds, Config("max"))
