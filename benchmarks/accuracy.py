@@ -37,10 +37,15 @@ class Fidelity:
 
 
 def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
-    """Signal to quantization-noise ratio in dB, at most `MAX_SQNR_DB` (equal arrays have no finite one)."""
+    """Signal to quantization-noise ratio in dB, at most `MAX_SQNR_DB` (equal arrays have no finite one); NaN of NaN."""
     noise = float(((reference.astype(np.float64) - output) ** 2).sum())
     signal = float((reference.astype(np.float64) ** 2).sum())
-    return min(float(10 * np.log10(signal / noise)), MAX_SQNR_DB) if noise > 0 else MAX_SQNR_DB
+    return MAX_SQNR_DB if noise == 0 else min(float(10 * np.log10(signal / noise)), MAX_SQNR_DB)
+
+
+def mean_sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
+    """`sqnr_db` by image, averaged: of a few images the one with the most noise does not decide alone."""
+    return float(np.mean([sqnr_db(*rows) for rows in zip(reference, output, strict=True)]))
 
 
 def relative_l2(reference: np.ndarray, output: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import Fidelity, fidelity, sqnr_db
+from benchmarks.accuracy import Fidelity, fidelity, mean_sqnr_db
 from benchmarks.latency import Comparison, compare
 from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
 from deploy.runners import OnnxRunner, integer_layers
@@ -30,7 +30,7 @@ def least_fp16_db(fp32_sqnr_db: float) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Fidelity over the evaluation images, and FP16 against FP32 types (dB) on the golden ones."""
+    """Fidelity over the evaluation images, and FP16 against FP32 types (dB, mean over images) on the golden ones."""
 
     fidelity: Fidelity
     fp32_sqnr_db: float
@@ -64,9 +64,9 @@ def verify_fidelity(
     golden_reference = reference_runner(golden)
     return Verdict(
         fidelity=fidelity(reference, output, classifier, labels),
-        fp32_sqnr_db=sqnr_db(golden_reference, OnnxRunner(folder / MODEL_FP32, fused=False)(golden)),
+        fp32_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL_FP32, fused=False)(golden)),
         # unfused: ONNX Runtime's CPU fusions mistreat FP16 scales of convolutions
-        fp16_sqnr_db=sqnr_db(golden_reference, OnnxRunner(folder / MODEL, fused=False)(golden)),
+        fp16_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL, fused=False)(golden)),
     )
 
 
@@ -102,10 +102,10 @@ def verify_package(folder: Path) -> list[str]:
     with np.load(folder / GOLDEN) as golden:
         images, reference, simulated = golden["images"], golden["float_output"], golden["simulated_output"]
     found, recorded_db = (
-        sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)),
-        sqnr_db(reference, simulated),
+        mean_sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)),
+        mean_sqnr_db(reference, simulated),
     )
-    if found < recorded_db - MAX_DRIFT_DB:
+    if not found >= recorded_db - MAX_DRIFT_DB:
         wrong.append(
             f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built"
         )

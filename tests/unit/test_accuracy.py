@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.accuracy import MAX_SQNR_DB, fidelity, nearest_neighbours, relative_l2, sqnr_db
+from benchmarks.accuracy import MAX_SQNR_DB, fidelity, mean_sqnr_db, nearest_neighbours, relative_l2, sqnr_db
 
 
 def logits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +31,17 @@ def test_sqnr_of_known_noise():
     reference = np.ones((4, 100))
     assert sqnr_db(reference, reference + 0.1) == pytest.approx(20.0)
     assert sqnr_db(reference, reference) == MAX_SQNR_DB
+    assert math.isnan(sqnr_db(reference, np.full_like(reference, np.nan)))
     assert relative_l2(reference, reference + 0.1) == pytest.approx(0.1)
+
+
+def test_the_mean_over_images_is_not_decided_by_the_worst_one():
+    reference = np.ones((4, 100))
+    noise = np.array([0.1, 0.1, 0.1, 1.0])[:, None]
+    assert mean_sqnr_db(reference, reference + noise) == pytest.approx(15.0)
+    assert sqnr_db(reference, reference + noise) == pytest.approx(5.9, abs=0.05)
+    one = np.where(np.arange(4)[:, None] == 2, np.nan, reference)
+    assert math.isnan(mean_sqnr_db(reference, one))
 
 
 def test_nearest_neighbour_is_the_loops_answer():
