@@ -110,20 +110,20 @@ def test_an_interrupted_table_goes_on_where_it_stopped(paper, monkeypatch, capsy
     measured = []
     measure = table.Bench.measure
 
-    def stop_at_second(bench, experiment):
+    def stop_at_second(bench, experiment, watch):
         if len(measured) == 1:
             raise KeyboardInterrupt
         measured.append(experiment.method)
-        return measure(bench, experiment)
+        return measure(bench, experiment, watch)
 
     monkeypatch.setattr(table.Bench, "measure", stop_at_second)
     assert run(paper, "--models", "vit_s") == cli.EXIT_INTERRUPTED
     assert "finished rows are kept" in capsys.readouterr().err
     assert not (paper.parent / "results").exists()
 
-    def count(bench, experiment):
+    def count(bench, experiment, watch):
         measured.append(f"{experiment.bits} {experiment.method}")
-        return measure(bench, experiment)
+        return measure(bench, experiment, watch)
 
     monkeypatch.setattr(table.Bench, "measure", count)
     assert run(paper, "--models", "vit_s") == 0

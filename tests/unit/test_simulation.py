@@ -74,7 +74,7 @@ def test_what_two_recipes_begin_with_is_computed_once_and_gives_the_same(monkeyp
 
 def harmful(stage, change):
     """A repair that changes the model by `change` and says itself that the output is worse."""
-    return lambda model, *_: change(model).with_record(StageRecord(stage, {}, 1.0, 20.0, 18.0, ("made",)))
+    return lambda model, *_, **__: change(model).with_record(StageRecord(stage, {}, 1.0, 20.0, 18.0, ("made",)))
 
 
 @pytest.mark.parametrize(("stage", "position"), [("compensate", -2), ("finetune", -1)])
@@ -82,7 +82,7 @@ def test_a_repair_that_lowers_the_output_is_rolled_back_and_says_so(monkeypatch,
     empty = recipe(finetune={}, method={"name": "rtn"}, precision={})
     monkeypatch.setattr(simulation, stage, harmful(stage, lambda model: replace(model, branches={"blocks.0": None})))
     other = {"compensate": "finetune", "finetune": "compensate"}[stage]
-    monkeypatch.setattr(simulation, other, lambda model, *_: model.with_record(StageRecord(other, {})))
+    monkeypatch.setattr(simulation, other, lambda model, *_, **__: model.with_record(StageRecord(other, {})))
     found = Simulator(tiny_model("vit"), images()).run(empty)
     assert found.branches == {}
     record = found.history[position]
@@ -102,6 +102,6 @@ def test_weights_round_to_nearest_where_a_method_lowers_the_output(monkeypatch):
 def test_a_repair_that_helps_or_does_not_measure_stays(monkeypatch):
     for before, after in ((20.0, 21.0), (20.0, 20.0), (None, None)):
         record = StageRecord("finetune", {}, 1.0, before, after, ("made",))
-        monkeypatch.setattr(simulation, "finetune", lambda model, *_, record=record: model.with_record(record))
+        monkeypatch.setattr(simulation, "finetune", lambda model, *_, record=record, **__: model.with_record(record))
         tuned = Simulator(tiny_model("vit"), images()).run(recipe(compensate=None, finetune={}))
         assert tuned.history[-1] == record
