@@ -349,8 +349,10 @@ def _choice(
         few = worth_keeping(judges(few), folds, [kept[name].found["kernels"] for name in few], config.kernel_price)
     choices = [everything] if few == everything else [everything, few]
     before, *after = sqnr_db(folds, judges([]), *(judges(choice) for choice in choices))
-    if after[-1] >= after[0] - MARGIN_DB:  # fewer cost less
-        return before, after[-1], [name for name in kept if name not in few]
+    left_out = [name for name in everything if name not in few]
+    cheaper = any(kept[name].found["kernels"] for name in left_out)
+    if after[-1] >= after[0] - (MARGIN_DB if cheaper else 0.0):
+        return before, after[-1], left_out
     return before, after[0], []
 
 

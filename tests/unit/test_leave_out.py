@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,3 +103,11 @@ def test_what_is_left_out_is_what_the_output_on_other_photographs_agrees_to(monk
     needed = compensate(planted()[0], images, Config(forms=("dense",)))
     assert set(needed.branches) == set(needed.history[-1].details["kept"]) == {"0", "1"}
     assert not any("left out" in note for note in needed.history[-1].notes)
+
+
+@pytest.mark.parametrize(("kernels", "after", "left_out"), [(0, 10.0, []), (1, 9.95, ["1"])])
+def test_a_branch_that_costs_no_kernel_stays_unless_the_output_is_better_without(monkeypatch, kernels, after, left_out):
+    kept = {name: SimpleNamespace(without=(None, None), found={"kernels": kernels}) for name in ("0", "1")}
+    monkeypatch.setattr(qwt, "worth_keeping", lambda *_args: ["0"])
+    monkeypatch.setattr(qwt, "sqnr_db", lambda *_args: [5.0, 10.0, 9.95])
+    assert qwt._choice(planted()[0], [None, None], Config(), kept) == (5.0, after, left_out)
