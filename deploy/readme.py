@@ -56,7 +56,7 @@ def results_table(found: dict[str, dict[str, Any]]) -> str:
 
 def repairs_table() -> str:
     """One row per run of another recipe than the default, after the default's of the same model."""
-    head = "| model | recipe | SQNR | top-1 agreement | kernels | engine | INT8 attentions | branches | time |"
+    head = "| model | recipe | SQNR | top-1 agreement | kernels | engine | INT8 attentions | branches |"
     rows, commits = [], set()
     for recipe in recipe_names():  # the default, the shortest name, comes first
         for report in reports(recipe).values():
@@ -64,16 +64,14 @@ def repairs_table() -> str:
             cells = (
                 report["model"], f"`{recipe}`", f"{fidelity['sqnr_db']:.1f} dB", f"{fidelity['top1_agreement']:.1%}",
                 f"{engine['kernels']}", f"{engine['bytes'] / 1e6:.1f} MB", f"{len(report['int8_attention'])}",
-                f"{len(report['branches'])}", f"{report['seconds']['total']:.0f} s",
+                f"{len(report['branches'])}",
             )  # fmt: skip
             rows.append((report["model"], f"| {' | '.join(cells)} |"))
             commits.add(report["commit"])
     rows.sort(key=lambda row: row[0])
     where = ", ".join(sorted(commits))
-    source = (
-        f"Measured by `make bench` at commit {where}; recipes other than `int8` may take their scales from the cache."
-    )
-    return "\n".join([head, "|---" * 9 + "|", *(row for _, row in rows), "", source])
+    source = f"Measured by `make bench` at commit {where}."
+    return "\n".join([head, "|---" * 8 + "|", *(row for _, row in rows), "", source])
 
 
 def papers_table() -> str:
