@@ -20,6 +20,7 @@ EVAL_IMAGES ?=
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
 .PHONY: help setup engine verify doctor test test-fast lint bench table clean
@@ -53,11 +54,11 @@ doctor: $(VENV)/.ready ## What is installed, which backends build and run, what 
 	@$(RUN) -m deploy doctor
 
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not alone" --numprocesses=auto --dist=loadfile
+	@$(PYTEST_SIDE_BY_SIDE) -m "not alone"
 	@$(RUN) -m pytest -m alone
 
 test-fast: $(VENV)/.ready-dev ## Run the tests that need no real network
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slow"
+	@$(PYTEST_SIDE_BY_SIDE) -m "not slow"
 
 lint: $(VENV)/.ready-dev ## Style and types
 	@$(RUN) -m ruff check .

@@ -37,6 +37,16 @@ def output_noise(gradients: Tensor, error: Tensor) -> float:
     return float(torch.einsum("kbe,be->kb", gradients.flatten(2), error.flatten(1)).square().sum())
 
 
+def leaf(x: Tensor) -> Tensor:
+    """A copy of `x` to take gradients at: what follows may edit `x` in place, and what nothing before it learns has none."""
+    return x.clone() if x.requires_grad else x.clone().requires_grad_()
+
+
+def projections(output: Tensor, generator: torch.Generator) -> Tensor:
+    """`PROJECTIONS` vectors r (K, *output.shape)."""
+    return torch.randn(PROJECTIONS, *output.shape, generator=generator).to(output.dtype)
+
+
 @contextmanager
 def _with_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     before = [weight.requires_grad for weight in weights]
@@ -73,8 +83,7 @@ def output_gradients(
     probes: dict[str, Tensor] = {}  # zeros added to outputs: their gradients are those of biases
 
     def keep(name: str, _layer: nn.Module, x: Tensor) -> Tensor:
-        # a copy, because an activation in place may follow; the first layer reads images, which have no gradient
-        inputs[name] = x.clone() if x.requires_grad else x.clone().requires_grad_()
+        inputs[name] = leaf(x)
         return inputs[name]
 
     def probe(name: str, y: Tensor) -> Tensor:
@@ -90,8 +99,7 @@ def output_gradients(
                 output = net(batch)
             read = [inputs[name] for name in layers]
             asked = [*read, *weights, *(probes[name] for name in modules)]
-            vectors = torch.randn(PROJECTIONS, *output.shape, generator=generator).to(output.dtype)
-            for vector in vectors:
+            for vector in projections(output, generator):
                 found = torch.autograd.grad(output, asked, vector, retain_graph=True)
                 gradients.append(found[: len(read)])
                 of_weights, of_outputs = found[len(read) : len(read) + len(weights)], found[len(read) + len(weights) :]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -30,3 +30,10 @@ def tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def nets_sha256(nets: Mapping[str, nn.Module]) -> str:
+    """Hex digest of the parameters and buffers of named networks."""
+    return tensors_sha256(
+        {f"{kind}.{name}": value for kind, net in nets.items() for name, value in net.state_dict().items()}
+    )

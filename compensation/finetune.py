@@ -30,7 +30,7 @@ from calib.batches import Batches
 from calib.cache import code_sha256
 from calib.errors import UserError
 from calib.held_out import MARGIN_DB, sqnr_db
-from calib.kept_files import tensors_sha256
+from calib.kept_files import nets_sha256, tensors_sha256
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
 from calib.watch import UNWATCHED, Watch
@@ -161,11 +161,9 @@ def _description(
     model: QuantModel, images: Batches, first: Tensor, labels: Sequence[int] | None, config: Config
 ) -> dict[str, Any]:
     """What decides the run, so that a checkpoint of it is found; of the images, their number and first batch."""
-    nets = {"net": quantized_net(model), "exact": model.exact_net}
-    state = {f"{kind}.{name}": value for kind, net in nets.items() for name, value in net.state_dict().items()}
     return {
         "options": asdict(config),
-        "model": tensors_sha256(state),
+        "model": nets_sha256({"net": quantized_net(model), "exact": model.exact_net}),
         "images": [len(images), tensors_sha256({"first": first})],
         "labels": None if labels is None else tensors_sha256({"labels": torch.tensor(labels)}),
         "code": code_sha256(Path(__file__).parent),

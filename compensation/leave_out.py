@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.batches import Batches, spread_images
-from calib.first_order import PROJECTIONS
+from calib.first_order import leaf, projections
 from calib.hooks import output_hooks
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
@@ -31,14 +31,14 @@ def _terms(
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, z: Tensor) -> Tensor:
-        outputs[name] = z.clone() if z.requires_grad else z.clone().requires_grad_()
+        outputs[name] = leaf(z)
         return outputs[name]
 
     with torch.enable_grad(), output_hooks(net, modules, keep):
         y = net(images)
     z = [outputs[name] for name in modules]
     difference, found = exact(images) - y.detach(), []
-    for vector in torch.randn(PROJECTIONS, *y.shape, generator=generator).to(y.dtype):
+    for vector in projections(y, generator):
         gradients = torch.autograd.grad(y, z, vector, retain_graph=True)
         pairs = [(vector, difference), *zip(gradients, z, strict=True)]
         found.append(torch.stack([(one * other).detach().flatten(1).sum(1) for one, other in pairs], 1))

@@ -344,8 +344,11 @@ def _choice(
             for index in range(len(folds))
         ]
 
+    if not kept:
+        (before,) = sqnr_db(folds, judges([]))
+        return before, before, []
     everything, few = list(kept), list(kept)
-    if kept and config.by_output:
+    if config.by_output:
         few = worth_keeping(judges(few), folds, [kept[name].found["kernels"] for name in few], config.kernel_price)
     choices = [everything] if few == everything else [everything, few]
     before, *after = sqnr_db(folds, judges([]), *(judges(choice) for choice in choices))

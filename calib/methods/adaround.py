@@ -24,7 +24,7 @@ from torch import Tensor
 from calib.batches import Batches, spread_images
 from calib.checkpoint import Checkpoint
 from calib.held_out import MARGIN_DB, sqnr_db
-from calib.kept_files import tensors_sha256
+from calib.kept_files import nets_sha256, tensors_sha256
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
 from calib.methods.rtn import corrected, nearest
 from calib.qdq import quantized_net
@@ -178,11 +178,9 @@ def _description(
     model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config
 ) -> dict[str, Any]:
     """What decides the run, so that a checkpoint of it is found."""
-    nets = {"exact": model.net, "start": quantized_net(start)}
-    state = {f"{kind}.{name}": value for kind, net in nets.items() for name, value in net.state_dict().items()}
     return {
         "options": asdict(config),
-        "model": tensors_sha256(state),
+        "model": nets_sha256({"exact": model.net, "start": quantized_net(start)}),
         "images": tensors_sha256({"images": images, "held_out": held_out}),
     }
 
