@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.accuracy import fidelity
 from benchmarks.latency import compare
+from benchmarks.ort_options import ort_options
 
 BATCH = 16  # images per run when judging fidelity
 SPEED_BATCH, THREADS = 8, 2  # fixed, so that a figure does not depend on how many cores a machine has
@@ -29,9 +30,7 @@ class _Network:
         import onnxruntime as ort
         from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        options.log_severity_level = 3
+        options = ort_options(THREADS)
         providers = ["CPUExecutionProvider"]
         self.note: str | None = None
         try:

@@ -15,13 +15,13 @@ from calib.batches import Batches, spread_images
 from calib.channel_scale import FoldScale, fold_scale
 from calib.equalise import EQUALISED
 from calib.errors import UserError
-from calib.grids import GELU_LEAST, Grid, Unrounded, input_grid, twin_gelu
+from calib.grids import GELU_LEAST, Grid, Unrounded, input_grid, sides_of, twin_gelu
 from calib.hooks import input_hooks
 from calib.layer_rows import Extremes
 from calib.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.precision import UNROUNDED
 from calib.quant_model import QuantModel, StageRecord
-from calib.ranges import SignedHistogram, grid_from_histogram
+from calib.ranges import REPQ, SignedHistogram, grid_from_histogram
 from calib.threshold_search import Judge, candidates, search
 
 JUDGE_IMAGES = 8  # per fold
@@ -33,13 +33,13 @@ class Config:
     """How an activation histogram becomes a scale."""
 
     observer: str = (
-        "search"  # search | max | percentile | mse | entropy; search = what serves the network's output best
+        "search"  # search | max | percentile | mse | entropy | repq; search = what serves the network's output best
     )
     percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = the family's
 
     def __post_init__(self) -> None:
-        if self.observer not in ("search", *OBSERVERS):
-            raise ValueError(f"observer '{self.observer}' is not one of search, {', '.join(OBSERVERS)}")
+        if self.observer not in (known := ("search", *OBSERVERS, REPQ)):
+            raise ValueError(f"observer '{self.observer}' is not one of {', '.join(known)}")
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile {self.percentile} is not in 0..100")
 
@@ -79,7 +79,13 @@ def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
     equalised = next(details, {}).get(EQUALISED, {})
     moved = {name: [each for each in model.moved if each.consumer == name] for name in fold.low}
     return {
-        name: fold_scale(fold.low[name], fold.high[name], moved[name], *equalised.get(name, (0.0, False)))
+        name: fold_scale(
+            fold.low[name],
+            fold.high[name],
+            moved[name],
+            *equalised.get(name, (0.0, False)),
+            model.precision.zero_points,
+        )
         for name in fold.low
     }
 
@@ -125,15 +131,19 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     """`model` with an `:input` site for every layer to be quantized.
 
     `folds` are parts of the calibration set without a common photograph; all of them together give the scales, and
-    `observer = "search"` chooses how by judging each fold's thresholds on another. Inputs with zero points are not judged:
-    calib/ranges.py says what `observer` means for them. Raises UserError where [precision] asks for the grid of GELU outputs
-    and a layer reads something else.
+    `observer = "search"` chooses how by judging each fold's thresholds on another. What the others mean for inputs with zero
+    points is in calib/ranges.py. Raises UserError where [precision] asks for the grid of GELU outputs and a layer reads
+    something else, and for an observer that does not know ranges of the kind asked for.
     """
     start = time.perf_counter()
     config = replace(config, percentile=config.percentile or model.family.percentile)
-    if model.precision.zero_points:
+    if model.precision.zero_points and config.observer != "search":
         return _with_asymmetric_inputs(model, folds, config)
-    layers = model.layers
+    if config.observer == REPQ:
+        raise UserError(
+            f"[calibrate] observer '{REPQ}' is for inputs that round with zero points: set them in [precision]"
+        )
+    layers = [name for name in model.layers if f"{name}:input" not in model.sites]
     behind_gelu = _behind_gelu(model)
     ranged = layers if config.observer == "search" else behind_gelu
     observed = [_observe(model.net, layers, batches, ranged) for batches in folds]
@@ -145,7 +155,7 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
     by_fold = [fold.histograms for fold in observed]
     if config.observer == "search":
         offers = [
-            {name: candidates(histogram, model.bits(name).input) for name, histogram in found.items()}
+            {name: candidates(each, model.bits(name).input, model.precision.inputs < 8) for name, each in found.items()}
             for found in (*by_fold, whole)
         ]
         images = [spread_images(folds[index - 1], JUDGE_IMAGES) for index in range(len(folds))]
@@ -164,8 +174,16 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
             for found in (*by_fold, whole)
         ]
     thresholds = chosen.pop()
-    grids = dict.fromkeys(thresholds, input_grid) | dict.fromkeys(behind_gelu, twin_gelu)
-    sites = {f"{name}:input": grids[name](amax, model.bits(name).input) for name, amax in thresholds.items()}
+    extremes = functools.reduce(Extremes.merge, (fold.extremes for fold in observed))
+
+    def grid(name: str, amax: float) -> Grid:
+        bits = model.bits(name).input
+        if name in behind_gelu:
+            return twin_gelu(amax, bits)
+        sides = sides_of(extremes.low[name], extremes.high[name]) if model.precision.zero_points else None
+        return input_grid(amax, bits, sides)
+
+    sites = {f"{name}:input": grid(name, amax) for name, amax in thresholds.items()}
     notes = (f"{len(sites)} activation scales {how}",)
     details = {name: [found[name] for found in chosen] for name in whole}
     seconds = time.perf_counter() - start

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calib.grids import input_grid
+from calib.grids import Sides, input_grid, sides_of
 from calib.moves import Moved
 
 LARGEST_RATIO = 100.0  # r stays within 1/100 .. 100: beyond that weights leave FP16's comfortable range
@@ -28,12 +28,14 @@ class FoldScale:
 
     Channel scales are fitted to the largest values of all calibration photographs, so that none of these photographs
     exceeds any channel's share; new ones do, up to three times. One fold, rounded as the *other* alone would have it,
-    shows how far. `widening`: how much larger the tensor's largest value is in that fold's scale.
+    shows how far. `widening`: how much larger the tensor's largest value is in that fold's scale. `sides`: of an asymmetric
+    range (calib/grids.py), by that fold; None: symmetric.
     """
 
     centre: Tensor
     factor: Tensor
     widening: float
+    sides: Sides | None = None
 
     def along(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """(centre, factor) in a shape that goes with `x`, whose channels lie along `axis`."""
@@ -43,20 +45,27 @@ class FoldScale:
     def fake_quantize(self, x: Tensor, amax: float, bits: int, axis: int) -> Tensor:
         """`x`, channels along `axis`, rounded on that scale at the threshold that the scale of all folds calls `amax`."""
         centre, factor = self.along(x, axis)
-        return input_grid(amax * self.widening, bits).fake_quantize((x - centre) * factor) / factor + centre
+        grid = input_grid(amax * self.widening, bits, self.sides)
+        return grid.fake_quantize((x - centre) * factor) / factor + centre
 
 
-def fold_scale(low: Tensor, high: Tensor, moved: Sequence[Moved], exponent: float, centred: bool) -> FoldScale:
+def fold_scale(
+    low: Tensor, high: Tensor, moved: Sequence[Moved], exponent: float, centred: bool, zero_points: bool = False
+) -> FoldScale:
     """Of a fold whose input has the per-channel extremes `low` and `high` (C,), after the moves `moved`.
 
-    The first of `moved` is equalise's, with `exponent` and `centred`; later ones shift only.
+    The first of `moved` is equalise's, with `exponent` and `centred`; later ones shift only. `zero_points`: its range is
+    asymmetric.
     """
     if not moved:
-        return FoldScale(torch.zeros_like(low), torch.ones_like(low), 1.0)
+        sides = sides_of(low, high) if zero_points else None
+        return FoldScale(torch.zeros_like(low), torch.ones_like(low), 1.0, sides)
     first, later = moved[0], sum((each.shift for each in moved[1:]), torch.zeros_like(low))
     original = [(end + later) * first.scale + first.shift for end in (low, high)]
     scale, shift = channel_scale(original[0], original[1], exponent, centred)
     centre, factor = (shift - first.shift) / first.scale, first.scale / scale
-    own = torch.maximum((low - centre).abs(), (high - centre).abs()) * factor
+    ends = (low - centre) * factor, (high - centre) * factor
+    own = torch.maximum(*(end.abs() for end in ends)).max()
     before = torch.maximum(low.abs(), high.abs()).max()
-    return FoldScale(centre, factor, float(own.max() / before) if before else 1.0)
+    sides = sides_of(*ends) if zero_points else None
+    return FoldScale(centre, factor, float(own / before) if before else 1.0, sides)

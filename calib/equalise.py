@@ -14,8 +14,7 @@ Ranges come from one half of the calibration set, the images that judge from the
 good, because no value exceeds its own channel's range; on new photographs the channels that fire rarely exceed theirs
 several times over.
 
-`rule = "repq"` is RepQ-ViT itself (calib/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged. The
-search rounds symmetrically even where inputs get zero points later: centring does most of their work.
+`rule = "repq"` is RepQ-ViT itself (calib/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged.
 """
 
 import copy
@@ -32,7 +31,7 @@ from calib.batches import Batches, spread_images
 from calib.channel_scale import FoldScale, channel_scale
 from calib.errors import UserError
 from calib.first_order import output_gradients, output_noise
-from calib.grids import input_grid
+from calib.grids import input_grid, sides_of
 from calib.hooks import input_hooks
 from calib.layer_rows import Extremes, Means, along_inputs, channel_axis, look_at_inputs
 from calib.moves import Move, Moved, Norm
@@ -46,6 +45,7 @@ RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
 # clipping thresholds tried, of the range; the final one is calibrate's business
 THRESHOLDS = (0.6, 0.8, 1.0, 1.25, 1.6)
+FEW_BITS = (0.25, 0.4)  # where levels are few, clipping pays
 JUDGE_IMAGES = 6  # per fold
 
 
@@ -65,11 +65,16 @@ class Config:
 Candidate = tuple[float, bool]  # exponent, centred
 
 
+def thresholds(bits: int) -> tuple[float, ...]:
+    """Those tried for an input of so many bits."""
+    return THRESHOLDS if bits >= 8 else (*FEW_BITS, *THRESHOLDS)
+
+
 def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int) -> Tensor:
-    """What rounding `x` does to the output, to first order, at each of `THRESHOLDS`; see `output_noise`."""
+    """What rounding `x` does to the output, to first order, at each of `thresholds`; see `output_noise`."""
     centre, factor = scale.along(x, axis)
     scaled, slopes = (x - centre) * factor, gradients / factor
-    grids = [input_grid(amax * threshold, bits) for threshold in THRESHOLDS]
+    grids = [input_grid(amax * threshold, bits, scale.sides) for threshold in thresholds(bits)]
     return torch.tensor(
         [output_noise(slopes, grid.fake_quantize(scaled) - scaled) for grid in grids], dtype=torch.float64
     )
@@ -89,16 +94,19 @@ def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) ->
 class Trial:
     """Candidates for the scale of what one layer reads: ranges of one fold, judged by images of another."""
 
-    def __init__(self, layer: nn.Module, low: Tensor, high: Tensor, candidates: Sequence[Candidate]) -> None:
+    def __init__(
+        self, layer: nn.Module, low: Tensor, high: Tensor, candidates: Sequence[Candidate], zero_points: bool = False
+    ) -> None:
         self.layer, self.axis = layer, channel_axis(layer)
         self.scales: dict[Candidate, tuple[Tensor, FoldScale, float]] = {}
         for candidate in candidates:
             scale, shift = channel_scale(low, high, *candidate)
-            reach = torch.maximum(high - shift, shift - low) / scale
-            self.scales[candidate] = scale, FoldScale(shift, 1 / scale, 1.0), float(reach.max())
+            ends = (low - shift) / scale, (high - shift) / scale
+            fold = FoldScale(shift, 1 / scale, 1.0, sides_of(*ends) if zero_points else None)
+            self.scales[candidate] = scale, fold, float(torch.maximum(-ends[0], ends[1]).max())
 
     def noise(self, x: Tensor, gradients: Tensor, squares: Tensor, bits: LayerBits) -> dict[Candidate, Tensor]:
-        """At each of `THRESHOLDS`, by candidate, of the images that read `x` (B, ...) here."""
+        """At each of `thresholds`, by candidate, of the images that read `x` (B, ...) here."""
         return {
             candidate: input_noise(x, gradients, scale, reach, bits.input, self.axis)
             + weight_noise(self.layer, squares, factors, bits.weight)
@@ -127,7 +135,13 @@ def _judged(
     }
     for index, (found, mean) in enumerate(zip(ranges, means, strict=True)):
         trials = {
-            name: Trial(model.net.get_submodule(name), found.low[name], found.high[name], candidates[name])
+            name: Trial(
+                model.net.get_submodule(name),
+                found.low[name],
+                found.high[name],
+                candidates[name],
+                model.precision.zero_points,
+            )
             for name in shifts
         }
         images = spread_images(folds[index - 1], JUDGE_IMAGES)

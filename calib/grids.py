@@ -11,6 +11,8 @@ from calib.quantizer import QParams, qparams_from_amax, qparams_from_range
 
 GELU_LEAST = -0.17  # -0.16997 at -0.7518
 
+Sides = tuple[float, float]  # the ends of an asymmetric range, as fractions of the larger |end|
+
 
 class Grid(Protocol):
     """A set of values that a tensor rounds to."""
@@ -88,9 +90,20 @@ def twin_gelu(amax: float, bits: int) -> TwinUniform:
     return TwinUniform(below, above, 0.0)
 
 
-def input_grid(amax: float, bits: int) -> Grid:
-    """The grid of a tensor whose largest integer stands for `amax`; none for `bits` = UNROUNDED."""
-    return Unrounded() if bits == UNROUNDED else qparams_from_amax(torch.tensor(amax), bits=bits)
+def sides_of(low: Tensor, high: Tensor) -> Sides:
+    """How far a tensor with channel extremes `low` and `high` (C,) reaches on either side of 0, which stays on the grid."""
+    ends = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
+    reach = max(-ends[0], ends[1]) or 1.0
+    return ends[0] / reach, ends[1] / reach
+
+
+def input_grid(amax: float, bits: int, sides: Sides | None = None) -> Grid:
+    """The grid of a tensor that reaches `amax`: symmetric, or with these `sides`; none for `bits` = UNROUNDED."""
+    if bits == UNROUNDED:
+        return Unrounded()
+    if sides is None:
+        return qparams_from_amax(torch.tensor(amax), bits=bits)
+    return qparams_from_range(*(torch.tensor(amax * side) for side in sides), bits=bits)
 
 
 def obstacle(grid: Grid) -> str | None:

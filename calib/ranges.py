@@ -2,9 +2,8 @@
 
     s = (high - low) / (2^b - 1)        z = -round(low / s)        (calib/quantizer.py, shifted to signed integers)
 
-RepQ-ViT's rule for (low, high) is the `search` here: the two-sided percentile among three with the least squared error of
-the tensor itself. No kernel of TensorRT reads such inputs, so nothing is judged by the network's output as in
-calib/calibrate.py: this reproduces what papers do.
+RepQ-ViT's rule for (low, high) is `repq`: the two-sided percentile among three with the least squared error of the tensor
+itself. Nothing here is judged by the network's output, as `search` does in calib/calibrate.py: this is what papers do.
 """
 
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from calib.grids import Grid
 from calib.observers import BINS, CHUNK, DROPPED_BITS, MSE_FRACTIONS, Histogram
 from calib.quantizer import QParams, qparams_from_range
 
+REPQ = "repq"
 PERCENTILES = (99.9, 99.99, 99.999)  # tried by RepQ-ViT
 
 AnyGrid = TypeVar("AnyGrid", bound=Grid)
@@ -76,13 +76,13 @@ def least_error(histogram: SignedHistogram, grids: Iterable[AnyGrid]) -> AnyGrid
 
 
 def grid_from_histogram(histogram: SignedHistogram, observer: str, percentile: float, bits: int) -> QParams:
-    """The asymmetric grid by observer: search (RepQ-ViT's rule), max, percentile (of both sides) or mse.
+    """The asymmetric grid by observer: repq, max, percentile (of both sides) or mse.
 
     `mse` shrinks both ends alike, as FQ-ViT's OMSE.
     """
     if observer == "entropy":
-        raise UserError("observer 'entropy' knows symmetric ranges only: expected search, max, percentile or mse")
-    percentiles = {"search": PERCENTILES, "percentile": (percentile,)}.get(observer, ())
+        raise UserError("observer 'entropy' knows symmetric ranges only: expected search, repq, max, percentile or mse")
+    percentiles = {REPQ: PERCENTILES, "percentile": (percentile,)}.get(observer, ())
     fractions = {"max": (1.0,), "mse": MSE_FRACTIONS.tolist()}.get(observer, ())
     ranges = [percentile_range(histogram, each) for each in percentiles]
     ranges += [(each * histogram.low, each * histogram.high) for each in fractions]

@@ -25,6 +25,7 @@ from calib.quant_model import QuantModel
 
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
 MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new photographs exceed it
+FEW_BITS = (0.8, 0.65, 0.5, 0.35, 0.25)  # of the maximum: where levels are few, clipping pays
 NOT_FOR_ALL = ("max x1.6", "max x2", "max x2.5")  # some layers need that much, never all of them: not judged as a rule
 JUDGED_RULES = 3  # whose output is measured: those that are foretold the least noise
 PER_LAYER = "per layer"
@@ -33,13 +34,14 @@ Offers = Mapping[str, Mapping[str, float]]  # layer -> candidate -> threshold
 Thresholds = Mapping[str, float]  # by layer
 
 
-def candidates(histogram: Histogram, bits: int = 8) -> dict[str, float]:
-    """Clipping thresholds worth trying, by name."""
+def candidates(histogram: Histogram, bits: int = 8, few_bits: bool = False) -> dict[str, float]:
+    """Clipping thresholds worth trying, by name. `few_bits`: some layer of the network has less than 8."""
     found = {
         f"{observer} {percentile:g}".removesuffix(" 0"): amax_from_histogram(histogram, observer, percentile, bits)
         for observer, percentile in SEARCHED
     }
-    return found | {f"max x{margin:g}": histogram.amax * margin for margin in MARGINS}
+    factors = (*(FEW_BITS if few_bits else ()), *MARGINS)
+    return found | {f"max x{factor:g}": histogram.amax * factor for factor in factors}
 
 
 @contextmanager

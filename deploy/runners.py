@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.ort_options import ort_options
+
 INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
 THREADS = 2  # fixed, so that a figure does not depend on how many cores a machine has
 
@@ -19,9 +21,7 @@ class OnnxRunner:
     def __init__(self, model: Path | bytes, fused: bool = True, threads: int = THREADS) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options = ort_options(threads)
         if not fused:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         source = os.fspath(model) if isinstance(model, Path) else model
@@ -44,8 +44,7 @@ def integer_layers(model: Path) -> int:
     import onnx
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = ort_options(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
         ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])

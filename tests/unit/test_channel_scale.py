@@ -3,7 +3,7 @@ import torch
 
 from calib.channel_scale import channel_scale, fold_scale
 from calib.moves import Moved
-from calib.quantizer import qparams_from_amax
+from calib.quantizer import qparams_from_amax, qparams_from_range
 
 
 def extremes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +41,20 @@ def test_a_fold_rounds_as_if_it_alone_had_equalised(centred, later):
     assert float(((ours - found.centre) * found.factor).abs().max()) == pytest.approx(
         found.widening * float(ours.abs().max()), rel=1e-4
     )
+
+
+def test_a_fold_with_zero_points_rounds_between_its_own_ends():
+    first, second = (rows.abs() for rows in two_folds())
+    scale, shift = channel_scale(*extremes(torch.cat([first, second])), 0.7, centred=False)
+    ours, theirs = first / scale, second / scale
+    found = fold_scale(*extremes(ours), [Moved("p", "c", scale, shift)], 0.7, centred=False, zero_points=True)
+    alone, _ = channel_scale(*extremes(first), 0.7, centred=False)
+    threshold = 0.8 * float(ours.max())
+    top = threshold * float((first / alone).max() / ours.max())
+    grid = qparams_from_range(torch.tensor(0.0), torch.tensor(top), bits=4)
+    expected = grid.fake_quantize(second / alone) * alone / scale
+    torch.testing.assert_close(found.fake_quantize(theirs, threshold, 4, -1), expected, rtol=1e-3, atol=1e-3 * threshold)
+    assert fold_scale(*extremes(ours), [], 0.0, centred=False, zero_points=True).sides == (0.0, 1.0)
 
 
 def test_by_its_own_scale_a_fold_shows_how_far_the_other_exceeds_it():

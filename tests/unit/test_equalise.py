@@ -7,7 +7,7 @@ from torch import nn
 from calib.calibrate import Config as CalibrateConfig
 from calib.calibrate import calibrate
 from calib.channel_scale import FoldScale, channel_scale
-from calib.equalise import THRESHOLDS, Config, equalise, input_noise, placed_moves, weight_noise
+from calib.equalise import Config, equalise, input_noise, placed_moves, thresholds, weight_noise
 from calib.first_order import PROJECTIONS, output_gradients
 from calib.fold import fold_affine
 from calib.layer_rows import along_inputs, product, sample_rows, weight_matrix
@@ -144,18 +144,21 @@ def test_noise_of_weights_is_that_of_errors_drawn_at_random(layer, monkeypatch):
     assert found == pytest.approx(drawn / 400, rel=0.2)  # 400 and 1000 samples
 
 
-def test_noise_of_inputs_is_that_of_rounding_them():
+@pytest.mark.parametrize("sides", [None, (-0.25, 1.0)])
+def test_noise_of_inputs_is_that_of_rounding_them(sides):
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 3), torch.randn(64, 8)
     net = nn.Sequential(layer)
-    scale = FoldScale(torch.linspace(-1, 1, 8), torch.rand(8) + 0.5, 1.0)
+    scale = FoldScale(torch.linspace(-1, 1, 8), torch.rand(8) + 0.5, 1.0, sides)
     amax = float(((x - scale.centre) * scale.factor).abs().max())
-    found = torch.zeros(len(THRESHOLDS), dtype=torch.float64)
+    found = torch.zeros(len(thresholds(4)), dtype=torch.float64)
     for inputs, gradients, _ in output_gradients(net, ["0"], x):
         found += input_noise(inputs["0"], gradients["0"], scale, amax, 4, -1) / PROJECTIONS
-    for threshold, noise in zip(THRESHOLDS, found, strict=True):
-        step = float(torch.tensor(amax * threshold / 7).half())
-        z = ((x - scale.centre) * scale.factor / step).round().clamp(-8, 7) * step
+    for threshold, noise in zip(thresholds(4), found, strict=True):
+        low, high = sides or (-1.0, 1.0)
+        step = float(torch.tensor(amax * threshold * (high - low) / (15 if sides else 14)).half())
+        lowest = round(amax * threshold * low / step) if sides else -8
+        z = ((x - scale.centre) * scale.factor / step).round().clamp(lowest, lowest + 15) * step
         with torch.no_grad():
             expected = (net(z / scale.factor + scale.centre) - net(x)).square().sum()
         assert float(noise / expected) == pytest.approx(1, abs=0.35)  # 256 samples of the mean

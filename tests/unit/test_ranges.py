@@ -13,10 +13,13 @@ from calib.calibrate import Config, calibrate
 from calib.equalise import Config as EqualiseConfig
 from calib.equalise import equalise
 from calib.errors import UserError
-from calib.grids import LogSqrt2, TwinUniform, Unrounded, straight_through, twin_gelu, twin_softmax
+from calib.grids import LogSqrt2, TwinUniform, Unrounded, input_grid, sides_of, straight_through, twin_gelu, twin_softmax
 from calib.hooks import input_hooks
+from calib.methods import rtn
 from calib.observers import Histogram
 from calib.precision import Precision
+from calib.qdq import quantized_net
+from calib.quant_model import QuantModel
 from calib.ranges import PERCENTILES, SignedHistogram, grid_from_histogram, least_error, percentile_range
 from tests.tiny import tiny_batches, tiny_model
 
@@ -123,18 +126,18 @@ def loss_by_hand(x: np.ndarray, low: float, high: float, bits: int) -> float:
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
-def test_the_search_takes_the_percentile_with_the_least_error(bits):
+def test_repq_takes_the_percentile_with_the_least_error(bits):
     x = skewed(100_000)
     x[::500] *= 2  # 0.2 % of outliers
     exact = [(np.quantile(x.numpy(), 1 - p / 100), np.quantile(x.numpy(), p / 100)) for p in PERCENTILES]
     losses = [loss_by_hand(x.numpy(), low, high, bits) for low, high in exact]
-    found = grid_from_histogram(histogram_of(x), "search", 0.0, bits)
+    found = grid_from_histogram(histogram_of(x), "repq", 0.0, bits)
     loss = float((found.fake_quantize(x) - x).square().mean())
     assert loss == pytest.approx(min(losses), rel=0.03)  # edges of bins and a scale in FP16, where these are exact
     assert max(losses) > 1.1 * min(losses)
 
 
-@pytest.mark.parametrize("observer", ["max", "percentile", "mse", "search"])
+@pytest.mark.parametrize("observer", ["max", "percentile", "mse", "repq"])
 def test_observers_differ_as_their_names_say(observer):
     x = skewed()
     found = grid_from_histogram(histogram_of(x), observer, 99.0, 4)
@@ -157,9 +160,24 @@ def test_least_error_can_choose_among_any_grids_and_ties_go_to_the_first():
     assert least_error(histogram_of(torch.zeros(3)), grids) is grids[0]
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("ends", [(0.0, 2.0), (-0.1, 2.0), (-3.0, 1.0), (0.5, 2.0), (-2.0, -0.5)])
+def test_a_range_with_sides_has_all_its_levels_between_its_ends_and_one_at_0(bits, ends):
+    x = torch.linspace(*ends, 2001)
+    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    reach = max(-low, high)
+    sides = sides_of(*(torch.tensor([end, sum(ends) / 2]) for end in ends))  # of two channels
+    assert sides == pytest.approx((low / reach, high / reach))
+    found = input_grid(reach, bits, sides).fake_quantize(x)
+    step = (high - low) / (2**bits - 1)
+    assert float((found - x).abs().max()) <= 1.01 * step / 2 + 0.5 * step * (low < 0 < high)  # 0 moves the ends half a step
+    assert float(input_grid(reach, bits, sides).fake_quantize(torch.zeros(()))) == 0
+    assert float((input_grid(reach, bits).fake_quantize(x) - x).abs().max()) > 0.9 * reach / (2**bits - 1)  # symmetric
+
+
 def test_zeros_and_constants_have_a_grid():
     for value in (0.0, 3.0, -2.0):
-        for observer in ("search", "max", "mse"):
+        for observer in ("repq", "max", "mse"):
             grid = grid_from_histogram(histogram_of(torch.full((50,), value)), observer, 0.0, 4)
             assert float(grid.fake_quantize(torch.tensor([value]))) == pytest.approx(value, rel=0.01)
 
@@ -167,6 +185,8 @@ def test_zeros_and_constants_have_a_grid():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="'entropy' knows symmetric ranges only"):
         grid_from_histogram(histogram_of(skewed()), "entropy", 0.0, 4)
+    with pytest.raises(UserError, match="'repq' is for inputs that round with zero points"):
+        calibrate(tiny_model("vit"), FOLDS, Config("repq"))
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ValueError, match="NaN or Inf"):
             histogram_of(torch.tensor([1.0, bad]))
@@ -190,10 +210,34 @@ def test_calibrate_gives_every_layer_the_range_of_all_it_read():
     assert found.history[-1].notes == (f"{len(read)} asymmetric activation ranges by 'max'",)
 
 
-def test_calibrate_keeps_sites_that_are_there_and_rounds_no_input_of_32_bits():
+def output_noise(model: QuantModel, batches: list[torch.Tensor]) -> float:
+    model = rtn.reduce_error(replace(model, precision=replace(model.precision, weights=8)), [], rtn.Config())
+    net = quantized_net(model)
+    with torch.inference_mode():
+        return sum(float((net(batch) - model.float_net(batch)).square().sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("family", ["vit", "mobilenet"])
+def test_a_search_with_zero_points_serves_the_output_better_than_symmetric_ranges(family):
+    folds = [tiny_batches(8, seed=1), tiny_batches(8, seed=2)]
+    asymmetric = replace(tiny_model(family), precision=Precision(8, 4, zero_points=True))
+    found = calibrate(asymmetric, folds, Config("search"))
+    symmetric = calibrate(replace(asymmetric, precision=Precision(8, 4)), folds, Config("search"))
+    grids = [found.qparams(f"{name}:input") for name in found.layers]
+    assert all(grid.zero_point is not None for grid in grids)
+    assert "on other photographs" in found.history[-1].notes[0]
+    one_sided = [grid for grid in grids if float(grid.zero_point) == grid.low]  # behind a ReLU6: 0 is the lowest level
+    assert one_sided or family != "mobilenet"
+    others = tiny_batches(8, seed=3)
+    assert output_noise(found, others) < output_noise(symmetric, others)
+
+
+@pytest.mark.parametrize("observer", ["search", "max"])
+def test_calibrate_keeps_sites_that_are_there_and_rounds_no_input_of_32_bits(observer):
     model = replace(tiny_model("vit"), precision=Precision(4, 32, zero_points=True))
     given = {"blocks.0.attn.qkv:input": LogSqrt2(1.0, 4)}
-    sites = calibrate(model.with_sites(given), FOLDS, Config()).sites
+    sites = calibrate(model.with_sites(given), FOLDS, Config(observer)).sites
+    assert len(sites) == len(model.layers)
     assert sites["blocks.0.attn.qkv:input"] is given["blocks.0.attn.qkv:input"]
     assert all(isinstance(grid, Unrounded) for site, grid in sites.items() if site not in given)
 
