@@ -140,10 +140,15 @@ def read_last_line(stdout: str) -> dict[str, Any]:
     return json.loads(stdout.strip().splitlines()[-1])
 
 
-def our_contenders(model: str, inputs: Inputs, folder: Path) -> Iterator[Contender]:
-    """This tool with each of its recipes. It draws the same images by seed: arrays would hide which share a photograph."""
+def our_recipes() -> list[str]:
+    """Names of the recipes that come with this tool."""
+    return sorted(path.stem for path in (ROOT / "deploy/recipes").glob("*.toml"))
+
+
+def our_contenders(model: str, recipes: Sequence[str], inputs: Inputs, folder: Path) -> Iterator[Contender]:
+    """This tool with each of `recipes`. It draws the same images by seed: arrays would hide which share a photograph."""
     images = str(inputs.about["calibration"]["count"])
-    for recipe in sorted(path.stem for path in (ROOT / "deploy/recipes").glob("*.toml")):
+    for recipe in recipes:
         command = (
             sys.executable, "-m", "deploy", "engine", "--model", model, "--recipe", recipe,
             "--calib-images", images, "--out", str(folder / recipe), "--json",
@@ -234,6 +239,14 @@ def result_json(about: dict[str, Any], command: str, rows: Sequence[Row]) -> dic
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="other quantizers side by side")
     parser.add_argument("--models", nargs="+", default=["dinov2_s", "mobilenetv2"], metavar="MODEL")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=our_recipes(),
+        choices=our_recipes(),
+        metavar="RECIPE",
+        help="of this tool (all)",
+    )
     parser.add_argument("--calib-images", type=int, default=64)
     parser.add_argument("--eval-images", type=int, default=128)
     parser.add_argument(
@@ -260,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(prepared.error, file=sys.stderr)
                 return prepared.code
             inputs, rows = Inputs(folder), []
-            for contender in [*our_contenders(model, inputs, folder), *peer_contenders(inputs, folder, peer_python)]:
+            ours = our_contenders(model, args.recipes, inputs, folder)
+            for contender in [*ours, *peer_contenders(inputs, folder, peer_python)]:
                 print(f"{model}: {contender.peer}, {contender.setting}", file=sys.stderr)
                 rows.append(measure(contender, inputs, folder))
             command = shlex.join(["python", "-m", "benchmarks.peers", *argv])

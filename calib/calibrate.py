@@ -77,17 +77,12 @@ def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
     """How the fold alone would have equalised, by layer."""
     details = (record.details for record in model.history if record.stage == "equalise")
     equalised = next(details, {}).get(EQUALISED, {})
-    moved = {name: [each for each in model.moved if each.consumer == name] for name in fold.low}
-    return {
-        name: fold_scale(
-            fold.low[name],
-            fold.high[name],
-            moved[name],
-            *equalised.get(name, (0.0, False)),
-            model.precision.zero_points,
-        )
-        for name in fold.low
-    }
+    found = {}
+    for name, low in fold.low.items():
+        moved = [each for each in model.moved if each.consumer == name]
+        exponent, centred = equalised.get(name, (0.0, False))
+        found[name] = fold_scale(low, fold.high[name], moved, exponent, centred, model.precision.zero_points)
+    return found
 
 
 def _behind_gelu(model: QuantModel) -> list[str]:

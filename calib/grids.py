@@ -103,7 +103,8 @@ def input_grid(amax: float, bits: int, sides: Sides | None = None) -> Grid:
         return Unrounded()
     if sides is None:
         return qparams_from_amax(torch.tensor(amax), bits=bits)
-    return qparams_from_range(*(torch.tensor(amax * side) for side in sides), bits=bits)
+    low, high = (torch.tensor(amax * side) for side in sides)
+    return qparams_from_range(low, high, bits=bits)
 
 
 def obstacle(grid: Grid) -> str | None:

@@ -53,7 +53,9 @@ def test_a_fold_with_zero_points_rounds_between_its_own_ends():
     top = threshold * float((first / alone).max() / ours.max())
     grid = qparams_from_range(torch.tensor(0.0), torch.tensor(top), bits=4)
     expected = grid.fake_quantize(second / alone) * alone / scale
-    torch.testing.assert_close(found.fake_quantize(theirs, threshold, 4, -1), expected, rtol=1e-3, atol=1e-3 * threshold)
+    torch.testing.assert_close(
+        found.fake_quantize(theirs, threshold, 4, -1), expected, rtol=1e-3, atol=1e-3 * threshold
+    )
     assert fold_scale(*extremes(ours), [], 0.0, centred=False, zero_points=True).sides == (0.0, 1.0)
 
 

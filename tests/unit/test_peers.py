@@ -156,11 +156,21 @@ def test_our_seconds_are_those_up_to_the_onnx_file():
 def test_we_take_part_with_every_recipe_drawing_the_same_images(inputs):
     from deploy.recipe import recipe_names
 
-    ours = list(peers.our_contenders("dinov2_s", inputs, inputs.folder))
+    assert tuple(peers.our_recipes()) == recipe_names()
+    ours = list(peers.our_contenders("dinov2_s", peers.our_recipes(), inputs, inputs.folder))
     assert tuple(each.setting for each in ours) == recipe_names()
     for each in ours:
         assert "--calib" not in each.command  # drawn by seed, as peers_inputs does
         assert each.command[each.command.index("--calib-images") + 1] == "5"
+
+
+def test_some_recipes_can_be_named_and_no_others(inputs, capsys):
+    (one,) = peers.our_contenders("dinov2_s", ["int8_erq"], inputs, inputs.folder)
+    assert one.setting == "int8_erq"
+    with pytest.raises(SystemExit) as stop:
+        peers.main(["--recipes", "int9"])
+    assert stop.value.code == 2
+    assert "int8_erq" in capsys.readouterr().err
 
 
 def test_bad_input_ends_with_its_one_line_and_writes_nothing(capsys, monkeypatch, tmp_path):

@@ -13,7 +13,16 @@ from calib.calibrate import Config, calibrate
 from calib.equalise import Config as EqualiseConfig
 from calib.equalise import equalise
 from calib.errors import UserError
-from calib.grids import LogSqrt2, TwinUniform, Unrounded, input_grid, sides_of, straight_through, twin_gelu, twin_softmax
+from calib.grids import (
+    LogSqrt2,
+    TwinUniform,
+    Unrounded,
+    input_grid,
+    sides_of,
+    straight_through,
+    twin_gelu,
+    twin_softmax,
+)
 from calib.hooks import input_hooks
 from calib.methods import rtn
 from calib.observers import Histogram
@@ -170,7 +179,9 @@ def test_a_range_with_sides_has_all_its_levels_between_its_ends_and_one_at_0(bit
     assert sides == pytest.approx((low / reach, high / reach))
     found = input_grid(reach, bits, sides).fake_quantize(x)
     step = (high - low) / (2**bits - 1)
-    assert float((found - x).abs().max()) <= 1.01 * step / 2 + 0.5 * step * (low < 0 < high)  # 0 moves the ends half a step
+    assert float((found - x).abs().max()) <= 1.01 * step / 2 + 0.5 * step * (
+        low < 0 < high
+    )  # 0 moves the ends half a step
     assert float(input_grid(reach, bits, sides).fake_quantize(torch.zeros(()))) == 0
     assert float((input_grid(reach, bits).fake_quantize(x) - x).abs().max()) > 0.9 * reach / (2**bits - 1)  # symmetric
 
