@@ -159,7 +159,7 @@ def _consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     """Make `layer` read (x - shift) / scale instead of x (edits it)."""
     weight = layer.get_parameter("weight").data
     if shift.any():
-        moved = weight @ shift
+        moved = (weight * along_inputs(layer, shift)).flatten(1).sum(1)
         bias = getattr(layer, "bias", None)
         layer.bias = nn.Parameter(moved if bias is None else bias.data + moved, requires_grad=False)
     weight.mul_(along_inputs(layer, scale))
@@ -216,7 +216,7 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
         return _repq(model, folds, config)
     start = time.perf_counter()
     places = list(placed_moves(model))
-    shifts = {consumer: move.shifts for move, _, consumer in places}
+    shifts = {consumer: move.shifts(model.net, producer, consumer) for move, producer, consumer in places}
     ranges, means = [Extremes() for _ in folds], [Means() for _ in folds]
     for batches, extremes, mean in zip(folds, ranges, means, strict=True):
         look_at_inputs(model.net, shifts, batches, extremes, mean)

@@ -30,30 +30,32 @@ class ChannelAffine(nn.Module):
 
 
 class ChannelClamp(nn.Module):
-    """ReLU6 in scaled channels: 0 <= x <= limit_c."""
+    """ReLU6 in scaled and shifted channels: low_c <= x <= high_c; `low` None: 0, a ReLU."""
 
-    def __init__(self, limit: Tensor) -> None:
+    def __init__(self, low: Tensor | None, high: Tensor) -> None:
         super().__init__()
-        self.limit = nn.Buffer(limit.reshape(1, -1, 1, 1))
+        self.low = None if low is None else nn.Buffer(low.reshape(1, -1, 1, 1))
+        self.high = nn.Buffer(high.reshape(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return torch.minimum(torch.relu(x), self.limit)
+        return torch.minimum(torch.relu(x) if self.low is None else torch.maximum(x, self.low), self.high)
 
 
 @dataclass(frozen=True)
 class Move:
     """A place where channels can be rescaled, as names relative to a block (`..` = the network).
 
-    `block`: class of the blocks it applies to. `consumer`: the layer that reads the tensor. `shifts`: whether a shift may
-    move as well.
+    `block`: class of the blocks it applies to. `consumer`: the layer that reads the tensor.
     """
 
     block: str
     producer: str
     consumer: str
 
-    shifts = False
+    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002 - some moves look
+        """Whether a shift may move as well, between these layers of `net`."""
+        return False
 
     def applies(self, block: nn.Module) -> bool:  # noqa: ARG002 - some moves look
         """Whether the move keeps the function in this very block."""
@@ -67,7 +69,9 @@ class Move:
 class Norm(Move):
     """Into the affine parameters of a LayerNorm."""
 
-    shifts = True
+    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
         """gamma' = gamma / scale, beta' = (beta - shift) / scale."""
@@ -93,7 +97,9 @@ class Value(Move):
 class Insert(Move):
     """Into a new element-wise operation in place of a module that does nothing (a Dropout)."""
 
-    shifts = True
+    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
         """Put a ChannelAffine there."""
@@ -112,7 +118,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class Act(Move):
-    """Into the rows of the layer before `activation`, which is ReLU, ReLU6 or nothing."""
+    """Into the rows of the layer before `activation`, which is ReLU, ReLU6 or nothing.
+
+    A shift goes into the limits of a ReLU6, which are per channel anyway: ReLU6(x) - m = clamp(x - m, -m, 6 - m). Half of
+    the integers would stand for values that a ReLU6 never returns. A ReLU stays the ReLU that engines merge into the
+    convolution, and what a convolution pads with zeros cannot be shifted.
+    """
 
     activation: str  # relative to the producer's parent
     gate: str = ""  # a squeeze-excite that must be absent (Identity): it reads absolute values
@@ -123,13 +134,25 @@ class Act(Move):
         passes = isinstance(parent.get_submodule(self.activation), nn.ReLU | nn.ReLU6 | nn.Identity)
         return passes and (not self.gate or isinstance(block.get_submodule(self.gate), nn.Identity))
 
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:  # noqa: ARG002
-        """Rows and bias are divided by `scale`; the 6 of a ReLU6 becomes 6 / scale."""
-        layer = net.get_submodule(producer)
-        layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
-        if getattr(layer, "bias", None) is not None:
-            layer.get_parameter("bias").data.div_(scale)
+    def _activation(self, producer: str) -> str:
         name = producer.rpartition(".")[0]
-        activation = f"{name}.{self.activation}" if name else self.activation
+        return f"{name}.{self.activation}" if name else self.activation
+
+    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:
+        """Behind a ReLU6, before a convolution that pads nothing."""
+        reader = net.get_submodule(consumer)
+        unpadded = isinstance(reader, nn.Conv2d) and reader.padding == (0, 0)
+        return unpadded and isinstance(net.get_submodule(self._activation(producer)), nn.ReLU6)
+
+    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
+        """Rows and bias are divided by `scale`, after `shift` is taken from the bias; a ReLU6 gets limits per channel."""
+        layer = net.get_submodule(producer)
+        weight = layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
+        if shift.any() and getattr(layer, "bias", None) is None:
+            layer.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+        if getattr(layer, "bias", None) is not None:
+            layer.get_parameter("bias").data.sub_(shift).div_(scale)
+        activation = self._activation(producer)
         if isinstance(net.get_submodule(activation), nn.ReLU6):
-            replace_module(net, activation, ChannelClamp(6 / scale))
+            low = -shift / scale if shift.any() else None
+            replace_module(net, activation, ChannelClamp(low, (6 - shift) / scale))

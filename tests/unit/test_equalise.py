@@ -10,8 +10,9 @@ from calib.channel_scale import FoldScale, channel_scale
 from calib.equalise import Config, equalise, input_noise, placed_moves, thresholds, weight_noise
 from calib.first_order import PROJECTIONS, output_gradients
 from calib.fold import fold_affine
-from calib.layer_rows import along_inputs, product, sample_rows, weight_matrix
+from calib.layer_rows import Extremes, Means, along_inputs, look_at_inputs, product, sample_rows, weight_matrix
 from calib.methods import rtn
+from calib.moves import ChannelClamp
 from calib.qdq import quantized_net
 from calib.quantizer import channel_qparams
 from tests.tiny import TINY, tiny_batches, tiny_model
@@ -51,6 +52,37 @@ def test_every_family_has_places_and_the_input_model_is_untouched(family):
     equalise(model, folds, FIXED)
     assert list(placed_moves(model))
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
+
+
+def test_behind_a_relu6_a_shift_lets_all_integers_be_used_unless_zeros_are_padded():
+    model, folds = uneven("mobilenet")
+    moved = equalise(model, folds, FIXED)
+    x = tiny_batches(1, seed=3)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(moved.net(x), model.net(x), rtol=1e-4, atol=1e-4)
+    shifted = {each.consumer for each in moved.moved if each.shift.any()}
+    can = {consumer for move, producer, consumer in placed_moves(model) if move.shifts(model.net, producer, consumer)}
+    assert shifted <= can
+    assert can
+    for name, module in model.net.named_modules():
+        if isinstance(module, nn.Conv2d) and name in can:
+            assert module.kernel_size == (1, 1)
+    low, high = Extremes(), Extremes()
+    for found, net in ((low, model.net), (high, moved.net)):
+        look_at_inputs(net, shifted, tiny_batches(2, seed=1), found, Means())
+    for name in shifted:
+        assert not (low.low[name] < 0).any()
+        alive = low.high[name] > 0
+        assert (high.low[name][alive] < 0).all()  # one-sided before, both sides now
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+def test_a_relu6_in_other_units_is_a_clamp(shift):
+    x, scale, m = torch.linspace(-5, 12, 40).reshape(1, 4, 10, 1), torch.rand(4) + 0.5, torch.full((4,), shift)
+    along = [each.reshape(1, -1, 1, 1) for each in (scale, m)]
+    clamp = ChannelClamp(-m / scale if shift else None, (6 - m) / scale)
+    expected = (torch.nn.functional.relu6(x) - along[1]) / along[0]
+    torch.testing.assert_close(clamp((x - along[1]) / along[0]), expected)
 
 
 def test_exponent_one_gives_every_channel_the_same_range():
