@@ -6,8 +6,12 @@ A layer's own error is a poor judge of that: in a transformer a few huge activat
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from calib.batches import Batches, spread_images
+from calib.choice import BATCH as CHOICE_BATCH
+from calib.choice import IMAGES as CHOICE_IMAGES
+from calib.choice import least_error, output_terms
 from calib.decibels import decibels
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
@@ -35,20 +39,55 @@ def sqnr_db(folds: Sequence[Batches], *candidates: Sequence[QuantModel], images:
     return [decibels(signal, each) for each in noise]
 
 
+def serving(plain: QuantModel, parts: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]) -> list[str]:
+    """Layers whose change the output of `plain` is better with; `parts[i]`, the same layers, was fitted on fold i.
+
+    To first order in all of them (calib/choice.py), each part judged on the next fold.
+    """
+    net, names = quantized_net(plain), list(parts[0])
+    generator, terms = torch.Generator().manual_seed(0), []
+    for index, layers in enumerate(parts):
+        changed = quantized_net(with_layers(plain, layers))
+
+        def change(name: str, x: torch.Tensor, y: torch.Tensor, changed: nn.Module = changed) -> torch.Tensor:
+            return changed.get_submodule(name)(x) - y
+
+        for batch in spread_images(folds[index - 1], CHOICE_IMAGES).split(CHOICE_BATCH):
+            terms.append(output_terms(net, plain.float_net, names, batch, change, generator))
+    made = least_error(torch.cat(terms), torch.zeros(len(names), dtype=torch.float64))
+    return [name for name, one in zip(names, made, strict=True) if one]
+
+
 def adopt_if_better(
     plain: QuantModel, found: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]
 ) -> tuple[QuantModel, float, float, str]:
     """(model, dB before, dB after, what happened): `plain`, or with the last of `found` put in if that is better.
 
     `found` holds layers fitted on each of `folds`, then on all of them; the former decide, each on another fold. The last
-    must not be worse on the images it was fitted on, either: that the parts gained is no promise for the whole.
+    must not be worse on the images it was fitted on, either: that the parts gained is no promise for the whole. If all of
+    them are not better, those that serve the output are tried alone.
     """
-    *parts, whole = (with_layers(plain, layers) for layers in found)
-    unchanged = [plain] * len(folds)
-    before, after, fitted = sqnr_db(folds, unchanged, parts, [whole] * len(folds))
+    before, after, fitted, whole = _tried(plain, found, folds)
     note = f"network output {after:.2f} dB against {before:.2f} dB on other photographs"
-    if after < before + MARGIN_DB:
-        return plain, before, before, f"dropped: {note}"
-    if fitted < before:
-        return plain, before, before, f"dropped: {note}, but fitted on all of them {fitted:.2f} dB"
-    return whole, before, after, note
+    if min(after - MARGIN_DB, fitted) >= before:
+        return whole, before, after, note
+    if fitted < before <= after - MARGIN_DB:
+        note += f", but fitted on all of them {fitted:.2f} dB"
+    if names := serving(plain, found[:-1], folds):
+        few = [{name: layers[name] for name in names} for layers in found]
+        before, after, fitted, whole = _tried(plain, few, folds)
+        of_few = (
+            f"the {len(names)} of {len(found[0])} layers that serve the output: {after:.2f} dB; all of them: {note}"
+        )
+        if min(after - MARGIN_DB, fitted) >= before:
+            return whole, before, after, of_few
+        note = of_few
+    return plain, before, before, f"dropped: {note}"
+
+
+def _tried(
+    plain: QuantModel, found: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]
+) -> tuple[float, float, float, QuantModel]:
+    """(dB before, after, and of all fitted on the images that judge, the model of the last of `found`)."""
+    *parts, whole = (with_layers(plain, layers) for layers in found)
+    return *sqnr_db(folds, [plain] * len(folds), parts, [whole] * len(folds)), whole  # type: ignore[return-value]

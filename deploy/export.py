@@ -23,6 +23,7 @@ from calib.errors import UserError
 from calib.fp16_range import require_fp16_weights
 from calib.grids import obstacle
 from calib.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
+from deploy.graph.zero_points import with_zero_points
 
 OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
@@ -136,7 +137,7 @@ def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto,
 
     Raises UserError if a weight or scale does not fit FP16.
     """
-    return export_fp16(net, size), export_float(net, size)
+    return export_fp16(net, size), with_zero_points(export_float(net, size))
 
 
 def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:

@@ -1,45 +1,20 @@
-"""Which branches stay. Oracles: all subsets, and the network run without a branch."""
+"""Which branches stay. Oracle: the network run without a branch."""
 
 import dataclasses
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from calib.choice import output_terms
 from calib.first_order import PROJECTIONS
 from calib.moments import Fit
 from calib.qdq import quantized_net
 from compensation import qwt
 from compensation.branch import DenseBranch
-from compensation.leave_out import _terms, least_error, worth_keeping
+from compensation.leave_out import worth_keeping
 from compensation.qwt import Config, compensate
 from tests.unit.test_qwt import halves, planted, tokens
-
-
-def cost(terms, prices, stays):
-    left_out = ~torch.tensor(stays)
-    t = terms[:, 0] + terms[:, 1:][:, left_out].sum(1)
-    return float(t.square().sum() + prices[~left_out].sum())
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_choice_is_the_best_of_all_where_two_errors_cancel(seed):
-    generator = torch.Generator().manual_seed(seed)
-    lost = torch.randn(60, 6, generator=generator, dtype=torch.float64)
-    lost[:, 3] -= 0.9 * lost[:, 1]  # what the two add cancels in part: leaving one out alone is worse
-    missing = -lost[:, 2] - lost[:, 4] + 0.3 * torch.randn(60, generator=generator, dtype=torch.float64)
-    terms, prices = torch.cat([missing[:, None], lost], 1), torch.rand(6, generator=generator, dtype=torch.float64)
-    found = least_error(terms, prices)
-    best = min(itertools.product([True, False], repeat=6), key=lambda stays: cost(terms, prices, stays))
-    assert tuple(found) == best
-    assert not found[2]
-    assert not found[4]
-
-
-def test_a_price_that_a_branch_does_not_bring_leaves_it_out():
-    terms = torch.cat([torch.zeros(8, 1), torch.eye(8, 2)], 1).double()
-    assert least_error(terms, torch.tensor([0.9, 1.1], dtype=torch.float64)) == [True, False]
 
 
 def with_branches(share=1.0, wrong=0.0):
@@ -55,9 +30,8 @@ def with_branches(share=1.0, wrong=0.0):
 def test_terms_are_those_of_the_network_without_a_branch():
     model, images = with_branches(share=0.01), tokens(1)[0]
     blocks = list(model.branches)
-    terms = _terms(
-        quantized_net(model), model.float_net, [f"{b}.branch" for b in blocks], images, torch.Generator().manual_seed(3)
-    )
+    modules, generator = [f"{block}.branch" for block in blocks], torch.Generator().manual_seed(3)
+    terms = output_terms(quantized_net(model), model.float_net, modules, images, lambda _n, _x, z: -z, generator)
     vectors = torch.randn(PROJECTIONS, *images.shape, generator=torch.Generator().manual_seed(3))
 
     def along(net):

@@ -1,0 +1,22 @@
+"""Zero points written out, for ONNX Runtime on processors without VNNI.
+
+Asked for exact sums there (benchmarks/ort_options.py), it turns INT8 weights into unsigned ones. A convolution's weight
+without zero points then gets a single one for all its channels, which it refuses to run; zero points that two weights
+share it replaces twice, and fails.
+"""
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+
+def with_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model`, edited: every DequantizeLinear of one scale per channel has zero points of its own, all 0."""
+    graph = model.graph
+    channels = {each.name: each.dims[0] for each in graph.initializer if len(each.dims) == 1}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2 and node.input[1] in channels:
+            name = f"{node.output[0]}/zero_points"
+            graph.initializer.append(numpy_helper.from_array(np.zeros(channels[node.input[1]], np.int8), name))
+            node.input.append(name)
+    return model
