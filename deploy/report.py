@@ -75,6 +75,11 @@ class Evidence:
                 f"ONNX Runtime computes {self.speed.integer_layers} of the {len(self.planned)} INT8 layers in integers on "
                 f"this CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
             )
+        if not host.int8_instructions():
+            found.append(
+                "this processor has no instructions for INT8 products (VNNI): what ONNX Runtime gains by INT8 here says "
+                "nothing about other machines"
+            )
         return [*found, *self.fp16_range.warnings(), *self.adequacy.warnings(), *self.built.notes]
 
 

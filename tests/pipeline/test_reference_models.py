@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.host import int8_instructions
 from deploy.verify import MAX_FP16_LOSS_DB
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,11 @@ def test_dinov2_is_small_and_quick_to_build(dinov2):
 
 
 def test_dinov2_is_faster_than_float_on_this_cpu(dinov2):
-    assert dinov2[0]["speed"]["ort_cpu_ratio"] >= 1.2  # 1.34 to 1.93 on one shared machine
+    report, *_ = dinov2
+    if int8_instructions():
+        assert report["speed"]["ort_cpu_ratio"] >= 1.2  # 1.34 to 1.93 on one shared machine
+    else:
+        assert any("no instructions for INT8 products" in warning for warning in report["warnings"])
 
 
 def test_mobilenet_agrees_with_its_float_original(mobilenet):
