@@ -15,8 +15,9 @@ negative xi changes the sign of the row's integers, which the narrow range [-127
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ from calib.quantizer import fp16_scale
 from calib.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
 from calib.watch import UNWATCHED, Watch
 
-BASES = {"rtn": rtn, "erq": erq}  # with their default options
+BASES: dict[str, tuple[Callable[..., QuantModel], Any]] = {
+    "rtn": (rtn.reduce_error, rtn.Config(bias_correction=True)),
+    "erq": (erq.reduce_error, erq.Config()),
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, wa
 
     `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
     """
-    base_method = BASES[config.base]
-    base = base_method.reduce_error(model, folds, base_method.Config(), watch)
+    reduce_base, options = BASES[config.base]
+    base = reduce_base(model, folds, options, watch)
     start = time.perf_counter()
     rows = max(1, config.rows // sum(len(batches) for batches in folds))
     rounded = {
