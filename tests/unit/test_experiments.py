@@ -86,6 +86,6 @@ def test_a_bad_table_is_refused_with_a_suggestion(tmp_path, case):
 
 def test_a_wrong_name_is_refused_with_the_nearest():
     with pytest.raises(
-        UserError, match=r"unknown PAPER 'ercq': expected adaq, adaq_cases, erq, qwt.*Did you mean 'erq'"
+        UserError, match=r"unknown PAPER 'ercq': expected adaq, adaq_cases, erq, qwt, qwt_attention.*Did you mean 'erq'"
     ):
         load_table("ercq")
