@@ -37,7 +37,7 @@ def output_terms(
     def keep_output(name: str, y: Tensor) -> Tensor:
         changes[name] = change(name, read.pop(name), y.detach()).detach()
         outputs[name] = leaf(y)
-        return outputs[name]
+        return outputs[name].clone()  # an activation in place may follow: gradients are wanted before it
 
     with torch.enable_grad(), input_hooks(net, modules, keep_input), output_hooks(net, modules, keep_output):
         y = net(images)

@@ -90,4 +90,5 @@ def _tried(
 ) -> tuple[float, float, float, QuantModel]:
     """(dB before, after, and of all fitted on the images that judge, the model of the last of `found`)."""
     *parts, whole = (with_layers(plain, layers) for layers in found)
-    return *sqnr_db(folds, [plain] * len(folds), parts, [whole] * len(folds)), whole  # type: ignore[return-value]
+    before, after, fitted = sqnr_db(folds, [plain] * len(folds), parts, [whole] * len(folds))
+    return before, after, fitted, whole

@@ -21,7 +21,7 @@ from calib.precision import UNROUNDED, Precision
 from calib.qdq import attention_factors
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
 from calib.quantizer import qparams_from_amax
-from calib.ranges import PERCENTILES, SignedHistogram, grid_from_histogram, least_error, percentile_range
+from calib.ranges import PERCENTILES, REPQ, SignedHistogram, grid_from_histogram, least_error, percentile_range
 
 IMAGES = 32  # RepQ-ViT's
 BATCH = 8
@@ -38,7 +38,7 @@ def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> 
     if role == "softmax" and precision.attention == "twin":
         return least_error(histogram, [twin_softmax(split, bits) for split in TWIN_SPLITS])
     if precision.zero_points:
-        return grid_from_histogram(histogram, "search", 0.0, bits)
+        return grid_from_histogram(histogram, REPQ, 0.0, bits)
     thresholds = MSE_FRACTIONS * max(-histogram.low, histogram.high)
     return least_error(histogram, [qparams_from_amax(amax, bits=bits) for amax in thresholds])
 

@@ -35,9 +35,13 @@ def test_a_change_that_does_not_bring_its_price_is_not_made():
     assert least_error(terms, torch.tensor([0.9, 1.1], dtype=torch.float64)) == [True, False]
 
 
-def test_terms_are_those_of_the_network_with_a_change():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_terms_are_those_of_the_network_with_a_change(inplace):
     torch.manual_seed(0)
-    net, exact = (nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in "ab")
+    net, exact = (
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace), nn.Linear(8, 6), nn.ReLU(inplace), nn.Linear(6, 4))
+        for _ in "ab"
+    )
     net.requires_grad_(False)
     x, names = torch.randn(3, 5), ["0", "2", "4"]
 
