@@ -54,10 +54,13 @@ def test_published_numbers_stand_under_their_model(name, bits, method, model, to
     assert row.top1[model] == top1
 
 
-def test_what_lies_beside_the_benchmarks_parses_too_and_an_engine_runs_it():
-    (path,) = (Path(__file__).parents[2] / "benchmarks").glob("*.toml")
-    for each in load_table(str(path)).experiments:
-        assert each.recipe.for_engine() == each.recipe
+@pytest.mark.parametrize(("name", "ends"), [("ladder", 8), ("qwt_forms", 0)])
+def test_the_tables_of_the_benchmarks_parse_too(name, ends):
+    found = load_table(str(Path(__file__).parents[2] / f"benchmarks/{name}.toml")).experiments
+    assert found
+    assert {each.recipe.precision.ends for each in found} == {ends}
+    if not ends:
+        assert all(each.recipe.for_engine() == each.recipe for each in found)
 
 
 def test_the_simulator_alone_runs_them():
