@@ -46,11 +46,10 @@ def _row(report: dict[str, Any]) -> str:
 def results_table(found: dict[str, dict[str, Any]]) -> str:
     """One row per model, and where the figures come from."""
     head = "| model | SQNR | top-1 agreement | speed on CPU | INT8 layers in the engine | kernels | engine | time |"
-    first = next(iter(found.values()))
-    machine = first["machine"]
-    source = (
-        f"Measured by `make bench` at commit {first['commit']} on {machine['cores']} cores ({machine['processor']})."
-    )
+    commits = ", ".join(sorted({report["commit"] for report in found.values()}))
+    machines = (report["machine"] for report in found.values())
+    where = ", ".join(sorted({f"{machine['cores']} cores ({machine['processor']})" for machine in machines}))
+    source = f"Measured by `make bench` at commit {commits} on {where}."
     return "\n".join([head, "|---" * 8 + "|", *map(_row, found.values()), "", source])
 
 
