@@ -76,7 +76,7 @@ def repairs_table() -> str:
 def papers_table() -> str:
     """Our rows of the papers' tables that are checked in: SQNR and agreement by network, no published number among them."""
     found = [read_json(path) for path in sorted((ROOT / "benchmarks/results").glob("table.*.json"))]
-    models = list(dict.fromkeys(row["model"] for result in found for row in result["rows"]))
+    models = sorted({row["model"] for result in found for row in result["rows"]})
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for result in found:
         for row in result["rows"]:
