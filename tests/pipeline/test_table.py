@@ -211,7 +211,7 @@ def test_networks_out_of_reach_are_left_out_unless_they_were_named(paper, tmp_pa
 
 
 BAD = {
-    "paper": (["--paper", "qwtt"], r"unknown PAPER 'qwtt': expected adaq, erq, qwt .* Did you mean 'qwt'?"),
+    "paper": (["--paper", "qwtt"], r"unknown PAPER 'qwtt': expected adaq, adaq_cases, erq, qwt .* Did you mean 'qwt'?"),
     "model": (["--models", "vit_bb"], "Unknown model 'vit_bb'"),
     "one model of two": (["--models", "vit_s,vit_bb"], "Did you mean 'vit_b'"),
     "no such folder": (["--imagenet", "/nowhere"], "IMAGENET='/nowhere': expected a folder with val/ and train/"),
