@@ -102,10 +102,15 @@ def _check_gelu(layers: Iterable[str], observed: Iterable[Observed]) -> None:
             )
 
 
+def _open_layers(model: QuantModel) -> list[str]:
+    """Layers to be quantized whose input has no site yet."""
+    return [name for name in model.layers if f"{name}:input" not in model.sites]
+
+
 def _with_asymmetric_inputs(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
     """`model` with an asymmetric `:input` site for every layer that has none yet, from all folds together."""
     start = time.perf_counter()
-    histograms = {name: SignedHistogram() for name in model.layers if f"{name}:input" not in model.sites}
+    histograms = {name: SignedHistogram() for name in _open_layers(model)}
     with input_hooks(model.net, histograms, lambda name, _layer, x: histograms[name].update(x)), torch.inference_mode():
         for batch in itertools.chain(*folds):
             model.net(batch)
@@ -138,7 +143,7 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
         raise UserError(
             f"[calibrate] observer '{REPQ}' is for inputs that round with zero points: set them in [precision]"
         )
-    layers = [name for name in model.layers if f"{name}:input" not in model.sites]
+    layers = _open_layers(model)
     behind_gelu = _behind_gelu(model)
     ranged = layers if config.observer == "search" else behind_gelu
     observed = [_observe(model.net, layers, batches, ranged) for batches in folds]

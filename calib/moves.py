@@ -42,6 +42,16 @@ class ChannelClamp(nn.Module):
         return torch.minimum(torch.relu(x) if self.low is None else torch.maximum(x, self.low), self.high)
 
 
+def _divide_bias(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """The last of `layer`'s biases, as many as `scale` has, become (b - shift) / scale (edits it); 0 where it has none."""
+    if getattr(layer, "bias", None) is None:
+        if not shift.any():
+            return
+        weight = layer.get_parameter("weight")
+        layer.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+    layer.get_parameter("bias").data[-len(scale) :].sub_(shift).div_(scale)
+
+
 @dataclass(frozen=True)
 class Move:
     """A place where channels can be rescaled, as names relative to a block (`..` = the network).
@@ -86,12 +96,8 @@ class Value(Move):
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
         """The last third of the rows is divided by `scale`, after `shift` is taken from their bias."""
         qkv = net.get_submodule(producer)
-        weight = qkv.get_parameter("weight").data
-        weight[-len(scale) :].div_(scale[:, None])
-        if shift.any() and getattr(qkv, "bias", None) is None:
-            qkv.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
-        if getattr(qkv, "bias", None) is not None:
-            qkv.get_parameter("bias").data[-len(scale) :].sub_(shift).div_(scale)
+        qkv.get_parameter("weight").data[-len(scale) :].div_(scale[:, None])
+        _divide_bias(qkv, scale, shift)
 
 
 class Insert(Move):
@@ -147,11 +153,8 @@ class Act(Move):
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
         """Rows and bias are divided by `scale`, after `shift` is taken from the bias; a ReLU6 gets limits per channel."""
         layer = net.get_submodule(producer)
-        weight = layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
-        if shift.any() and getattr(layer, "bias", None) is None:
-            layer.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
-        if getattr(layer, "bias", None) is not None:
-            layer.get_parameter("bias").data.sub_(shift).div_(scale)
+        layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
+        _divide_bias(layer, scale, shift)
         activation = self._activation(producer)
         if isinstance(net.get_submodule(activation), nn.ReLU6):
             low = -shift / scale if shift.any() else None
