@@ -73,7 +73,8 @@ def adopt_if_better(
         return whole, before, after, note
     if fitted < before <= after - MARGIN_DB:
         note += f", but fitted on all of them {fitted:.2f} dB"
-    if found[0] and (names := serving(plain, found[:-1], folds)):
+    names = serving(plain, found[:-1], folds) if found[0] else []
+    if 0 < len(names) < len(found[0]):  # all of them have been tried
         few = [{name: layers[name] for name in names} for layers in found]
         before, after, fitted, whole = _tried(plain, few, folds)
         of_few = (
