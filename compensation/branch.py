@@ -1,4 +1,4 @@
-"""The forms a branch may take, as modules: block(x) becomes block(x) + branch(f), f = x (QwT eq. 6) or LN1(x).
+"""The forms a branch may take, as modules: block(x) becomes block(x) + branch(f), f = x (QwT eq. 6) or what a layer reads.
 
 A branch hangs inside its block as `block.branch`, so its nodes in the graph are called `blocks.3.branch/MatMul` and no other
 name changes. Its numbers are rounded to FP16 once and for all: the engine multiplies them in FP16, the float32 simulation
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calib.moments import Fit
 from calib.qdq import QuantLinear, dequantize
 from calib.quantizer import QParams, channel_qparams
+from compensation.carry import Call, call_of
 
 
 def fp16_parameter(values: Tensor) -> nn.Parameter:
@@ -23,25 +24,40 @@ def fp16_parameter(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.half().float().contiguous(), requires_grad=False)
 
 
+def keep_input(reader: Any, inputs: tuple[Any, ...]) -> None:
+    """The hook before a layer whose input a branch shares: it is kept until the block ends."""
+    reader.shared_input = inputs[0]
+
+
 def add_branch(block: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """The forward hook of a block with a branch. A plain function, so that copies of the block keep working."""
-    return output + block.branch.of(block, inputs[0])
+    """The forward hook of a block with a branch. Plain functions, so that copies of the block keep working."""
+    if not block.branch.reader:
+        return output + block.branch(inputs[0])
+    reader = block.get_submodule(block.branch.reader)
+    shared = reader.shared_input
+    del reader.shared_input
+    return output + block.branch(shared)
 
 
 class BlockBranch(nn.Module):
-    """What all forms share. `fits` says what a branch computes, one affine map per group of channels."""
+    """What all forms share. `fits` says what a branch computes, one affine map per group of channels.
 
-    def read(self, block: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG002 - some forms look inside the block
-        """What the branch of `block` reads when the block reads `x`."""
-        return x
+    `reader`: the layer of the block whose input the branch reads; empty: it reads the block's own.
+    """
 
-    def of(self, block: nn.Module, x: Tensor) -> Tensor:
-        """What the branch adds to the output of `block` for its input `x`."""
-        return self(self.read(block, x))
+    reader = ""
+
+    def of(self, block: nn.Module, call: Call) -> Tensor:
+        """What the branch adds to the output of `block` for `call`; the block runs as far as what the branch reads."""
+        if not self.reader:
+            return self(call.x)
+        return self(call_of(block, self.reader, *call).x)
 
     def attach(self, block: nn.Module) -> None:
         """Add a copy of this branch to what `block` returns (edits `block`)."""
         block.add_module("branch", copy.deepcopy(self))
+        if self.reader:
+            block.get_submodule(self.reader).register_forward_pre_hook(keep_input)
         block.register_forward_hook(add_branch)
 
     def fits(self) -> list[Fit]:
@@ -71,28 +87,23 @@ class DenseBranch(BlockBranch):
 
 
 class SharedBranch(QuantLinear, BlockBranch):
-    """block(x) + Q(LN1(x)) W + b with W in INT8: a layer beside `attn.qkv`, which reads the same integers.
+    """block(x) + Q(f) W + b with W in INT8 and f what `reader` reads: a layer beside `attn.qkv` or `mlp.fc1`.
 
     The compiler computes both as one INT8 product; bias and sum join the kernel that ends the block: the branch costs no
-    kernel. Two things must hold: it has the input scale of `attn.qkv`, so that there is one QuantizeLinear; both products
-    have one tensor-wide scale, however small W is (deploy/graph/split_channel_scales.py). LN1(x) is written twice, the
-    exporter finds that both are one.
+    kernel. Two things must hold: it has the input scale of `reader`, so that there is one QuantizeLinear; both products
+    have one tensor-wide scale, however small W is (deploy/graph/split_channel_scales.py).
     """
 
-    def __init__(self, fit: Fit, norm: str, input_params: QParams) -> None:
+    def __init__(self, fit: Fit, reader: str, input_params: QParams) -> None:
         d_out, d_in = fit.weight.shape
         linear = nn.Linear(d_in, d_out).requires_grad_(False)
         linear.weight.copy_(fit.weight)
         linear.bias = fp16_parameter(fit.bias)
         super().__init__(linear, input_params, channel_qparams(linear.weight))
-        self.norm = norm
-
-    def read(self, block: nn.Module, x: Tensor) -> Tensor:
-        """LN1(x)."""
-        return block.get_submodule(self.norm)(x)
+        self.reader = reader
 
     def fits(self) -> list[Fit]:
-        """One map, of LN1(x) rounded: what the integers stand for."""
+        """One map, of f rounded: what the integers stand for."""
         weight = dequantize(self.get_buffer("weight"), self.get_buffer("weight_scale"), 1)
         assert self.bias is not None
         return [Fit(weight.t().double(), self.bias.double())]

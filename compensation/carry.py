@@ -6,7 +6,7 @@ recompute    nothing is kept: the network runs up to the block for every batch, 
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,18 +34,18 @@ class _ReachedError(Exception):
     """Ends a forward pass at the block that was waited for."""
 
 
-def call_of(net: nn.Module, block: str, images: Tensor) -> Call:
-    """What `block` is called with when `net` runs on `images`; nothing from there on is computed."""
+def call_of(net: nn.Module, block: str, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}) -> Call:
+    """What `block` is called with when `net` runs on `x`, `args`, `kwargs`; nothing from there on is computed."""
     calls: list[Call] = []
 
     def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(args[0], args[1:], kwargs))
         raise _ReachedError
 
-    handle = net.get_submodule(block).register_forward_pre_hook(stop, with_kwargs=True)
+    handle = net.get_submodule(block).register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         with suppress(_ReachedError):
-            net(images)
+            net(x, *args, **kwargs)
     finally:
         handle.remove()
     if not calls:
@@ -82,7 +82,7 @@ class Folder(MutableMapping[int, Tensor]):
         return len(self._indices)
 
 
-Added = Callable[[Tensor], Tensor]  # block input -> what a branch adds to the block's output
+Added = Callable[[Call], Tensor]  # how a block is called -> what a branch adds to the block's output
 
 
 class Carry(Protocol):
@@ -95,7 +95,7 @@ class Carry(Protocol):
         """Remember that the block now at turn gave `output` for batch `index`, before any branch."""
 
     def advance(self, branch: Added | None) -> None:
-        """Go on to the next block: its inputs are the outputs kept, plus `branch` of the inputs they came from."""
+        """Go on to the next block: its inputs are the outputs kept, plus `branch` of the calls they came from."""
 
 
 class Recomputed:
@@ -142,7 +142,8 @@ class Stored:
         """See Carry."""
         for index in list(self.outputs):
             output = self.outputs.pop(index)
-            self.inputs[index] = output if branch is None else output + branch(self.inputs[index])
+            call = self.extras[index]._replace(x=self.inputs[index])
+            self.inputs[index] = output if branch is None else output + branch(call)
 
 
 @contextmanager

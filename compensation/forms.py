@@ -1,11 +1,12 @@
 """From running sums to a branch: the forms a branch may take, `FORMS[name]`, each with what it reads and costs.
 
 Every form is the least-squares answer within its own kind; `dense` is QwT's (eq. 6, for maps its grouped convolution),
-`shared` reads what the block's first INT8 layer reads already.
+`shared` and `shared_mlp` read what an INT8 layer of the block reads already.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -21,16 +22,15 @@ class NoFitError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a branch goes: how it sees its block, and the norm (with the scale behind it) that it may share."""
+    """Where a branch goes: how it sees its block, and by form the INT8 layer (and its scale) whose input it may share."""
 
     layout: Layout
     rank: int  # of a low-rank branch
-    norm: str | None = None
-    norm_params: QParams | None = None
+    shared: Mapping[str, tuple[str, QParams]] = field(default_factory=dict)
 
     def serves(self, form: str) -> bool:
         """Whether a branch of `form` finds here what it reads."""
-        return not FORMS[form].on_norm or self.norm is not None
+        return not FORMS[form].shares or form in self.shared
 
 
 def dense_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
@@ -39,11 +39,9 @@ def dense_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) ->
     return DenseBranch(fits[0]) if place.layout.channels_last else ConvBranch(fits, place.layout.stride)
 
 
-def shared_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
-    """A full matrix in INT8 behind the block's first norm."""
-    assert place.norm is not None
-    assert place.norm_params is not None
-    return SharedBranch(groups[0].solve(ridge=ridge), place.norm, place.norm_params)
+def shared_branch(form: str, groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
+    """A full matrix in INT8 beside the layer that `form` stands for."""
+    return SharedBranch(groups[0].solve(ridge=ridge), *place.shared[form])
 
 
 def diagonal_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
@@ -92,7 +90,7 @@ class Form:
     fit: Callable[[Sequence[Moments], Place, float], BlockBranch]
     kernels: int
     map_kernels: int = 0  # forms that work on tokens alone add none
-    on_norm: bool = False  # reads the quantized output of the block's first norm, not the block's input
+    shares: bool = False  # reads the integers of a layer of the block, not the block's input
 
     def kernels_at(self, place: Place) -> int:
         """What a branch adds at `place`."""
@@ -101,7 +99,8 @@ class Form:
 
 FORMS = {
     "dense": Form(dense_branch, kernels=1, map_kernels=2),
-    "shared": Form(shared_branch, kernels=0, on_norm=True),
+    "shared": Form(partial(shared_branch, "shared"), kernels=0, shares=True),
+    "shared_mlp": Form(partial(shared_branch, "shared_mlp"), kernels=0, shares=True),
     "diagonal": Form(diagonal_branch, kernels=0),
     "low_rank": Form(low_rank_branch, kernels=3),
 }

@@ -12,14 +12,14 @@ What differs from the reference code, and why:
 3. A branch that does not pass is left out of the network instead of being filled with zeros.
 4. `exact_net` is the target: switching the quantizers of the network itself off would give a wrong one, once a method has
    changed weights.
-5. The form is chosen per block by what it brings and costs (compensation/select.py): `shared` costs no kernel at all. What
-   the network's output is as good without is left out in the end (compensation/leave_out.py).
+5. The form is chosen per block by what it brings and costs (compensation/select.py): shared ones cost no kernel at all.
+   What the network's output is as good without is left out in the end (compensation/leave_out.py).
 6. `target = "global"` aims at the float path from the images on instead: r = l_exact(x_exact) - l_quant(x), so that what one
    block leaves is the next one's to mend.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from calib.batches import Batches
 from calib.fp16_range import FP16_MAX
 from calib.grids import obstacle
 from calib.held_out import MARGIN_DB, sqnr_db
+from calib.hooks import input_hooks
 from calib.moments import Fit, Moments, cross_validated_r2, pooled, r2
 from calib.qdq import quantized_net
 from calib.quant_model import Branch, QuantModel, StageRecord
@@ -50,7 +51,7 @@ Forms = tuple[str, ...]
 class Config:
     """How branches are fitted, and when one is kept."""
 
-    forms: Forms = ("shared", "dense")  # tried at every block: dense | shared | diagonal | low_rank
+    forms: Forms = ("shared", "dense")  # tried at every block: see FORMS
     rank: int = 32  # of the low-rank form; the others ignore it
     target: str = "local"  # local: the exact block on the same input; global: the exact network's own path
     rows: int = 16384  # samples per block and fold; more tokens than that are thinned out evenly
@@ -209,26 +210,36 @@ class Joined:
 
 def places(model: QuantModel, net: nn.Module, images: Tensor, config: Config) -> dict[str, Place]:
     """Where branches go, by block; raises ValueError naming the blocks if they are no chain."""
-    norm, reader = model.family.first_norm or (None, None)
     found = {}
     for name, layout in block_layouts(model, net, images).items():
-        grid = model.sites.get(f"{name}.{reader}:input")
-        params = grid if isinstance(grid, QParams) and not obstacle(grid) else None  # an INT8 branch reads its integers
-        found[name] = Place(layout, config.rank, norm if params else None, params)
+        shared = {}
+        for form, reader in model.family.shared.items():
+            grid = model.sites.get(f"{name}.{reader}:input")
+            if isinstance(grid, QParams) and not obstacle(grid):  # an INT8 branch reads its integers
+                shared[form] = (reader, grid)
+        found[name] = Place(layout, config.rank, shared)
     return found
 
 
-def _inputs(block: nn.Module, call: Call, place: Place, on_norm: bool) -> Tensor:
-    """What a branch of `block` is fitted to: the block's input, or the integers behind its first norm."""
-    if not on_norm:
-        return call.x
-    assert place.norm is not None
-    assert place.norm_params is not None
-    return place.norm_params.fake_quantize(block.get_submodule(place.norm)(call.x))
+def _source(form: str) -> str:
+    """Forms of the same source are fitted from the same sums; empty: the block's input."""
+    return form if FORMS[form].shares else ""
+
+
+def _run(block: nn.Module, call: Call, place: Place, sources: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what `block` returns, what branches of the `sources` are fitted to: the block's input, or rounded ones of layers)."""
+    seen = {"": call.x}
+    form_of = {place.shared[form][0]: form for form in sources if form}
+
+    def see(reader: str, _layer: nn.Module, x: Tensor) -> None:
+        seen[form_of[reader]] = place.shared[form_of[reader]][1].fake_quantize(x)
+
+    with input_hooks(block, form_of, see):
+        return call.run(block), seen
 
 
 def _add_samples(
-    sums: Mapping[bool, BlockSums],
+    sums: Mapping[str, BlockSums],
     blocks: tuple[nn.Module, nn.Module],
     paths: tuple[Carry, Carry | None],
     name: str,
@@ -243,7 +254,7 @@ def _add_samples(
     (exact, quantized), (path, float_path) = blocks, paths
     float_calls = float_path.calls(name) if float_path else None
     for index, call in enumerate(path.calls(name)):
-        output = call.run(quantized)
+        output, inputs = _run(quantized, call, place, sums)
         path.keep(index, output)
         if not sums and not float_path:
             continue
@@ -252,9 +263,9 @@ def _add_samples(
         if float_path:
             float_path.keep(index, target)
         samples = (output.numel() // (place.layout.d_out * place.layout.groups)) * len(images)
-        for on_norm, found in sums.items():
-            x = _inputs(quantized, call, place, on_norm)
-            found.update(x, target - output, images.fold_of[index], max(1, samples // (rows * len(images.folds))))
+        step = max(1, samples // (rows * len(images.folds)))
+        for source, found in sums.items():
+            found.update(inputs[source], target - output, images.fold_of[index], step)
 
 
 def _fit_blocks(
@@ -274,11 +285,11 @@ def _fit_blocks(
     with carry(net, images) as path, carry(exact, images) as float_path:
         for name, forms in list(forms_of.items())[: last + 1]:
             place = where[name]
-            sums = {FORMS[form].on_norm: BlockSums(place, max(images.fold_of) + 1) for form in forms}
+            sums = {_source(form): BlockSums(place, max(images.fold_of) + 1) for form in forms}
             block = net.get_submodule(name)
             paths = (path, float_path if config.target == "global" else None)
             _add_samples(sums, (exact.get_submodule(name), block), paths, name, place, images, config.rows)
-            fits = [fit_branch(form, sums[FORMS[form].on_norm], place, config) for form in forms]
+            fits = [fit_branch(form, sums[_source(form)], place, config) for form in forms]
             tried[name] = [found for _, found in fits]
             passed = {found["form"]: fitted for fitted, found in fits if fitted}
             options = [option(name, fitted.found) for fitted in passed.values()]
@@ -293,7 +304,7 @@ def _fit_blocks(
 
 
 def _added(fitted: Fitted | None, block: nn.Module) -> Any:
-    return None if fitted is None else lambda x: fitted.branch.of(block, x)
+    return None if fitted is None else lambda call: fitted.branch.of(block, call)
 
 
 @torch.no_grad()
@@ -373,8 +384,8 @@ def _notes(
     )
     used = {found["form"] for several in tried.values() for found in several}
     unused = tuple(
-        f"form '{form}' does not apply: it needs blocks that begin with a norm before an INT8 layer, and those of family "
-        f"'{model.family.name}' do not"
+        f"form '{form}' does not apply: it needs blocks with an INT8 layer behind a norm, and those of family "
+        f"'{model.family.name}' have none it could join"
         for form in config.forms
         if form not in used
     )

@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -21,8 +22,8 @@ class Family:
     expression over layer names and the reason. `percentile` (%) is where activations are clipped when the recipe does
     not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular expression for the names of
     attention modules with a packed qkv (calib/int8_attention.py). `after_gelu`: one for the layers that may read what a
-    GELU returns. `channels_last`: blocks pass tokens (B, ..., C) on, not maps (B, C, H, W). `first_norm`: names within
-    a block of the norm that reads the block's input and of the layer that reads the norm, if all blocks are like that.
+    GELU returns. `channels_last`: blocks pass tokens (B, ..., C) on, not maps (B, C, H, W). `shared`: forms of branches
+    (compensation/forms.py) that read the integers of a layer, with the name of that layer within every block.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Family:
     attention: str = "(?!)"  # matches nothing
     after_gelu: str = "(?!)"
     channels_last: bool = False
-    first_norm: tuple[str, str] | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def float_reason(self, layer: str) -> str | None:
         """Why `layer` stays in FP16, or None if it is to be quantized."""

@@ -27,5 +27,5 @@ FAMILY = Family(
     attention=r"blocks\.\d+\.attn",
     after_gelu=r"blocks\.\d+\.mlp\.fc2",
     channels_last=True,
-    first_norm=("norm1", "attn.qkv"),
+    shared={"shared": "attn.qkv", "shared_mlp": "mlp.fc1"},
 )  # fmt: skip

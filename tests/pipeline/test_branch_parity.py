@@ -31,7 +31,7 @@ def calibrated():
     return model, folds, next(evaluation.subset(0, 2).batches(2)).copy()
 
 
-@pytest.mark.parametrize("form", ["dense", "shared"])
+@pytest.mark.parametrize("form", ["dense", "shared", "shared_mlp"])
 def test_simulation_and_onnx_agree_with_fitted_branches(calibrated, form):
     model, folds, images = calibrated
     found = compensate(model, folds, Config(forms=(form,), kernel_price=0.0))
@@ -40,7 +40,7 @@ def test_simulation_and_onnx_agree_with_fitted_branches(calibrated, form):
     _, fp32 = export_pair(net, images.shape[2:])
     layers = {name for name, module in net.named_modules() if isinstance(module, QuantLinear)}
     branches = {f"{block}.branch" for block in found.branches}
-    assert branches & layers == (branches if form == "shared" else set())
+    assert branches & layers == (branches if form != "dense" else set())
     assert f"{next(iter(found.branches))}.branch" in {node.name.rpartition("/")[0] for node in fp32.graph.node}
     parity = compare_with_onnx(net, fp32, images)
     assert parity.failure() is None

@@ -14,6 +14,7 @@ from calib.methods import rtn
 from calib.moments import Fit, Moments, r2
 from calib.qdq import quantized_net
 from compensation.branch import ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
+from compensation.carry import Call
 from compensation.forms import FORMS, NoFitError, Place
 from compensation.layout import Layout, group_count, layout_from_shapes
 from deploy.audit import audit, planned_layers
@@ -259,43 +260,56 @@ def small_fit(width):
     return Fit(torch.randn(width, width) / width**0.5 / 100, torch.randn(width) / 100)
 
 
-def with_shared_branches():
+def with_shared_branches(reader="attn.qkv"):
     model = quantized_model("vit")
     width = model.net.embed_dim
     return dataclasses.replace(
         model,
         branches={
-            name: SharedBranch(small_fit(width), "norm1", model.sites[f"{name}.attn.qkv:input"])
+            name: SharedBranch(small_fit(width), reader, model.sites[f"{name}.{reader}:input"])
             for name in model.family.blocks(model.net)
         },
     )
 
 
-def test_a_shared_branch_adds_its_map_of_the_rounded_norm_output():
-    model = with_shared_branches()
+READERS = {
+    "attn.qkv": lambda block, x: block.norm1(x),
+    "mlp.fc1": lambda block, x: block.norm2(x + block.attn(block.norm1(x))),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_shared_branch_adds_its_map_of_the_rounded_norm_output(reader):
+    model = with_shared_branches(reader)
     branch, block = model.branches["blocks.1"], quantized_net(quantized_model("vit")).blocks[1]
     x = torch.randn(2, 5, 48)
     (fit,) = branch.fits()
     with torch.no_grad():
-        read = model.sites["blocks.1.attn.qkv:input"].fake_quantize(block.norm1(x)).double()
+        read = model.sites[f"blocks.1.{reader}:input"].fake_quantize(READERS[reader](block, x)).double()
         expected = block(x).double() + read @ fit.weight.t() + fit.bias
-        found = quantized_net(model).blocks[1](x)
+        with_branch = quantized_net(model).blocks[1]
+        found = with_branch(x)
+        alone = with_branch.branch.of(with_branch, Call(x))
+    torch.testing.assert_close(block(x) + alone, found)
+    assert not hasattr(with_branch.get_submodule(reader), "shared_input"), "nothing is kept behind the block"
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     exact = small_fit(48)
     assert float((fit.weight - exact.weight).abs().max()) <= float(branch.weight_scale.max()) / 2 * 1.01
 
 
-def test_norm_and_quantizer_are_written_once_for_qkv_and_branch():
-    net = quantized_net(with_shared_branches())
+@pytest.mark.parametrize("reader", READERS)
+def test_norm_and_quantizer_are_written_once_for_layer_and_branch(reader):
+    net = quantized_net(with_shared_branches(reader))
     _, fp32 = export_pair(net, (SIZE, SIZE))
     readers = {n.name: n.input[0] for n in fp32.graph.node if n.op_type == "MatMul"}
     for block in ("blocks.0", "blocks.1"):
-        assert readers[f"{block}.branch/MatMul"] == readers[f"{block}.attn.qkv/MatMul"]
+        assert readers[f"{block}.branch/MatMul"] == readers[f"{block}.{reader}/MatMul"]
     assert sum(n.op_type == "LayerNormalization" for n in fp32.graph.node) == 5
     assert compare_with_onnx(net, fp32, tiny_batches(1)[0].numpy()).failure() is None
 
 
-def test_a_shared_branch_costs_no_kernel_and_all_layers_are_int8():
+@pytest.mark.parametrize("reader", READERS)
+def test_a_shared_branch_costs_no_kernel_and_all_layers_are_int8(reader):
     pytest.importorskip("tensorrt_rtx")
     from deploy.backends import tensorrt_rtx
 
@@ -303,6 +317,6 @@ def test_a_shared_branch_costs_no_kernel_and_all_layers_are_int8():
         fp16, _ = export_pair(quantized_net(model), (SIZE, SIZE))
         return audit(tensorrt_rtx.build(fp16, Profile(2, 4), (89,)).kernels, planned_layers(fp16))
 
-    plain, shared = built(quantized_model("vit")), built(with_shared_branches())
+    plain, shared = built(quantized_model("vit")), built(with_shared_branches(reader))
     assert (shared.planned, shared.lost) == (plain.planned + 2, ())
     assert shared.kernels == plain.kernels

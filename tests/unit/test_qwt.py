@@ -15,7 +15,7 @@ from calib.quant_model import QuantModel
 from calib.quantizer import QMAX, QParams
 from compensation.carry import CARRIES, Call, call_of
 from compensation.chain import chain_shapes
-from compensation.forms import Place
+from compensation.forms import FORMS, Place
 from compensation.layout import Layout
 from compensation.qwt import BlockSums, Config, Joined, compensate, fit_branch
 from deploy.export import onnx_from_net
@@ -464,7 +464,7 @@ def test_blocks_that_are_no_chain_are_refused_by_name(net, blocks, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"forms": ("cubic",)}, "form 'cubic' is not one of dense, shared, diagonal, low_rank"), ({"rows": 0}, "rows is 0"),
+    ({"forms": ("cubic",)}, "form 'cubic' is not one of dense, shared, shared_mlp, diagonal, low_rank"), ({"rows": 0}, "rows is 0"),
     ({"target": "x"}, "one of local, global"),
     ({"carry": "x"}, "one of memory, disk, recompute"), ({"rank": 0}, "rank is 0"),
 ])  # fmt: skip
@@ -473,7 +473,7 @@ def test_wrong_options_are_refused(options, message):
         Config(**options)
 
 
-@pytest.mark.parametrize("form", ["diagonal", "low_rank", "shared"])
+@pytest.mark.parametrize("form", ["diagonal", "low_rank", "shared", "shared_mlp"])
 def test_cheaper_forms_compensate_too(form):
     model, images = coarse(quantized_model("vit")), halves(tiny_batches(48))
     cheap, dense = (
@@ -481,7 +481,7 @@ def test_cheaper_forms_compensate_too(form):
         for name in (form, "dense")
     )
     assert cheap["kept"]
-    assert cheap["r2"] <= dense["r2"] + (0.05 if form == "shared" else 1e-4)  # another input may tell more; FP16
+    assert cheap["r2"] <= dense["r2"] + (0.05 if FORMS[form].shares else 1e-4)  # another input may tell more; FP16
 
 
 # 9. end to end
