@@ -464,8 +464,8 @@ def test_blocks_that_are_no_chain_are_refused_by_name(net, blocks, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"forms": ("cubic",)}, "form 'cubic' is not one of dense, shared, shared_mlp, diagonal, low_rank"), ({"rows": 0}, "rows is 0"),
-    ({"target": "x"}, "one of local, global"),
+    ({"forms": ("cubic",)}, "form 'cubic' is not one of dense, shared, shared_mlp, diagonal, low_rank"),
+    ({"rows": 0}, "rows is 0"), ({"target": "x"}, "one of local, global"),
     ({"carry": "x"}, "one of memory, disk, recompute"), ({"rank": 0}, "rank is 0"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(options, message):
