@@ -32,6 +32,10 @@ class Place:
         """Whether a branch of `form` finds here what it reads."""
         return not FORMS[form].shares or form in self.shared
 
+    def source(self, form: str) -> str:
+        """The layer whose input a branch of `form` reads; empty for the block's input."""
+        return self.shared[form][0] if FORMS[form].shares else ""
+
 
 def dense_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
     """A full matrix, or for maps one per group."""

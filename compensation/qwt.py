@@ -19,8 +19,9 @@ What differs from the reference code, and why:
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ Forms = tuple[str, ...]
 class Config:
     """How branches are fitted, and when one is kept."""
 
-    forms: Forms = ("shared", "dense")  # tried at every block: see FORMS
+    forms: Forms = ("shared", "shared_mlp", "dense")  # tried at every block: see FORMS
     rank: int = 32  # of the low-rank form; the others ignore it
     target: str = "local"  # local: the exact block on the same input; global: the exact network's own path
     rows: int = 16384  # samples per block and fold; more tokens than that are thinned out evenly
@@ -221,20 +222,14 @@ def places(model: QuantModel, net: nn.Module, images: Tensor, config: Config) ->
     return found
 
 
-def _source(form: str) -> str:
-    """Forms of the same source are fitted from the same sums; empty: the block's input."""
-    return form if FORMS[form].shares else ""
-
-
-def _run(block: nn.Module, call: Call, place: Place, sources: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """(what `block` returns, what branches of the `sources` are fitted to: the block's input, or rounded ones of layers)."""
+def _run(block: nn.Module, call: Call, grids: Mapping[str, QParams]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what `block` returns, what branches may read by its name: the block's input as "", what the layers `grids` round)."""
     seen = {"": call.x}
-    form_of = {place.shared[form][0]: form for form in sources if form}
 
     def see(reader: str, _layer: nn.Module, x: Tensor) -> None:
-        seen[form_of[reader]] = place.shared[form_of[reader]][1].fake_quantize(x)
+        seen[reader] = grids[reader].fake_quantize(x)
 
-    with input_hooks(block, form_of, see):
+    with input_hooks(block, grids, see):
         return call.run(block), seen
 
 
@@ -253,8 +248,9 @@ def _add_samples(
     """
     (exact, quantized), (path, float_path) = blocks, paths
     float_calls = float_path.calls(name) if float_path else None
+    grids = {reader: grid for reader, grid in place.shared.values() if reader in sums}
     for index, call in enumerate(path.calls(name)):
-        output, inputs = _run(quantized, call, place, sums)
+        output, inputs = _run(quantized, call, grids)
         path.keep(index, output)
         if not sums and not float_path:
             continue
@@ -285,11 +281,11 @@ def _fit_blocks(
     with carry(net, images) as path, carry(exact, images) as float_path:
         for name, forms in list(forms_of.items())[: last + 1]:
             place = where[name]
-            sums = {_source(form): BlockSums(place, max(images.fold_of) + 1) for form in forms}
+            sums = {place.source(form): BlockSums(place, max(images.fold_of) + 1) for form in forms}
             block = net.get_submodule(name)
             paths = (path, float_path if config.target == "global" else None)
             _add_samples(sums, (exact.get_submodule(name), block), paths, name, place, images, config.rows)
-            fits = [fit_branch(form, sums[_source(form)], place, config) for form in forms]
+            fits = [fit_branch(form, sums[place.source(form)], place, config) for form in forms]
             tried[name] = [found for _, found in fits]
             passed = {found["form"]: fitted for fitted, found in fits if fitted}
             options = [option(name, fitted.found) for fitted in passed.values()]
@@ -298,13 +294,9 @@ def _fit_blocks(
             if branch is not None:
                 branch.branch.attach(block)
                 kept[name] = branch
-            path.advance(_added(branch, block))
+            path.advance(partial(branch.branch.of, block) if branch else None)
             float_path.advance(None)
     return kept, tried
-
-
-def _added(fitted: Fitted | None, block: nn.Module) -> Any:
-    return None if fitted is None else lambda call: fitted.branch.of(block, call)
 
 
 @torch.no_grad()
