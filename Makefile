@@ -69,8 +69,9 @@ bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/resul
 	@$(RUN) -m benchmarks.engines
 	@$(RUN) -m deploy.readme
 
-table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= IMAGENET= MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
-	@$(RUN) -m deploy table --paper "$(PAPER)" --imagenet "$(IMAGENET)" --models "$(MODELS)" --cache "$(CACHE)" \
+table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= IMAGENET= (or CALIB= EVAL=) MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
+	@$(RUN) -m deploy table --paper "$(PAPER)" --imagenet "$(IMAGENET)" --calib "$(CALIB)" --eval "$(EVAL)" \
+	  --models "$(MODELS)" --cache "$(CACHE)" \
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")
 
 clean: ## Remove the virtual environment, artifacts and caches

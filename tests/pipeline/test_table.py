@@ -215,6 +215,7 @@ BAD = {
     "model": (["--models", "vit_bb"], "Unknown model 'vit_bb'"),
     "one model of two": (["--models", "vit_s,vit_bb"], "Did you mean 'vit_b'"),
     "no such folder": (["--imagenet", "/nowhere"], "IMAGENET='/nowhere': expected a folder with val/ and train/"),
+    "two sources": (["--imagenet", "/data", "--calib", "/mine"], "IMAGENET= brings its own images: expected it alone"),
     "counts": (["--eval-images", "0"], "'0': expected a whole number of 1 or more"),
 }
 
@@ -229,6 +230,30 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_loaded(paper, 
     assert re.search(expected, line)
     assert not (paper.parent / "results").exists()
     assert not (paper.parent / "cache/int8-engine/table").exists(), "nothing was measured before"
+
+
+def test_folders_of_images_take_the_place_of_the_samples(paper, tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (12, 40, 50, 3), dtype=np.uint8)
+    for index, image in enumerate(colours):
+        folder = tmp_path / ("mine" if index < 9 else "theirs")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    folders = ["--calib", str(tmp_path / "mine"), "--eval", str(tmp_path / "theirs")]
+    assert cli.main(["table", "--paper", str(paper), "--models", "vit_s", *folders]) == 0
+    result = result_of(paper)
+    seen = {name: result["models"]["vit_s"][name] for name in ("calibration", "evaluation")}
+    assert {name: found["count"] for name, found in seen.items()} == {"calibration": 9, "evaluation": 3}
+    assert str(tmp_path / "mine") in seen["calibration"]["source"]
+    assert f"CALIB={tmp_path}/mine EVAL={tmp_path}/theirs MODELS=vit_s" in result["command"]
+    assert run(paper, "--models", "vit_s", *folders[:2], "--calib-images", "6", "--eval-images", "2") == 0
+    counts = [result_of(paper)["models"]["vit_s"][name]["count"] for name in ("calibration", "evaluation")]
+    assert counts == [6, 2], "without EVAL some of CALIB are held out"
+
+
+def test_a_folder_that_does_not_exist_is_one_line(paper, capsys):
+    assert run(paper, "--models", "vit_s", "--calib", "/nowhere") == cli.EXIT_USER_ERROR
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: calibration path '/nowhere' does not exist")
+    assert not (paper.parent / "results").exists()
 
 
 def test_imagenet_without_classes_is_refused(paper, tmp_path, capsys):
