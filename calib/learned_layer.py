@@ -116,9 +116,7 @@ class LearnedLayer(nn.Module):
         ones, bias = torch.ones(len(weight)), getattr(layer, "bias", None)
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach()
         exact = weight / self._along(params.scale)
-        floor = exact.floor()
-        self.free = (floor >= -params.high) & (floor < params.high)  # a clipped weight has no choice
-        self.alpha = nn.Parameter(alpha_of(exact - floor))
+        self.alpha = nn.Parameter(alpha_of(exact - exact.floor()))
         self.step, self.quant_step, self.dequant_step = (nn.Parameter(ones.clone()) for _ in range(3))
         self.offset = nn.Parameter(torch.zeros(len(weight)))
         self.learn(())

@@ -107,7 +107,7 @@ def _look(task: Task) -> float:
 
 
 def _undecided(task: Task, beta: float) -> Tensor:
-    return torch.stack([undecided(layer.h()[layer.free], beta) for layer in task.layers.values()]).sum()
+    return torch.stack([undecided(layer.h(), beta) for layer in task.layers.values()]).sum()
 
 
 def _begun(task: Task) -> State:
