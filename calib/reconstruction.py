@@ -153,9 +153,9 @@ def _learn(task: Task, phase: Phase, schedule: Schedule, steps: int, state: Stat
         follow(state, looked)
 
 
-def steps_of(phase: Phase, schedule: Schedule) -> int:
+def steps_of(phase: Phase, iterations: int) -> int:
     """How many steps of Adam a phase has."""
-    return max(1, round(phase.share * schedule.iterations))
+    return max(1, round(phase.share * iterations))
 
 
 def reconstruct(
@@ -170,7 +170,7 @@ def reconstruct(
     state = state or _begun(task)
     _restore(task, state["values"])
     for index in range(state["phase"], len(phases)):
-        _learn(task, phases[index], schedule, steps_of(phases[index], schedule), state, follow)
+        _learn(task, phases[index], schedule, steps_of(phases[index], schedule.iterations), state, follow)
         state |= {"phase": index + 1, "step": 0, "values": state["best"], "optimiser": None}
         _restore(task, state["best"])
     task.mode.soft = False

@@ -14,7 +14,7 @@ output: what is not better there than plain rounding is dropped.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,9 +27,10 @@ from calib.held_out import MARGIN_DB, sqnr_db
 from calib.kept_files import nets_sha256, tensors_sha256
 from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
 from calib.methods.rtn import corrected, nearest
+from calib.precision import UNROUNDED
 from calib.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
-from calib.quantizer import QParams
+from calib.quantizer import QParams, largest_integer
 from calib.reconstruction import (
     Follow,
     Phase,
@@ -56,7 +57,7 @@ CASES = {
 }
 PUBLISHED_ITERATIONS = 20_000
 CROSSING = 2.0  # how far Adam must be able to move alpha: h leaves 0 at -2.4 and reaches 1 at 2.4
-FASTEST = 2e-3  # of steps: a quarter of an integer for the largest weight of 8 bits, at every iteration
+FASTEST = 0.25  # of an integer that the largest weight or input moves by, at every iteration
 HELD_OUT = 32  # images that judge a block while it learns
 SAVE_EVERY = 60.0  # seconds between checkpoints
 
@@ -97,10 +98,11 @@ class Config:
         learned = [tuple(name for name in each.learned if name not in without) for each in phases]
         return tuple(replace(each, learned=names) for each, names in zip(phases, learned, strict=True))
 
-    def schedule(self) -> Schedule:
-        """Iterations, and rates that let alpha cross over and steps get as far as with the published."""
+    def schedule(self, bits: int) -> Schedule:
+        """Iterations, and rates that let alpha cross over and steps of `bits` bits get as far as with the published."""
         rounding_rate = max(self.rounding_rate, CROSSING / self.iterations)
-        step_rate = min(self.step_rate * PUBLISHED_ITERATIONS / self.iterations, max(FASTEST, self.step_rate))
+        fastest = max(FASTEST / largest_integer(bits), self.step_rate)
+        step_rate = min(self.step_rate * PUBLISHED_ITERATIONS / self.iterations, fastest)
         return Schedule(self.iterations, self.batch, rounding_rate, step_rate, self.regulariser, self.drop)
 
 
@@ -135,6 +137,12 @@ def tasks(
         yield len(by_unit), block_task(running, model, start, unit, layers, images, held_out, to_nearest)
 
 
+def most_bits(model: QuantModel, layers: Iterable[str]) -> int:
+    """That weights or inputs of `layers` round to."""
+    given = [model.bits(name) for name in layers]
+    return max(bits for each in given for bits in (each.weight, each.input) if bits != UNROUNDED)
+
+
 class Course:
     """Where learning all tasks stands: the states of those begun, kept every `SAVE_EVERY` seconds."""
 
@@ -166,8 +174,9 @@ def learned_layers(
     model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config, course: Course
 ) -> Iterator[tuple[dict[str, LearnedLayer], float, float]]:
     """(layers, loss on the images held out before and after) of each task, taught in turn. `start`: `model`, rounded."""
-    phases, schedule = config.phases(), config.schedule()
+    phases = config.phases()
     for index, (count, task) in enumerate(tasks(model, start, images, held_out, config)):
+        schedule = config.schedule(most_bits(model, task.layers))
         yield (
             dict(task.layers),
             *reconstruct(task, phases, schedule, course.state(index), course.follow(index, count)),
@@ -198,7 +207,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, wa
     held_out = spread_images(folds[-1], HELD_OUT)
     start_here, *_ = corrected(model.with_sites(least_squares_sites(model)), folds)
     checkpoint = watch.checkpoint("adaround", lambda: _description(model, start_here, images, held_out, config))
-    course = Course(checkpoint, watch, sum(steps_of(phase, config.schedule()) for phase in config.phases()))
+    course = Course(checkpoint, watch, sum(steps_of(phase, config.iterations) for phase in config.phases()))
     found: dict[str, LearnedLayer] = {}
     better = count = 0
     for layers, before, after in learned_layers(model, start_here, images, held_out, config, course):

@@ -48,12 +48,23 @@ def test_the_cases_learn_what_table_1_says():
 
 
 def test_few_iterations_learn_faster():
-    published, fewer, few = (adaround.Config(iterations=count).schedule() for count in (20_000, 1000, 20))
+    published, fewer, few = (adaround.Config(iterations=count).schedule(8) for count in (20_000, 1000, 20))
     assert (published.rounding_rate, published.step_rate) == (1e-3, 4e-5)
     assert fewer.rounding_rate * 1000 == pytest.approx(adaround.CROSSING)
     assert fewer.step_rate * 1000 == pytest.approx(published.step_rate * 20_000)
-    assert few.step_rate == adaround.FASTEST
-    assert adaround.Config(step_rate=0.1).schedule().step_rate == 0.1
+    assert few.step_rate * 127 == pytest.approx(0.25), "of an integer"
+    assert adaround.Config(iterations=20).schedule(3).step_rate == pytest.approx(published.step_rate * 1000)
+    assert adaround.Config(iterations=1).schedule(3).step_rate * 3 == pytest.approx(0.25), "3 bits have integers up to 3"
+    assert adaround.Config(step_rate=0.1).schedule(8).step_rate == 0.1
+
+
+def test_the_bits_of_a_task_are_the_most_of_its_layers():
+    model = replace(tiny_model("vit"), precision=Precision(3, 2, ends=8))
+    ends = {name for name in model.layers if model.bits(name).weight == 8}
+    inner = [name for name in model.layers if name not in ends]
+    assert adaround.most_bits(model, inner) == 3
+    assert adaround.most_bits(model, model.layers) == 8
+    assert adaround.most_bits(replace(model, precision=Precision(4, 32)), inner) == 4, "inputs that do not round have none"
 
 
 @pytest.mark.parametrize("case", adaround.CASES)
