@@ -23,7 +23,7 @@ RUN := $(VENV)/bin/python
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
-.PHONY: help setup engine verify doctor test test-fast lint bench table clean
+.PHONY: help setup engine verify doctor test test-fast lint bench photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -68,6 +68,9 @@ lint: $(VENV)/.ready-dev ## Style and types
 bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
 	@$(RUN) -m benchmarks.engines
 	@$(RUN) -m deploy.readme
+
+photographs: $(VENV)/.ready ## Fetch photographs to calibrate and judge on, where no data set is at hand
+	@$(RUN) -m benchmarks.photographs photographs
 
 table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= IMAGENET= (or CALIB= EVAL=) MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
 	@$(RUN) -m deploy table --paper "$(PAPER)" --imagenet "$(IMAGENET)" --calib "$(CALIB)" --eval "$(EVAL)" \

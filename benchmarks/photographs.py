@@ -1,4 +1,6 @@
-"""`python -m benchmarks.photographs FOLDER`: photographs to measure on where no data set is at hand.
+"""`make photographs`: images to calibrate and judge on where no data set is at hand.
+
+    python -m benchmarks.photographs FOLDER
 
 Animals, monuments and musicians of GCompris, an educational suite; free licences, named in the package. They come out of a
 Debian package of 44 MB and go into FOLDER/calib and FOLDER/eval, for CALIB= and EVAL= of the Makefile.
