@@ -18,10 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT = "int8"
 RECIPES = {
     "dinov2_s": (
-        DEFAULT, "int8_erq", "int8_qwt", "int8_erq_qwt", "int8_plain_qwt", "int8_plain_qwt_shared", "int8_attention",
-        "int8_attention_all",
+        DEFAULT, "int8_erq", "int8_qwt", "int8_plain_qwt", "int8_plain_qwt_shared", "int8_attention", "int8_attention_all",
     ),
-    "mobilenetv2": (DEFAULT, "int8_erq", "int8_erq_qwt", "int8_qwt_all"),
+    "mobilenetv2": (DEFAULT, "int8_erq", "int8_qwt_all"),
 }  # fmt: skip
 RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recipe in recipes)
 
