@@ -314,7 +314,7 @@ def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None
     console.print(shown)
     for text in (
         "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and the share of equal winners",
-        f"published: {result['source']}",
+        *([f"published: {result['source']}"] if result["source"] else []),
         *result["notes"],
         *(f"{row['model']}, {row['bits']} {row['method']}: {row['error']}" for row in result["rows"] if row["error"]),
         f"written to {path}",
