@@ -67,13 +67,13 @@ lint: $(VENV)/.ready-dev ## Style and types
 
 bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
 	@$(RUN) -m benchmarks.engines
-	@$(RUN) -m deploy.readme
+	@$(RUN) -m benchmarks.readme
 
 photographs: $(VENV)/.ready ## Fetch photographs to calibrate and judge on, where no data set is at hand
 	@$(RUN) -m benchmarks.photographs photographs
 
 table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= IMAGENET= (or CALIB= EVAL=) MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
-	@$(RUN) -m deploy table --paper "$(PAPER)" --imagenet "$(IMAGENET)" --calib "$(CALIB)" --eval "$(EVAL)" \
+	@$(RUN) -m benchmarks.tables --paper "$(PAPER)" --imagenet "$(IMAGENET)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --models "$(MODELS)" --cache "$(CACHE)" \
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")
 

@@ -3,8 +3,9 @@
     python -m benchmarks.engines                        all of RUNS
     python -m benchmarks.engines dinov2_s.int8_qwt      some of them
 
-Every figure in the README comes from these files (`deploy/readme.py` puts them there). Each run has a process of its own, so
-that its peak memory is its own. Runs of the default recipe calibrate anew, for their time; the others may use the cache.
+Every figure in the README comes from these files (`benchmarks/readme.py` puts them there). Each run has a process of
+its own, so that its peak memory is its own. Runs of the default recipe calibrate anew, for their time; the others
+may use the cache.
 """
 
 import json

@@ -2,54 +2,32 @@
 
 A file is named after the sha256 of its description: weights, images, options, and the code and libraries that ran. Any
 difference is another name, so a file is never out of date, only unused. It holds decisions, not modules: channel scales
-that moved, scales of the sites, and the stages' records. Replaying them on the folded network gives bit for bit what the
+that moved, quantizers, and the stages' records. Replaying them on the folded network gives bit for bit what the
 stages gave. A file that is damaged, or was made from something else than its name says, is not used.
 """
 
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib.equalise import apply_moves
-from calib.kept_files import replacing, tensors_sha256
-from calib.moves import Moved
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
+from calib.scales.equalise import apply_moves
+from calib.store.kept_files import replacing, tensors_sha256
+from calib.store.provenance import made_by
+from calib.structure.moves import Moved
 
 STAGES = ("equalise", "attention", "calibrate")
-# What decodes the images and computes the network, beside our own code.
-LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
 class _UnusableError(Exception):
     """Why a file that exists is not used."""
-
-
-def code_sha256(*paths: Path) -> str:
-    """Hex sha256 of the names and contents of Python files and of those below folders."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(f"{file.relative_to(path.parent)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def made_by() -> dict[str, Any]:
-    """The code, and what else decides the last bits of a forward pass: libraries, instruction set, threads."""
-    return {
-        "code": code_sha256(Path(__file__).parent),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _write(path: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -117,10 +95,12 @@ class Cache:
             Moved(producer, consumer, tensors[f"moved.{index}.scale"], tensors[f"moved.{index}.shift"])
             for index, (producer, consumer) in enumerate(content["moved"])
         ]
-        model = apply_moves(model, moved).with_sites(
+        model = apply_moves(model, moved).with_quantizers(
             {
-                site: QParams(tensors[f"site.{site}"], zero_point=tensors.get(f"zero_point.{site}"), **options)
-                for site, options in content["sites"].items()
+                quantizer: QParams(
+                    tensors[f"quantizer.{quantizer}"], zero_point=tensors.get(f"zero_point.{quantizer}"), **options
+                )
+                for quantizer, options in content["quantizers"].items()
             }
         )
         for record in content["records"]:
@@ -132,19 +112,19 @@ class Cache:
         path = self._path()
         if path is None:
             return "not kept: the cache is off"
-        sites = {site: model.qparams(site) for site in model.sites}
+        quantizers = {quantizer: model.qparams(quantizer) for quantizer in model.quantizers}
         content = {
             "description": self.description,
             "moved": [(each.producer, each.consumer) for each in model.moved],
-            "sites": {
-                site: {"axis": params.axis, "narrow": params.narrow, "bits": params.bits}
-                for site, params in sites.items()
+            "quantizers": {
+                quantizer: {"axis": params.axis, "narrow": params.narrow, "bits": params.bits}
+                for quantizer, params in quantizers.items()
             },
             "records": [record.to_json() for record in model.history if record.stage in STAGES],
         }
-        tensors = {f"site.{site}": params.scale for site, params in sites.items()}
+        tensors = {f"quantizer.{quantizer}": params.scale for quantizer, params in quantizers.items()}
         tensors |= {
-            f"zero_point.{s}": params.zero_point for s, params in sites.items() if params.zero_point is not None
+            f"zero_point.{s}": params.zero_point for s, params in quantizers.items() if params.zero_point is not None
         }
         for index, each in enumerate(model.moved):
             tensors |= {f"moved.{index}.scale": each.scale, f"moved.{index}.shift": each.shift}

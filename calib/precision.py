@@ -1,4 +1,4 @@
-"""How many bits a network rounds to, by layer. 8 and 8, ends in FP16, is what an engine runs; the rest is simulated."""
+"""Bits of weights and inputs by layer. An engine runs 8 and 8, first and last layers in FP16; the rest is simulated."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ GELUS = ("uniform", "twin")
 class Precision:
     """Bits of weights and of what layers read.
 
-    `ends`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
+    `first_last`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
     `zero_points`: whether inputs have asymmetric ranges. `attention`: what softmax outputs round to in a simulation;
     query, key and value then round as inputs do. (The recipe's [attention] is the engine's INT8 attention.) `gelu`: the grid
     of what layers behind a GELU read.
@@ -22,7 +22,7 @@ class Precision:
 
     weights: int = 8
     inputs: int = 8
-    ends: int = 0
+    first_last: int = 0
     zero_points: bool = False
     attention: str = "float"
     gelu: str = "uniform"
@@ -31,7 +31,7 @@ class Precision:
         for name, bits, others in (
             ("weights", self.weights, ()),
             ("inputs", self.inputs, (UNROUNDED,)),
-            ("ends", self.ends, (0,)),
+            ("first_last", self.first_last, (0,)),
         ):
             if bits not in (*range(2, 9), *others):
                 raise ValueError(f"{name} {bits} is not one of {', '.join(map(str, (*range(2, 9), *others)))} bits")

@@ -9,9 +9,9 @@ from torch import nn
 from calib.errors import UserError
 from calib.families import Family
 from calib.grids import Grid
-from calib.moves import Moved
 from calib.precision import INT8_ENGINE, LayerBits, Precision
 from calib.quantizer import QParams
+from calib.structure.moves import Moved
 
 ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
 SAME_AS_NET = nn.Identity()  # stands for an `exact_net` that was not given
@@ -48,7 +48,7 @@ class Branch(Protocol):
 class QuantModel:
     """A network on its way to integers. Stages return a new value; `float_net` is never edited.
 
-    `sites` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
+    `quantizers` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
     `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
     `branches` maps blocks to what runs beside them; `moved`: the channel scales already in `net`; `precision`: the bits.
 
@@ -61,7 +61,7 @@ class QuantModel:
     float_net: nn.Module
     net: nn.Module
     family: Family
-    sites: dict[str, Grid] = field(default_factory=dict)
+    quantizers: dict[str, Grid] = field(default_factory=dict)
     history: tuple[StageRecord, ...] = ()
     branches: dict[str, Branch] = field(default_factory=dict)
     moved: tuple[Moved, ...] = ()
@@ -72,9 +72,9 @@ class QuantModel:
         if self.exact_net is SAME_AS_NET:
             object.__setattr__(self, "exact_net", self.net)
 
-    def with_sites(self, sites: Mapping[str, Grid]) -> "QuantModel":
-        """A copy with `sites` added (same names replaced)."""
-        return replace(self, sites={**self.sites, **sites})
+    def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
+        """A copy with `quantizers` added (same names replaced)."""
+        return replace(self, quantizers={**self.quantizers, **quantizers})
 
     def with_record(self, record: StageRecord) -> "QuantModel":
         """A copy with `record` appended to the history."""
@@ -87,35 +87,35 @@ class QuantModel:
             name
             for name, module in self.net.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
-            and (self.precision.ends or self.family.float_reason(name) is None)
+            and (self.precision.first_last or self.family.float_reason(name) is None)
         )
 
     def bits(self, layer: str) -> LayerBits:
         """Bits of the weight and the input of `layer`."""
         if self.family.float_reason(layer) is not None:
-            return LayerBits(self.precision.ends, self.precision.ends)
+            return LayerBits(self.precision.first_last, self.precision.first_last)
         return LayerBits(self.precision.weights, self.precision.inputs)
 
-    def qparams(self, site: str) -> QParams:
-        """The grid of `site`, which has to be uniform. Raises UserError naming the site."""
-        grid = self.sites[site]
+    def qparams(self, quantizer: str) -> QParams:
+        """The grid of `quantizer`, which has to be uniform. Raises UserError naming the quantizer."""
+        grid = self.quantizers[quantizer]
         if not isinstance(grid, QParams):
             raise UserError(
-                f"site '{site}' has a {type(grid).__name__} grid, which is simulated only: expected a uniform one"
+                f"quantizer '{quantizer}' has a {type(grid).__name__} grid, which is simulated only: expected a uniform one"
             )
         return grid
 
     @property
     def quantized_layers(self) -> tuple[str, ...]:
         """Names of the Linear and Conv2d layers whose input and weight both round."""
-        inputs = (site.removesuffix(":input") for site in self.sites if site.endswith(":input"))
-        return tuple(name for name in inputs if f"{name}:weight" in self.sites)
+        inputs = (quantizer.removesuffix(":input") for quantizer in self.quantizers if quantizer.endswith(":input"))
+        return tuple(name for name in inputs if f"{name}:weight" in self.quantizers)
 
     @property
     def int8_attention(self) -> tuple[str, ...]:
         """Names of the attention modules that compute in INT8."""
-        names = (site.removesuffix(":softmax") for site in self.sites if site.endswith(":softmax"))
-        return tuple(name for name in names if all(f"{name}:{role}" in self.sites for role in ATTENTION_ROLES))
+        names = (quantizer.removesuffix(":softmax") for quantizer in self.quantizers if quantizer.endswith(":softmax"))
+        return tuple(name for name in names if all(f"{name}:{role}" in self.quantizers for role in ATTENTION_ROLES))
 
     @property
     def float_layers(self) -> dict[str, str]:

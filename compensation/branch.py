@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.moments import Fit
-from calib.qdq import QuantLinear, dequantize
+from calib.network.qdq import QuantLinear, dequantize
 from calib.quantizer import QParams, channel_qparams
 from compensation.carry import Call, call_of
+from compensation.moments import Fit
 
 
 def fp16_parameter(values: Tensor) -> nn.Parameter:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib.batches import Batches
+from calib.images.batches import Batches
 
 
 class Call(NamedTuple):

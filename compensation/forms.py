@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from calib.moments import Moments
 from calib.quantizer import QParams
 from compensation.branch import BlockBranch, ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
 from compensation.layout import Layout
+from compensation.moments import Moments
 
 
 class NoFitError(ValueError):

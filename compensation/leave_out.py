@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from calib.batches import Batches, spread_images
-from calib.choice import BATCH, IMAGES, least_error, output_terms
-from calib.qdq import quantized_net
+from calib.images.batches import Batches, spread_images
+from calib.judge.choice import BATCH, IMAGES, least_error, output_terms
+from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
 
 

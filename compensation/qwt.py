@@ -5,10 +5,10 @@ For block l with input x from the already compensated quantized network, in the 
     r = l_exact(x) - l_quant(x)        W, b = argmin sum |r - W x - b|^2        l_quant(x) + W x + b  from now on
 
 What differs from the reference code, and why:
-1. Sums in float64 with a shift (calib/moments.py) instead of a float32 inverse, which gave negative R2 on its training data.
-2. A branch is judged on photographs it was not fitted on, with the numbers that run (FP16, INT8); the reference's test,
-   R2 > 0 on the training data, can never fail for exact least squares. All of them together are judged by the network's
-   output, again on other photographs.
+1. Sums in float64 with a shift (compensation/moments.py) instead of a float32 inverse, which gave negative R2 on its
+training data. 2. A branch is judged on photographs it was not fitted on, with the numbers that run (FP16, INT8); the
+   reference's test, R2 > 0 on the training data, can never fail for exact least squares. All of them together are
+   judged by the network's output, again on other photographs.
 3. A branch that does not pass is left out of the network instead of being filled with zeros.
 4. `exact_net` is the target: switching the quantizers of the network itself off would give a wrong one, once a method has
    changed weights.
@@ -27,13 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.batches import Batches
-from calib.fp16_range import FP16_MAX
 from calib.grids import obstacle
-from calib.held_out import MARGIN_DB, sqnr_db
 from calib.hooks import input_hooks
-from calib.moments import Fit, Moments, cross_validated_r2, pooled, r2
-from calib.qdq import quantized_net
+from calib.images.batches import Batches
+from calib.judge.held_out import MARGIN_DB, sqnr_db
+from calib.network.fp16_range import FP16_MAX
+from calib.network.qdq import quantized_net
 from calib.quant_model import Branch, QuantModel, StageRecord
 from calib.quantizer import QParams
 from compensation.branch import BlockBranch
@@ -41,6 +40,7 @@ from compensation.carry import CARRIES, Call, Carry
 from compensation.chain import block_layouts
 from compensation.forms import FORMS, NoFitError, Place
 from compensation.leave_out import worth_keeping
+from compensation.moments import Fit, Moments, cross_validated_r2, pooled, r2
 from compensation.select import UNLIMITED, Option, front, select
 from compensation.sizes import engine_bytes
 
@@ -215,7 +215,7 @@ def places(model: QuantModel, net: nn.Module, images: Tensor, config: Config) ->
     for name, layout in block_layouts(model, net, images).items():
         shared = {}
         for form, reader in model.family.shared.items():
-            grid = model.sites.get(f"{name}.{reader}:input")
+            grid = model.quantizers.get(f"{name}.{reader}:input")
             if isinstance(grid, QParams) and not obstacle(grid):  # an INT8 branch reads its integers
                 shared[form] = (reader, grid)
         found[name] = Place(layout, config.rank, shared)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy import host
-from deploy.backends import PREFERENCE, backends
+from deploy.engine.backends import PREFERENCE, backends
 
 # Import name -> (what for, does every machine need it).
 NEEDED = {

@@ -1,13 +1,13 @@
 """The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first, then simulation.py.
 
-torch half:   load -> fold -> equalise -> calibrate -> range -> reduce error -> adequacy
+torch half:   load -> fold -> equalise -> calibrate -> range -> reduce error -> coverage
 bridge:       export -> parity
 engine half:  check -> build -> audit -> verify -> benchmark -> package
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +16,37 @@ import onnx
 import torch
 from torch import nn
 
-from calib.adequacy import adequacy
 from calib.cache import Cache
 from calib.families import family_of
-from calib.fp16_range import fp16_range
-from calib.images import ImageSet, image_sets
-from calib.preprocess import preprocessing_from_config
-from calib.qdq import quantized_net
+from calib.images.image_set import ImageSet, image_sets
+from calib.images.preprocess import preprocessing_from_config
+from calib.network.fp16_range import fp16_range
+from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
-from calib.user_cache import cache_folder
-from calib.watch import Watch
-from calib.weights import load_net
-from calib.zoo import resolve_model
-from deploy.audit import audit, planned_attention, planned_layers, require_int8
-from deploy.backends import choose_backend
+from calib.scales.coverage import coverage
+from calib.store.user_cache import cache_folder
+from calib.store.watch import Watch
+from calib.weights.load import load_net
+from calib.weights.zoo import resolve_model
+from deploy.bridge.export import export_float, export_fp16, export_pair
+from deploy.bridge.parity import compare_with_onnx
+from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.engine.backends import choose_backend
 from deploy.errors import ContractError
-from deploy.export import export_float, export_fp16, export_pair
 from deploy.graph.check import require_strongly_typed
+from deploy.options import Options
 from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, staging, write_json
-from deploy.parity import compare_with_onnx
 from deploy.progress import Progress
 from deploy.recipe import load_recipe
-from deploy.report import Evidence, manifest_json, report_json
-from deploy.serialize import Profile
-from deploy.simulation import FOLD, CalibrationImages, Stage, repair_stages, scale_stages
+from deploy.report.evidence import Evidence, report_json
+from deploy.report.manifest import manifest_json
+from deploy.stages import FOLD, CalibrationImages, Stage, repair_stages, scale_stages
 from deploy.verify import cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
 GOLDEN_IMAGES = 8
 RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
-ADEQUACY_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `make engine` was asked for."""
-
-    model: str = "dinov2_s"
-    weights: str = "auto"  # auto | pretrained | random | a checkpoint file
-    calib: str | None = None  # folder, .npy or .npz; None: the built-in sample
-    evaluation: str | None = None  # folder, .npy or .npz; None: held-out calibration images
-    calib_images: int = 512
-    recipe: str = "int8"
-    target: str = "auto"  # auto or the name of a backend
-    sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
-    profile: Profile = field(default_factory=Profile)
-    out: str = "artifacts"
-    seed: int = 0
-    max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
-    max_extra_bytes: int | None = None
-    cache: bool = (
-        True  # take equalise and calibrate from the cache where every input is the same; keep unfinished training
-    )
+COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
 
 
 class Batches:
@@ -164,10 +143,10 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(*in_fp16.warnings())
         for stage in repair_stages(recipe):
             model = _step(progress, stage, model, images)
-        with progress.stage("adequacy") as note:
-            others = Batches(evaluation.subset(0, ADEQUACY_IMAGES), progress, torch.from_numpy)
-            adequate = adequacy(model, others)
-            note(adequate.summary(), *adequate.warnings())
+        with progress.stage("coverage") as note:
+            others = Batches(evaluation.subset(0, COVERAGE_IMAGES), progress, torch.from_numpy)
+            covered = coverage(model, others)
+            note(covered.summary(), *covered.warnings())
 
         with progress.stage("export") as note:
             simulation = quantized_net(model)
@@ -215,7 +194,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             note(f"{speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU")
 
         evidence = Evidence(
-            options, recipe, loaded, calibration, evaluation, model, cache.key if cached else None, in_fp16, adequate,
+            options, recipe, loaded, calibration, evaluation, model, cache.key if cached else None, in_fp16, covered,
             parity, planned, built, plain, audited, verdict, speed, float_model.stat().st_size, progress.seconds,
         )  # fmt: skip
         np.savez(

@@ -9,10 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import calib.methods
-from calib import calibrate, equalise, int8_attention
+from calib.attention import int8 as int8_attention
 from calib.errors import UserError, nearest
 from calib.precision import INT8_ENGINE, Precision
-from compensation import finetune, qwt
+from calib.scales import calibrate, equalise
+from compensation import qwt
+from compensation.star import finetune
 from deploy.named_toml import named_path, read_toml, stems
 
 FOLDER = Path(__file__).parent / "recipes"

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import Fidelity, fidelity, mean_sqnr_db
-from benchmarks.latency import Comparison, compare
+from deploy.measure.accuracy import Fidelity, fidelity, mean_sqnr_db
+from deploy.measure.latency import Comparison, compare
+from deploy.measure.onnx_runner import OnnxRunner, integer_layers
 from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
-from deploy.runners import OnnxRunner, integer_layers
 
 # FP16 moves values across rounding boundaries, as another processor does: the few golden images gained up to 2.7 dB by it
 # and lost up to 2.1. An overflow costs tens of dB.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from calib.errors import UserError
-from calib.moves import Move
+from calib.structure.moves import Move
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,11 @@ class Family:
     with an unknown part is refused by name instead of being quantized wrongly), `block` a regular expression that
     matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16: pairs of a regular
     expression over layer names and the reason. `percentile` (%) is where activations are clipped when the recipe does
-    not say. `moves`: where channel scales can move (calib/moves.py). `attention`: a regular expression for the names of
-    attention modules with a packed qkv (calib/int8_attention.py). `after_gelu`: one for the layers that may read what a
-    GELU returns. `channels_last`: blocks pass tokens (B, ..., C) on, not maps (B, C, H, W). `shared`: forms of branches
-    (compensation/forms.py) that read the integers of a layer, with the name of that layer within every block.
+    not say. `moves`: where channel scales can move (calib/structure/moves.py). `attention`: a regular expression for
+    the names of attention modules with a packed qkv (calib/attention/int8.py). `after_gelu`: one for the layers that
+    may read what a GELU returns. `channels_last`: blocks pass tokens (B, ..., C) on, not maps (B, C, H, W).
+    `shared`: forms of branches (compensation/forms.py) that read the integers of a layer, with the name of that
+    layer within every block.
     """
 
     name: str

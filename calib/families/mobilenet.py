@@ -1,7 +1,7 @@
 """MobileNet-v2, MnasNet and relatives built by timm's EfficientNet class: inverted residuals."""
 
 from calib.families import Family
-from calib.moves import Act
+from calib.structure.moves import Act
 
 FAMILY = Family(
     name="mobilenet",

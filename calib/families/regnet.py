@@ -1,7 +1,7 @@
 """RegNetX and RegNetY."""
 
 from calib.families import Family
-from calib.moves import Act
+from calib.structure.moves import Act
 
 FAMILY = Family(
     name="regnet",

@@ -1,7 +1,7 @@
 """ResNet and ResNeXt."""
 
 from calib.families import Family
-from calib.moves import Act
+from calib.structure.moves import Act
 
 FAMILY = Family(
     name="resnet",

@@ -1,7 +1,7 @@
 """ViT, DeiT (distilled too), DINOv2: pre-norm transformers with packed qkv."""
 
 from calib.families import Family
-from calib.moves import Insert, Norm, Value
+from calib.structure.moves import Insert, Norm, Value
 
 FAMILY = Family(
     name="vit",

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.batches import Batches
-from calib.held_out import adopt_if_better
-from calib.layer_rows import product
-from calib.layer_sums import add_inputs
+from calib.images.batches import Batches
+from calib.judge.held_out import adopt_if_better
+from calib.layerwise.layer_sums import add_inputs
 from calib.methods import erq, rtn
+from calib.network.layer_rows import product
+from calib.network.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import fp16_scale
-from calib.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
-from calib.watch import UNWATCHED, Watch
+from calib.store.watch import UNWATCHED, Watch
 
 BASES: dict[str, tuple[Callable[..., QuantModel], Any]] = {
     "rtn": (rtn.reduce_error, rtn.Config(bias_correction=True)),

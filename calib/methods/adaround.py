@@ -21,17 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.batches import Batches, spread_images
-from calib.checkpoint import Checkpoint
-from calib.held_out import MARGIN_DB, sqnr_db
-from calib.kept_files import nets_sha256, tensors_sha256
-from calib.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
-from calib.methods.rtn import corrected, nearest
-from calib.precision import UNROUNDED
-from calib.qdq import quantized_net
-from calib.quant_model import QuantModel, StageRecord
-from calib.quantizer import QParams, largest_integer
-from calib.reconstruction import (
+from calib.images.batches import Batches, spread_images
+from calib.judge.held_out import MARGIN_DB, sqnr_db
+from calib.learned.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
+from calib.learned.reconstruction import (
     Follow,
     Phase,
     Schedule,
@@ -42,9 +35,16 @@ from calib.reconstruction import (
     reconstruct,
     steps_of,
 )
-from calib.rounded_layer import with_layers
-from calib.watch import UNWATCHED, Watch
-from calib.weight_steps import least_squares_qparams
+from calib.learned.weight_scales import least_squares_qparams
+from calib.methods.rtn import corrected, nearest
+from calib.network.qdq import quantized_net
+from calib.network.rounded_layer import with_layers
+from calib.precision import UNROUNDED
+from calib.quant_model import QuantModel, StageRecord
+from calib.quantizer import QParams, largest_integer
+from calib.store.checkpoint import Checkpoint
+from calib.store.kept_files import nets_sha256, tensors_sha256
+from calib.store.watch import UNWATCHED, Watch
 
 # Table 1: what learns, and when
 CASES = {
@@ -107,7 +107,7 @@ class Config:
 
 
 def least_squares_sites(model: QuantModel) -> dict[str, QParams]:
-    """A `:weight` site for every layer to be quantized, of the steps that learning starts from."""
+    """A `:weight` quantizer for every layer to be quantized, of the steps that learning starts from."""
     return {
         f"{name}:weight": least_squares_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
         for name in model.layers
@@ -205,7 +205,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, wa
     training = folds[:-1] or folds
     images = torch.cat([spread_images(batches, max(1, config.images // len(training))) for batches in training])
     held_out = spread_images(folds[-1], HELD_OUT)
-    start_here, *_ = corrected(model.with_sites(least_squares_sites(model)), folds)
+    start_here, *_ = corrected(model.with_quantizers(least_squares_sites(model)), folds)
     checkpoint = watch.checkpoint("adaround", lambda: _description(model, start_here, images, held_out, config))
     course = Course(checkpoint, watch, sum(steps_of(phase, config.iterations) for phase in config.phases()))
     found: dict[str, LearnedLayer] = {}
@@ -215,7 +215,7 @@ def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, wa
         better, count = better + (after < before), count + 1
     checkpoint.remove()
     inputs = {f"{name}:input": layer.reads.grid for name, layer in found.items()}
-    tuned = with_layers(model.with_sites(inputs), {name: layer.rounded() for name, layer in found.items()})
+    tuned = with_layers(model.with_quantizers(inputs), {name: layer.rounded() for name, layer in found.items()})
     before, after = sqnr_db(folds[-1:], [plain], [tuned])
     note = f"network output {after:.2f} dB against {before:.2f} dB on photographs that did not train"
     kept = after >= before + MARGIN_DB  # false, too, where a difference is not a number

@@ -5,7 +5,7 @@ x~ = [x^, 1] the rounded input, W~ = [W, b] and y = W x + b of the input that is
 
 1. Aqer (eq. 8), a ridge regression that makes up for the rounding of the input:
        W~ <- W~ + E[(y - W~ x~) x~^T] H^-1        H = E[x~ x~^T] + ridge I
-2. Wqer, the rounding of those weights under the same H: calib/rounding.py.
+2. Wqer, the rounding of those weights under the same H: calib/layerwise/erq_rounding.py.
 
 Together they lower E|y - W~^ x~|^2 + ridge |W~^ - W~|^2 over integer weights. The paper has one ridge for all layers; here
 each layer takes the one that serves it best across photographs, or rounds to nearest, and the whole is dropped if the
@@ -19,16 +19,16 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from calib.batches import Batches
-from calib.held_out import adopt_if_better
-from calib.layer_fits import fitted_layers
-from calib.layer_sums import LayerSums, error_across, pooled
+from calib.images.batches import Batches
+from calib.judge.held_out import adopt_if_better
+from calib.layerwise.erq_rounding import round_with_compensation
+from calib.layerwise.layer_fits import fitted_layers
+from calib.layerwise.layer_sums import LayerSums, error_across, pooled
 from calib.methods.rtn import nearest
+from calib.network.rounded_layer import RoundedLayer
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
-from calib.rounded_layer import RoundedLayer
-from calib.rounding import round_with_compensation
-from calib.watch import UNWATCHED, Watch
+from calib.store.watch import UNWATCHED, Watch
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from calib.batches import Batches
-from calib.held_out import adopt_if_better
-from calib.layer_fits import fitted_layers
-from calib.layer_sums import LayerSums, error_across, pooled
+from calib.images.batches import Batches
+from calib.judge.held_out import adopt_if_better
+from calib.layerwise.layer_fits import fitted_layers
+from calib.layerwise.layer_sums import LayerSums, error_across, pooled
 from calib.methods.rtn import nearest
+from calib.network.rounded_layer import RoundedLayer
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams
-from calib.rounded_layer import RoundedLayer
-from calib.watch import UNWATCHED, Watch
+from calib.store.watch import UNWATCHED, Watch
 
 BLOCK = 128  # columns
 

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor, nn
 
-from calib.batches import Batches, spread_images
-from calib.held_out import sqnr_db
-from calib.layer_rows import Means, along_inputs, look_at_inputs
+from calib.images.batches import Batches, spread_images
+from calib.judge.held_out import sqnr_db
+from calib.network.layer_rows import Means, along_inputs, look_at_inputs
+from calib.network.rounded_layer import with_biases
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams, channel_qparams
-from calib.rounded_layer import with_biases
-from calib.watch import UNWATCHED, Watch
+from calib.store.watch import UNWATCHED, Watch
 
 IMAGES = 32  # per fold: a mean needs no more
 BATCH = 16
@@ -37,8 +37,8 @@ class Config:
     bias_correction: bool = False  # costs an engine nothing
 
 
-def weight_sites(model: QuantModel) -> dict[str, QParams]:
-    """A `:weight` site for every layer of `model` to be quantized."""
+def weight_quantizers(model: QuantModel) -> dict[str, QParams]:
+    """A `:weight` quantizer for every layer of `model` to be quantized."""
     return {
         f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
         for name in model.layers
@@ -61,7 +61,7 @@ def mean_inputs(model: QuantModel, folds: Sequence[Batches]) -> list[dict[str, T
 
 
 def with_corrected_biases(model: QuantModel, means: Mapping[str, Tensor]) -> QuantModel:
-    """`model`, which has `:weight` sites, with biases that make up for what their rounding does to these mean inputs."""
+    """`model`, which has `:weight` quantizers, with biases that make up for rounding at these mean inputs."""
     changes = {
         name: mean_repair(model.net.get_submodule(name), model.qparams(f"{name}:weight"), mean)
         for name, mean in means.items()
@@ -70,7 +70,7 @@ def with_corrected_biases(model: QuantModel, means: Mapping[str, Tensor]) -> Qua
 
 
 def corrected(model: QuantModel, folds: Sequence[Batches]) -> tuple[QuantModel, float, float]:
-    """(model, dB without, dB with): `model`, which has `:weight` sites, with corrected biases if that is no worse.
+    """(model, dB without, dB with): `model`, which has `:weight` quantizers, with corrected biases if that is no worse.
 
     The mean of one fold is judged by the output on another.
     """
@@ -81,15 +81,15 @@ def corrected(model: QuantModel, folds: Sequence[Batches]) -> tuple[QuantModel, 
 
 def nearest(model: QuantModel, folds: Sequence[Batches]) -> QuantModel:
     """`model` rounded to nearest, biases corrected if that serves: what other methods have to be better than."""
-    return corrected(model.with_sites(weight_sites(model)), folds)[0]
+    return corrected(model.with_quantizers(weight_quantizers(model)), folds)[0]
 
 
 def reduce_error(
     model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED,  # noqa: ARG001 - nothing is long here
 ) -> QuantModel:  # fmt: skip
-    """`model` with a `:weight` site for every layer to be quantized."""
+    """`model` with a `:weight` quantizer for every layer to be quantized."""
     start = time.perf_counter()
-    rounded = model.with_sites(weight_sites(model))
+    rounded = model.with_quantizers(weight_quantizers(model))
     notes: tuple[str, ...] = (f"{len(model.layers)} weights rounded to nearest, one scale per output channel",)
     before, after = None, None
     if config.bias_correction:

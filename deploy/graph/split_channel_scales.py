@@ -80,7 +80,7 @@ def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarra
 def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """A new model: a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
 
-    Expects symmetric weights and the node names of deploy/export.py. A weight that is read by anything but
+    Expects symmetric weights and the node names of deploy/bridge/export.py. A weight that is read by anything but
     MatMuls, as their right factor, keeps its scales.
     """
     result = ir.from_proto(model)

@@ -1,6 +1,6 @@
 """Zero points written out, for ONNX Runtime on processors without VNNI.
 
-Asked for exact sums there (benchmarks/ort_options.py), it turns INT8 weights into unsigned ones. A convolution's weight
+Asked for exact sums there (deploy/measure/ort_options.py), it turns INT8 weights into unsigned ones. A convolution's weight
 without zero points then gets a single one for all its channels, which it refuses to run; zero points that two weights
 share it replaces twice, and fails.
 """

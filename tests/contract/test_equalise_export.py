@@ -2,21 +2,21 @@
 
 import pytest
 
-from calib.calibrate import Config as CalibrateConfig
-from calib.calibrate import calibrate
-from calib.equalise import Config, equalise
-from calib.fold import fold_affine
 from calib.methods import rtn
-from calib.qdq import quantized_net
-from deploy.export import export_pair
+from calib.network.fold import fold_affine
+from calib.network.qdq import quantized_net
+from calib.scales.calibrate import Config as CalibrateConfig
+from calib.scales.calibrate import calibrate
+from calib.scales.equalise import Config, equalise
+from deploy.bridge.export import export_pair
 from tests.tiny import SIZE, tiny_batches, tiny_model
 
 FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
 
 
 def kernels(model) -> int:
-    from deploy.backends import tensorrt_rtx
-    from deploy.serialize import Profile
+    from deploy.engine.backends import tensorrt_rtx
+    from deploy.engine.build import Profile
 
     model = rtn.reduce_error(calibrate(model, FOLDS, CalibrateConfig("max")), FOLDS, rtn.Config())
     fp16, _ = export_pair(quantized_net(model), (SIZE, SIZE))

@@ -6,15 +6,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from calib.calibrate import Config, calibrate
-from calib.fold import fold_affine
 from calib.methods import rtn
-from calib.qdq import QuantConv2d, QuantLinear, quantized_net
-from deploy.audit import audit, planned_layers
-from deploy.export import INPUT, OUTPUT, export_float, export_pair
+from calib.network.fold import fold_affine
+from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
+from calib.scales.calibrate import Config, calibrate
+from deploy.bridge.export import INPUT, OUTPUT, export_float, export_pair
+from deploy.bridge.parity import compare_with_onnx
+from deploy.engine.audit import audit, planned_layers
 from deploy.graph.check import check_strongly_typed
-from deploy.parity import compare_with_onnx
-from deploy.runners import OnnxRunner
+from deploy.measure.onnx_runner import OnnxRunner
 from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
 
 BUILT: dict[str, tuple] = {}
@@ -51,13 +51,15 @@ def test_a_wrong_scale_in_the_graph_is_found_and_named(family):
     producers = {output: n for n in broken.graph.node for output in n.output}
     node = producers[producers[reader.input[0]].input[0]]
     wrong = onnx.numpy_helper.from_array(
-        np.array(float(model.sites[f"{layer}:input"].scale) * 1.3, np.float32), "wrong"
+        np.array(float(model.quantizers[f"{layer}:input"].scale) * 1.3, np.float32), "wrong"
     )
     broken.graph.initializer.append(wrong)
     node.input[1] = "wrong"
     found = compare_with_onnx(net, broken, tiny_batches(1)[0].numpy())
     alike = [
-        n for n in model.quantized_layers if model.sites[f"{n}:input"].scale == model.sites[f"{layer}:input"].scale
+        n
+        for n in model.quantized_layers
+        if model.quantizers[f"{n}:input"].scale == model.quantizers[f"{layer}:input"].scale
     ]
     assert found.suspect in alike  # layers that share the tensor share its QuantizeLinear
     assert found.suspect in found.failure()
@@ -128,8 +130,8 @@ def test_onnx_runtime_really_uses_integer_kernels(tmp_path):
 @pytest.mark.parametrize("backend_family", sorted(TINY))
 def test_rtx_engine_runs_every_planned_layer_in_int8(backend_family):
     pytest.importorskip("tensorrt_rtx")
-    from deploy.backends import tensorrt_rtx
-    from deploy.serialize import Profile
+    from deploy.engine.backends import tensorrt_rtx
+    from deploy.engine.build import Profile
 
     _, _, fp16, _ = exported(backend_family)
     built = tensorrt_rtx.build(fp16, Profile(2, 4), (89,))

@@ -5,16 +5,16 @@ import functools
 import pytest
 import torch
 
-from calib.calibrate import Config as CalibrateConfig
-from calib.calibrate import calibrate
-from calib.int8_attention import Config, choose, prepare, without_attention
+from calib.attention.int8 import Config, choose, prepare, without_attention
 from calib.methods import rtn
-from calib.qdq import quantized_net
-from deploy.audit import audit, planned_attention, planned_layers, require_int8
+from calib.network.qdq import quantized_net
+from calib.scales.calibrate import Config as CalibrateConfig
+from calib.scales.calibrate import calibrate
+from deploy.bridge.export import export_pair
+from deploy.bridge.parity import compare_with_onnx
+from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.errors import ContractError
-from deploy.export import export_pair
 from deploy.graph.check import check_strongly_typed
-from deploy.parity import compare_with_onnx
 from tests.tiny import SIZE, tiny_batches, tiny_model
 
 
@@ -53,8 +53,8 @@ def test_the_graph_plans_two_products_for_each_attention(blocks):
 @functools.cache
 def built(blocks: int):
     pytest.importorskip("tensorrt_rtx")
-    from deploy.backends import tensorrt_rtx
-    from deploy.serialize import Profile
+    from deploy.engine.backends import tensorrt_rtx
+    from deploy.engine.build import Profile
 
     return tensorrt_rtx.build(exported(blocks)[1], Profile(2, 4), (89,)).kernels
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import calib.methods
-from calib.calibrate import Config, calibrate
-from calib.fold import fold_affine
 from calib.methods import rtn
-from calib.qdq import quantized_net
+from calib.network.fold import fold_affine
+from calib.network.qdq import quantized_net
+from calib.scales.calibrate import Config, calibrate
 from deploy.recipe import method_module
 from tests.tiny import tiny_batches, tiny_model
 

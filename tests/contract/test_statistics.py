@@ -8,10 +8,10 @@ moves a few elements into the next histogram bin. A transformer's products do no
 import pytest
 import torch
 
-from calib.calibrate import Config, calibrate, observed_inputs
 from calib.hooks import input_hooks
-from calib.observers import Histogram, amax_from_histogram
 from calib.quantizer import QMAX, qparams_from_amax
+from calib.scales.calibrate import Config, calibrate, observed_inputs
+from calib.statistics.observers import Histogram, amax_from_histogram
 from tests.tiny import TINY, tiny_batches, tiny_model
 
 BATCH_SIZES = (1, 8, 64)
@@ -66,8 +66,8 @@ def test_the_same_tensors_in_any_split_and_order_give_the_same_bits(family):
 def test_a_transformers_scales_are_the_same_bits_for_any_batch_size_and_order(batch_size, observer):
     model, expected = tiny_model("vit"), scales_from(observed("vit", AS_THEY_COME, 8), CONFIGS[observer])
     for order in (AS_THEY_COME, SHUFFLED):
-        sites = calibrate(model, [IMAGES[order].split(batch_size)], CONFIGS[observer]).sites
-        assert {name: float(sites[f"{name}:input"].scale) for name in expected} == expected
+        quantizers = calibrate(model, [IMAGES[order].split(batch_size)], CONFIGS[observer]).quantizers
+        assert {name: float(quantizers[f"{name}:input"].scale) for name in expected} == expected
 
 
 @pytest.mark.parametrize("family", sorted(set(TINY) - {"vit"}))

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from deploy.readme import rendered, reports
+from benchmarks.readme import rendered, reports
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_its_figures_are_those_of_the_results_files():
-    assert rendered(README) == README, "run `python -m deploy.readme`"
+    assert rendered(README) == README, "run `python -m benchmarks.readme`"
 
 
 def test_the_first_command_is_shown_with_its_real_output():

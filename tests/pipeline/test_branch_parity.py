@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from calib.calibrate import Config as CalibrateConfig
-from calib.calibrate import calibrate
 from calib.families import family_of
-from calib.images import image_sets
+from calib.images.image_set import image_sets
+from calib.images.preprocess import preprocessing_from_config
 from calib.methods import rtn
-from calib.preprocess import preprocessing_from_config
-from calib.qdq import QuantLinear, quantized_net
+from calib.network.qdq import QuantLinear, quantized_net
 from calib.quant_model import QuantModel
-from calib.weights import load_net
-from calib.zoo import resolve_model
+from calib.scales.calibrate import Config as CalibrateConfig
+from calib.scales.calibrate import calibrate
+from calib.weights.load import load_net
+from calib.weights.zoo import resolve_model
 from compensation.qwt import Config, compensate
-from deploy.export import export_pair
-from deploy.parity import compare_with_onnx
+from deploy.bridge.export import export_pair
+from deploy.bridge.parity import compare_with_onnx
 
 pytestmark = pytest.mark.slow
 

@@ -27,9 +27,9 @@ class Lazy:
 torch.set_num_threads(1)
 """
 CALIBRATE = """
-from calib.calibrate import Config, calibrate
-from calib.equalise import Config as EqualiseConfig, equalise
-from calib.fp16_range import fp16_range
+from calib.scales.calibrate import Config, calibrate
+from calib.scales.equalise import Config as EqualiseConfig, equalise
+from calib.network.fp16_range import fp16_range
 from tests.tiny import SIZE, tiny_model
 
 model = tiny_model("vit")
@@ -39,7 +39,7 @@ fp16_range(model.net, folds[0])
 """
 COMPENSATE = """
 import timm
-from calib.calibrate import Config as CalibrateConfig, calibrate
+from calib.scales.calibrate import Config as CalibrateConfig, calibrate
 from calib.families import family_of
 from calib.methods import rtn
 from calib.quant_model import QuantModel

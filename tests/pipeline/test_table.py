@@ -8,17 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from calib.calibrate import Config as CalibrateConfig
-from calib.calibrate import calibrate
-from calib.fold import fold_affine
-from calib.images import image_sets
+from benchmarks.tables import __main__ as tables
+from benchmarks.tables import table
+from calib.images.image_set import image_sets
+from calib.images.preprocess import preprocessing_from_config
 from calib.methods import rtn
+from calib.network.fold import fold_affine
+from calib.network.qdq import quantized_net
 from calib.precision import Precision
-from calib.preprocess import preprocessing_from_config
-from calib.qdq import quantized_net
 from calib.quant_model import QuantModel
-from calib.weights import LoadedNet, state_sha256
-from deploy import cli, simulation, table
+from calib.scales.calibrate import Config as CalibrateConfig
+from calib.scales.calibrate import calibrate
+from calib.weights.load import LoadedNet, state_sha256
+from deploy import cli, stages
 from tests.tiny import SIZE, tiny_model, tiny_net
 
 CONFIG = {
@@ -57,7 +59,7 @@ def paper(tmp_path, monkeypatch):
 
 
 def run(paper, *options):
-    return cli.main(["table", "--paper", str(paper), *COUNTS, *options])
+    return tables.main(["--paper", str(paper), *COUNTS, *options])
 
 
 def result_of(paper):
@@ -76,7 +78,7 @@ def test_rows_hold_figures_settings_and_where_they_come_from(paper, capsys):
         assert {"sqnr_db", "cosine", "top1_agreement"} <= row["fidelity"].keys()
         assert row["fidelity"]["count"] == 8
         assert row["seconds"] == pytest.approx(sum(stage["seconds"] for stage in row["stages"]), abs=0.01)
-        assert row["recipe"]["precision"]["ends"] == 8
+        assert row["recipe"]["precision"]["first_last"] == 8
         assert {"commit", "date"} <= row.keys()
     assert result["models"]["vit_s"]["calibration"]["count"] == 16
     assert {"machine", "commit", "command", "published"} <= result.keys()
@@ -211,7 +213,7 @@ def test_networks_out_of_reach_are_left_out_unless_they_were_named(paper, tmp_pa
 
 
 BAD = {
-    "paper": (["--paper", "qwtt"], r"unknown PAPER 'qwtt': expected adaq, adaq_cases, erq, qwt .* Did you mean 'qwt'?"),
+    "paper": (["--paper", "qwtt"], r"unknown PAPER 'qwtt': expected adaq, adaq_cases, erq, qwt.* Did you mean 'qwt'?"),
     "model": (["--models", "vit_bb"], "Unknown model 'vit_bb'"),
     "one model of two": (["--models", "vit_s,vit_bb"], "Did you mean 'vit_b'"),
     "no such folder": (["--imagenet", "/nowhere"], "IMAGENET='/nowhere': expected a folder with val/ and train/"),
@@ -239,7 +241,7 @@ def test_folders_of_images_take_the_place_of_the_samples(paper, tmp_path):
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png")
     folders = ["--calib", str(tmp_path / "mine"), "--eval", str(tmp_path / "theirs")]
-    assert cli.main(["table", "--paper", str(paper), "--models", "vit_s", *folders]) == 0
+    assert tables.main(["--paper", str(paper), "--models", "vit_s", *folders]) == 0
     result = result_of(paper)
     seen = {name: result["models"]["vit_s"][name] for name in ("calibration", "evaluation")}
     assert {name: found["count"] for name, found in seen.items()} == {"calibration": 9, "evaluation": 3}
@@ -270,7 +272,7 @@ def test_a_stage_that_a_network_cannot_have_is_one_line(paper, monkeypatch, caps
     def refuse(*_):
         raise table.UserError("no attention here")
 
-    monkeypatch.setattr(simulation, "calibrate", refuse)
+    monkeypatch.setattr(stages, "calibrate", refuse)
     assert run(paper, "--models", "vit_s") == 0
     assert all(row["fidelity"] is None for row in result_of(paper)["rows"])
     assert "no attention here" in capsys.readouterr().out

@@ -97,9 +97,9 @@ def test_the_report_says_how_far_fp16_and_the_calibration_set_reach(package):
     report = json.loads((package / "report.json").read_text())
     assert report["fp16_range"]["images"] == 16
     assert report["fp16_range"]["headroom"] == pytest.approx(65504 / report["fp16_range"]["largest"], abs=1e-3)
-    assert report["adequacy"]["spread"]["median"] >= 1
-    assert report["adequacy"]["images"] == report["evaluation"]["count"]
-    assert len(report["adequacy"]["outside"]) == 3
+    assert report["coverage"]["spread"]["median"] >= 1
+    assert report["coverage"]["images"] == report["evaluation"]["count"]
+    assert len(report["coverage"]["outside"]) == 3
 
 
 def test_the_same_run_again_takes_calibration_from_the_cache_and_gives_the_same_graphs(
@@ -124,7 +124,7 @@ def test_another_seed_is_not_taken_from_the_cache(command, tmp_path, capsys, mon
     def stop(*_args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("deploy.simulation.equalise", stop)
+    monkeypatch.setattr("deploy.stages.equalise", stop)
     with pytest.raises(ZeroDivisionError):
         cli.main([*command, "--out", str(tmp_path), "--seed", "1"])
     assert "nothing kept for exactly this input" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_another_seed_is_not_taken_from_the_cache(command, tmp_path, capsys, mon
 def test_a_network_that_does_not_fit_fp16_is_one_line(tmp_path, monkeypatch, capsys):
     import torch
 
-    from calib import weights
+    from calib.weights import load as weights
 
     def load_large(*args):
         loaded = weights.load_net(*args)
@@ -207,7 +207,7 @@ def test_random_weights_and_sample_images_are_branded_everywhere(tmp_path, capsy
 def test_a_lost_int8_layer_fails_the_build_by_name_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     from dataclasses import replace
 
-    from deploy import audit
+    from deploy.engine import audit
 
     def blind(kernels, planned, attention):
         return replace(audit.audit(kernels, planned, attention), lost=("blocks.1.mlp.fc1/MatMul",))

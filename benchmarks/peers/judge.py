@@ -1,0 +1,74 @@
+"""Judges one quantized ONNX file against the float one in ONNX Runtime on this CPU, whoever wrote it.
+
+A process of its own, because a file of unknown origin may take the judge down with it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.measure.accuracy import fidelity
+from deploy.measure.latency import compare
+from deploy.measure.ort_options import ort_options
+
+BATCH = 16  # images per run when judging fidelity
+SPEED_BATCH, THREADS = 8, 2  # fixed, so that a figure does not depend on how many cores a machine has
+
+
+SIGNED = "session.qdqisint8allowed"  # x86 sessions turn signed INT8 activations into unsigned ones without it
+
+
+class _Network:
+    """A session on the CPU. `note` says what it needed beyond the defaults."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime as ort
+        from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+        options = ort_options(THREADS)
+        providers = ["CPUExecutionProvider"]
+        self.note: str | None = None
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Fail:  # 1.31.1 forgets `output_dtype` when it turns a QuantizeLinear of its own making unsigned
+            options.add_session_config_entry(SIGNED, "1")
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            self.note = f"ONNX Runtime loads it with {SIGNED}=1 only"
+        self.input = self.session.get_inputs()[0].name
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input: images})[0]
+
+    def outputs(self, images: np.ndarray) -> np.ndarray:
+        return np.concatenate([self(images[start : start + BATCH]) for start in range(0, len(images), BATCH)])
+
+
+def judge(float_model: Path, quantized: Path, images: np.ndarray, classifier: bool) -> dict[str, Any]:
+    """`fidelity` over all `images` (N, 3, H, W) float32, `speed` of both in turn on the first eight, and `note`."""
+    reference, candidate = _Network(float_model), _Network(quantized)
+    batch = np.ascontiguousarray(images[:SPEED_BATCH])
+    return {
+        "fidelity": fidelity(reference.outputs(images), candidate.outputs(images), classifier).to_json(),
+        "speed": compare(lambda: reference(batch), lambda: candidate(batch)).to_json(),
+        "note": candidate.note,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the verdict as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.judge")
+    for name in ("float_model", "quantized", "images"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--classifier", action="store_true", help="the outputs are logits")
+    args = parser.parse_args(argv)
+    print(json.dumps(judge(args.float_model, args.quantized, np.load(args.images, mmap_mode="r"), args.classifier)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

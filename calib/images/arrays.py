@@ -1,0 +1,83 @@
+"""Pictures in a .npy or .npz file: float32 (N, 3, H, W), already preprocessed, or raw uint8 (N, H, W, 3)."""
+
+import functools
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from calib.errors import UserError
+from calib.images.picture import Candidate, Picture
+from calib.images.preprocess import Preprocessing, array_from_image
+
+SUFFIXES = (".npy", ".npz")
+PREFERRED_NAMES = ("images", "input")
+
+
+def _only_array(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    names = list(arrays)
+    wanted = names if len(names) == 1 else [name for name in PREFERRED_NAMES if name in names]
+    if len(wanted) != 1:
+        raise UserError(
+            f"array file '{path}' holds the arrays {', '.join(names) or '(none)'}: expected a single array "
+            f"or one named images or input; save it with np.savez(path, images=...)"
+        )
+    return arrays[wanted[0]]
+
+
+def _loaded(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return _only_array(path, loaded)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"array file '{path}' cannot be read ({' '.join(str(error).split())}): expected a numeric array; "
+            f"write it again with np.save"
+        ) from error
+
+
+def array_from_file(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """The array of a .npy file, memory-mapped, or of a .npz file, in memory.
+
+    Raises `UserError` for an unreadable file, ambiguous names, or a shape or dtype other than float32
+    (N, 3, height, width) and uint8 (N, H, W, 3) with N of 1 or more.
+    """
+    array = _loaded(path)
+    size = (3, preprocessing.height, preprocessing.width)
+    preprocessed = array.dtype == np.float32 and array.shape[1:] == size
+    raw = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
+    if not (preprocessed or raw) or 0 in array.shape:
+        raise UserError(
+            f"array file '{path}' holds {array.dtype} of shape {array.shape}: expected float32 "
+            f"(N, {', '.join(map(str, size))}), preprocessed, or uint8 (N, H, W, 3), raw RGB; "
+            f"convert and save it again"
+        )
+    return array
+
+
+def _read_row(array: np.ndarray, row: int, preprocessing: Preprocessing) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array_from_image(Image.fromarray(np.ascontiguousarray(array[row])), preprocessing)
+    return np.array(array[row])
+
+
+def _examined(path: Path, array: np.ndarray, row: int) -> Picture:
+    values = np.ascontiguousarray(array[row])
+    if array.dtype == np.float32 and not np.isfinite(values).all():
+        raise UserError(
+            f"array file '{path}' holds NaN or infinity in row {row}: expected finite numbers; "
+            f"remove the row or repair what wrote it"
+        )
+    return Picture(f"row {row}", hashlib.sha256(values.data).hexdigest(), functools.partial(_read_row, array, row))
+
+
+def row_candidates(path: Path, array: np.ndarray) -> list[Candidate]:
+    """One candidate per row of `array`; examining it raises `UserError` for NaN or infinity."""
+    return [functools.partial(_examined, path, array, row) for row in range(len(array))]

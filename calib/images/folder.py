@@ -1,0 +1,88 @@
+"""A folder of images: which files it holds, how one is read, and what its subfolders say about labels."""
+
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from calib.errors import UserError
+from calib.images.picture import Candidate, Picture, Unreadable
+from calib.images.preprocess import Preprocessing, array_from_image, rgb_image
+
+WNID = re.compile(r"n\d{8}")
+
+
+def image_names(folder: Path) -> list[str]:
+    """Sorted paths, relative to `folder` and with "/", of the files below it that Pillow may open."""
+    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _read_file(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    with Image.open(path) as image:
+        return array_from_image(image, preprocessing)
+
+
+def _examined(folder: Path, name: str) -> Picture | Unreadable:
+    try:
+        data = (folder / name).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            rgb_image(image)
+    # Pillow's plug-ins raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        return Unreadable(name, f"{type(error).__name__}: {error}")
+    return Picture(name, hashlib.sha256(data).hexdigest(), functools.partial(_read_file, folder / name))
+
+
+def file_candidates(folder: Path, names: Sequence[str]) -> list[Candidate]:
+    """One candidate per name; examining it reads and decodes the file once."""
+    return [functools.partial(_examined, folder, name) for name in names]
+
+
+def _class_name(name: str) -> str:
+    """The ImageNet wnid among the folders above an image (`val/` is no class then), else the topmost."""
+    folders = PurePosixPath(name).parts[:-1]
+    return next((folder for folder in folders if WNID.fullmatch(folder)), folders[0])
+
+
+def labels_from_names(folder: Path, names: Sequence[str]) -> dict[str, int] | None:
+    """The class index of each image, or None when the folders name no classes (no subfolder, or only one).
+
+    1. Folders named as ImageNet wnids: the index among the 1000 classes.
+    2. Folders named as integers: that integer.
+    3. Other names: their place in sorted order.
+
+    Raises `UserError` for a wnid outside ImageNet-1k and for images both beside and inside class folders.
+    """
+    loose = [name for name in names if "/" not in name]
+    if len(loose) == len(names):
+        return None
+    if loose:
+        raise UserError(
+            f"evaluation folder '{folder}' holds {len(loose)} images (first: '{loose[0]}') beside its class "
+            f"folders: expected every image inside one; move or delete them"
+        )
+    classes = {name: _class_name(name) for name in names}
+    distinct = sorted(set(classes.values()))
+    if all(WNID.fullmatch(each) for each in distinct):  # 1
+        from timm.data import ImageNetInfo
+
+        index = {wnid: place for place, wnid in enumerate(ImageNetInfo().label_names())}
+        if unknown := [each for each in distinct if each not in index]:
+            raise UserError(
+                f"evaluation folder '{folder}' has class folder '{unknown[0]}': expected wnids of the 1000 "
+                f"ImageNet classes; remove it or rename the class folders to integers"
+            )
+    elif all(each.isdecimal() for each in distinct):  # 2
+        index = {each: int(each) for each in distinct}
+    elif len(distinct) > 1:  # 3
+        index = {each: place for place, each in enumerate(distinct)}
+    else:
+        return None
+    return {name: index[each] for name, each in classes.items()}

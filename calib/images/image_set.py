@@ -1,0 +1,216 @@
+"""Streaming image sets: what a model is calibrated on, and what it is judged on.
+
+The two sets never share a photograph, so an error measured on the second says something about new images.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from calib.errors import UserError
+from calib.images.arrays import SUFFIXES, array_from_file, row_candidates
+from calib.images.folder import file_candidates, image_names, labels_from_names
+from calib.images.picture import THREADS, Candidate, Chosen, Picture, choose, shuffled
+from calib.images.preprocess import Preprocessing
+from calib.images.sample_photos import CALIBRATION_PHOTOS, EVALUATION_PHOTOS, random_crops
+
+HELD_OUT = 128  # images kept for evaluation when no number is asked for
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures in a fixed order, read anew at each iteration and never all in memory."""
+
+    source: str  # where the pictures come from, for people
+    preprocessing: Preprocessing
+    pictures: tuple[Picture, ...]
+    sample: bool = False  # True: the built-in crops, not for production
+    skipped: tuple[str, ...] = ()  # unreadable files met while choosing (a held-out set has none)
+    labels: tuple[int, ...] | None = None  # class index per picture
+    overlap: int = 0  # evaluation files left out because the calibration set has their content
+
+    @property
+    def count(self) -> int:
+        """Number of pictures."""
+        return len(self.pictures)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the preprocessing and of the pictures' contents and windows, in order."""
+        digest = hashlib.sha256(json.dumps(self.preprocessing.to_json(), sort_keys=True).encode())
+        for picture in self.pictures:
+            digest.update(f"\n{picture.content} {picture.window}".encode())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Float32 batches (batch_size, 3, H, W) in the set's order; the last may be smaller.
+
+        Raises `UserError` for a batch size below 1, `OSError` for a file that vanished since it was chosen.
+        """
+        _check_at_least(1, "batch size", batch_size)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, self.count, batch_size):
+                chunk = self.pictures[start : start + batch_size]
+                yield np.stack(list(pool.map(lambda picture: picture.read(self.preprocessing), chunk)))
+
+    def folds(self, count: int = 2) -> tuple["ImageSet", ...]:
+        """Parts of nearly equal size without a common photograph; fewer than `count` if there are fewer photographs."""
+        by_content: dict[str, list[Picture]] = {}
+        for picture in self.pictures:
+            by_content.setdefault(picture.content, []).append(picture)
+        photographs = [by_content[content] for content in sorted(by_content)]
+        dealt = [photographs[index::count] for index in range(min(count, len(photographs)))]
+        return tuple(replace(self, pictures=tuple(chain.from_iterable(part)), labels=None) for part in dealt)
+
+    def subset(self, start: int, stop: int) -> "ImageSet":
+        """Pictures `start` to `stop` (excluded), with their labels; beyond the end as in a slice."""
+        return replace(
+            self,
+            source=f"{self.source} [{start}:{stop}]",
+            pictures=self.pictures[start:stop],
+            labels=None if self.labels is None else self.labels[start:stop],
+        )
+
+
+def _check_at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise UserError(f"{name} is {value}: expected {least} or more; pass a larger number")
+
+
+def _located(text: str, role: str) -> Path:
+    path = Path(text)
+    if not text or not path.exists():
+        raise UserError(
+            f"{role} path '{text}' does not exist: expected a folder of images or a .npy/.npz file; check the path"
+        )
+    if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{role} path '{text}' is neither a folder nor a .npy/.npz file: expected one of these; "
+            f"put the images into a folder and pass the folder"
+        )
+    return path
+
+
+def _names(folder: Path, role: str) -> list[str]:
+    names = image_names(folder)
+    if not names:
+        content = "holds no image files" if any(folder.iterdir()) else "is empty"
+        raise UserError(
+            f"{role} folder '{folder}' {content}: expected files such as .jpg or .png in it or below it; "
+            f"add images or pass another folder"
+        )
+    return names
+
+
+def _candidates(path: Path, role: str, preprocessing: Preprocessing) -> tuple[list[Candidate], dict[str, int] | None]:
+    """What `path` offers, and the labels its class folders give when it is for evaluation."""
+    if not path.is_dir():
+        return row_candidates(path, array_from_file(path, preprocessing)), None
+    names = _names(path, role)
+    labels = labels_from_names(path, names) if role == "evaluation" else None
+    return file_candidates(path, names), labels
+
+
+def _check_any_readable(path: Path, role: str, chosen: Chosen) -> None:
+    if not chosen.pictures and chosen.unreadable:
+        first = chosen.unreadable[0]
+        raise UserError(
+            f"{role} folder '{path}' holds no readable image, {len(chosen.unreadable)} failed to decode "
+            f"(first '{first.name}', {' '.join(first.reason.split())}): expected files Pillow can open; "
+            f"replace them"
+        )
+
+
+def _calibration_set(
+    calib: str, preprocessing: Preprocessing, count: int, held_out: int, seed: int
+) -> tuple[ImageSet, ImageSet]:
+    """(calibration, held-out) pictures of one folder or array; the second is empty when `held_out` is 0."""
+    path = _located(calib, "calibration")
+    candidates, _ = _candidates(path, "calibration", preprocessing)
+    chosen = choose(shuffled(candidates, seed), count + held_out)
+    _check_any_readable(path, "calibration", chosen)
+    found = len(chosen.pictures)
+    if held_out and found < 2:
+        raise UserError(
+            f"calibration path '{calib}' holds {found} distinct readable image: expected at least 2, one to "
+            f"calibrate and one held out to evaluate; add images or pass an evaluation folder"
+        )
+    held_out = min(held_out, max(1, found // 8, found - count))
+    split = found - held_out
+    source = f"{calib} ({len(candidates)} images, seed {seed})"
+    skipped = tuple(each.name for each in chosen.unreadable)
+    return (
+        ImageSet(source, preprocessing, chosen.pictures[:split], skipped=skipped),
+        ImageSet(f"{source}, held out", preprocessing, chosen.pictures[split:]),
+    )
+
+
+def _evaluation_set(
+    evaluation: str, preprocessing: Preprocessing, wanted: int | None, seed: int, calibration: ImageSet
+) -> ImageSet:
+    """The pictures of `evaluation` (all, or `wanted` of them) that are not in `calibration`, with labels."""
+    path = _located(evaluation, "evaluation")
+    candidates, labels = _candidates(path, "evaluation", preprocessing)
+    excluded = {picture.content for picture in calibration.pictures}
+    chosen = choose(shuffled(candidates, seed), wanted or len(candidates), excluded)
+    _check_any_readable(path, "evaluation", chosen)
+    if not chosen.pictures:
+        raise UserError(
+            f"evaluation path '{evaluation}' holds no image that is not also in the calibration set: "
+            f"expected other images; pass another folder, or none to hold some of the calibration images out"
+        )
+    return ImageSet(
+        f"{evaluation} ({len(candidates)} images, seed {seed})",
+        preprocessing,
+        chosen.pictures,
+        skipped=tuple(each.name for each in chosen.unreadable),
+        labels=None if labels is None else tuple(labels[picture.name] for picture in chosen.pictures),
+        overlap=chosen.overlap,
+    )
+
+
+def _sample_set(
+    role: str, photos: tuple[tuple[str, str], ...], preprocessing: Preprocessing, count: int, seed: int
+) -> ImageSet:
+    origin = f"{len(photos)} photographs of scikit-image and scikit-learn"
+    source = f"sample {role} images: random crops of {origin}, seed {seed}"
+    return ImageSet(source, preprocessing, random_crops(photos, count, seed), sample=True)
+
+
+def image_sets(
+    calib: str | None,
+    evaluation: str | None,
+    preprocessing: Preprocessing,
+    count: int = 512,
+    eval_count: int | None = None,
+    seed: int = 0,
+) -> tuple[ImageSet, ImageSet]:
+    """(calibration set, evaluation set), without a common photograph and without duplicates.
+
+    calib: a folder (searched recursively), a .npy/.npz file, or None for the built-in sample crops.
+    evaluation: a folder (subfolders are classes), a .npy/.npz file, or None to hold images of `calib` out.
+    count, eval_count: most images in each set; None holds 128 out, or takes all of `evaluation`.
+    seed: decides choice and order.
+
+    Of fewer than count + eval_count images, one in eight and at least one is held out. Raises `UserError` for
+    a path or content that cannot be used, and for numbers out of range.
+    """
+    held_out = HELD_OUT if eval_count is None else eval_count
+    _check_at_least(1, "image count", count)
+    _check_at_least(1, "evaluation image count", held_out)
+    _check_at_least(0, "seed", seed)
+    if calib is None:
+        calibration = _sample_set("calibration", CALIBRATION_PHOTOS, preprocessing, count, seed)
+        if evaluation is None:
+            return calibration, _sample_set("evaluation", EVALUATION_PHOTOS, preprocessing, held_out, seed)
+    elif evaluation is None:
+        return _calibration_set(calib, preprocessing, count, held_out, seed)
+    else:
+        calibration, _ = _calibration_set(calib, preprocessing, count, 0, seed)
+    return calibration, _evaluation_set(evaluation, preprocessing, eval_count, seed, calibration)

@@ -1,0 +1,75 @@
+"""Which of several changes to a network its output is better with: what a change does to its own layer does not tell.
+
+To first order in the changes d_l (B, ...) of what modules l return, with g_l = dr.y / d(output of l) and r ~ N(0, I) as in
+calib/judge/first_order.py, the output misses the exact one by
+
+    t = r.(y_exact - y) - sum over the changes made of g_l . d_l
+
+One backward pass per r gives every term at once, so any number of choices can be compared: errors that cancel each other,
+or add up, are seen.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from calib.hooks import input_hooks, output_hooks
+from calib.judge.first_order import leaf, projections
+
+IMAGES = 16  # per fold
+BATCH = 2  # images at a time
+
+Change = Callable[[str, Tensor, Tensor], Tensor]  # (module, what it reads, what it returns) -> d of the latter
+
+
+def output_terms(
+    net: nn.Module, exact: nn.Module, modules: Sequence[str], images: Tensor, change: Change, generator: torch.Generator
+) -> Tensor:
+    """(B K, 1 + L): r.(y_exact - y), then -g_l . d_l of the L `modules` of `net`, for each image and each r."""
+    read: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep_input(name: str, _module: nn.Module, x: Tensor) -> None:
+        read[name] = x.detach()
+
+    def keep_output(name: str, y: Tensor) -> Tensor:
+        changes[name] = change(name, read.pop(name), y.detach()).detach()
+        outputs[name] = leaf(y)
+        return outputs[name].clone()  # an activation in place may follow: gradients are wanted before it
+
+    with torch.enable_grad(), input_hooks(net, modules, keep_input), output_hooks(net, modules, keep_output):
+        y = net(images)
+    wanted, d = [outputs[name] for name in modules], [-changes[name] for name in modules]
+    difference, found = exact(images).detach() - y.detach(), []
+    for vector in projections(y, generator):
+        gradients = torch.autograd.grad(y, wanted, vector, retain_graph=True)
+        pairs = [(vector, difference), *zip(gradients, d, strict=True)]
+        found.append(torch.stack([(one * other).detach().flatten(1).sum(1) for one, other in pairs], 1))
+    return torch.cat(found).double()
+
+
+def least_error(terms: Tensor, prices: Tensor) -> list[bool]:
+    """Which of L changes to make: least sum over samples of t^2 plus `prices` (L,) of those made.
+
+    `terms` (S, 1 + L) as of `output_terms`. One change at a time goes in or out, the one that gains most, from none and
+    from all.
+    """
+    missing, gains = terms[:, 0], terms[:, 1:]
+
+    def cost(made: Tensor) -> float:
+        return float((missing + gains @ made).square().sum() + (prices * made).sum())
+
+    ends = []
+    for made in (gains.new_zeros(gains.shape[1]), gains.new_ones(gains.shape[1])):
+        now = cost(made)
+        while True:
+            flipped = torch.where(torch.eye(len(made), dtype=torch.bool), 1 - made, made)
+            costs = [cost(each) for each in flipped]
+            best = min(range(len(costs)), key=lambda index: costs[index])
+            if costs[best] >= now:
+                break
+            now, made = costs[best], flipped[best]
+        ends.append((now, made))
+    return [bool(each) for each in min(ends, key=lambda end: end[0])[1]]

@@ -1,0 +1,113 @@
+"""What errors inside a network do to its output, to first order: any number of candidates for one backward pass.
+
+    y(x + e) ~ y(x) + J e        |J e|^2 = E (r^T J e)^2 = E (g . e)^2        g = J^T r        r ~ N(0, I)
+
+One backward pass gives g at every layer. The g are few, so the figure is noisy, but candidates that are compared share them.
+An error e of a weight does (dr.y / dW . e)^2; of rounding, where e is as large as a step D and independent from weight to
+weight, that is on average sum (dr.y / dW)^2 D^2 / 12.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from calib.hooks import input_hooks, output_hooks
+from calib.network.layer_rows import along_inputs, channel_axis
+
+PROJECTIONS = 4  # r per image: with 32 images 128 samples of the mean, 1 dB
+BATCH = 2  # images at a time: every layer's input and its gradients are in memory
+
+
+class Seen(NamedTuple):
+    """Of a few images, by layer: `inputs` x (B, ...), `gradients` g (K, B, ...) there, and what weights do if asked for.
+
+    `weights`: sum over the K vectors r of (dr.y / dW)^2, in the shape of W, where W reads x less its mean.
+    """
+
+    inputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def output_noise(gradients: Tensor, error: Tensor) -> float:
+    """|y(x + e) - y(x)|^2 summed over images, of an error (B, ...) where g is `gradients` (K, B, ...); K times as much."""
+    return float(torch.einsum("kbe,be->kb", gradients.flatten(2), error.flatten(1)).square().sum())
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A copy of `x` to take gradients at: what follows may edit `x` in place, and what nothing before it learns has none."""
+    return x.clone() if x.requires_grad else x.clone().requires_grad_()
+
+
+def projections(output: Tensor, generator: torch.Generator) -> Tensor:
+    """`PROJECTIONS` vectors r (K, *output.shape)."""
+    return torch.randn(PROJECTIONS, *output.shape, generator=generator).to(output.dtype)
+
+
+@contextmanager
+def _with_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_()
+    try:
+        yield
+    finally:
+        for weight, wanted in zip(weights, before, strict=True):
+            weight.requires_grad_(wanted)
+
+
+def _around(layer: nn.Module, mean: Tensor, of_weight: Tensor, of_output: Tensor) -> Tensor:
+    """dr.y / dW if the layer read x - mean (C,), from that for x and from dr.y / db (out,)."""
+    return of_weight - along_inputs(layer, mean) * of_output.reshape(-1, *[1] * (of_weight.ndim - 1))
+
+
+def output_gradients(
+    net: nn.Module,
+    layers: Sequence[str],
+    images: Tensor,
+    seed: int = 0,
+    weights_around: Mapping[str, Tensor] | None = None,
+) -> Iterator[Seen]:
+    """What errors at `layers` do, for every few of `images`.
+
+    `weights_around`: mean input (C,) by layer; errors of weights are then looked at too, one image at a time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = weights_around or {}
+    modules = {name: net.get_submodule(name) for name in means}
+    weights = [module.get_parameter("weight") for module in modules.values()]
+    inputs: dict[str, Tensor] = {}
+    probes: dict[str, Tensor] = {}  # zeros added to outputs: their gradients are those of biases
+
+    def keep(name: str, _layer: nn.Module, x: Tensor) -> Tensor:
+        inputs[name] = leaf(x)
+        return inputs[name]
+
+    def probe(name: str, y: Tensor) -> Tensor:
+        axis = channel_axis(modules[name]) % y.ndim
+        probes[name] = y.new_zeros(y.shape[axis], requires_grad=True)
+        return y + probes[name].reshape(-1, *[1] * (y.ndim - 1 - axis))
+
+    for batch in images.split(1 if means else BATCH):
+        gradients: list[tuple[Tensor, ...]] = []
+        squares = {name: torch.zeros_like(weight) for name, weight in zip(modules, weights, strict=True)}
+        with _with_gradients(weights), torch.enable_grad():
+            with input_hooks(net, layers, keep), output_hooks(net, modules, probe):
+                output = net(batch)
+            read = [inputs[name] for name in layers]
+            asked = [*read, *weights, *(probes[name] for name in modules)]
+            for vector in projections(output, generator):
+                found = torch.autograd.grad(output, asked, vector, retain_graph=True)
+                gradients.append(found[: len(read)])
+                of_weights, of_outputs = found[len(read) : len(read) + len(weights)], found[len(read) + len(weights) :]
+                for (name, module), *pair in zip(modules.items(), of_weights, of_outputs, strict=True):
+                    squares[name] += _around(module, means[name], *pair).detach().square()
+        x = {name: one.detach() for name, one in inputs.items()}
+        del output, read, asked, found  # the last that hold the graph
+        inputs.clear()
+        probes.clear()
+        g = {name: torch.stack(parts) for name, parts in zip(layers, zip(*gradients, strict=True), strict=True)}
+        yield Seen(x, g, squares)

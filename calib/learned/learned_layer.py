@@ -1,0 +1,183 @@
+"""A layer whose rounding can be learned: AdaQTransform's general form (eq. 8 with the steps decoupled as in eq. 5).
+
+    y^ = xi W^ x^ + b + eta        W^ = s' clamp(floor(w / s) + h(alpha))        x^ = s_x clamp(round(x / s_x))
+
+s, s', xi, eta are per output channel, s_x per tensor. xi s' is one number, so one quantity stands for both. What can be
+learned is named in `QUANTITIES`, steps relative to where they start. Scales are used as an engine stores them, rounded to
+FP16, with the gradient of the number before that (straight-through).
+
+What is learned folds into a `RoundedLayer`: integers, one scale per channel and a bias, no node more than before.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.grids import Grid, straight_through
+from calib.learned.soft_rounding import alpha_of, hard_rounding, soft_rounding
+from calib.network.layer_rows import weight_matrix
+from calib.network.rounded_layer import RoundedLayer, corrected
+from calib.quantizer import QParams, fp16_scale
+
+ROUNDING, STEP, QUANT_STEP, DEQUANT_STEP, OFFSET, INPUT_STEP = QUANTITIES = (
+    "rounding",  # alpha: which neighbour each weight takes
+    "step",  # s and s' as one number
+    "quant_step",  # s, which makes the integers
+    "dequant_step",  # s', which multiplies them: xi
+    "offset",  # eta
+    "input_step",  # s_x
+)
+SMALLEST_GAIN = 0.01  # of xi and of the steps, all relative to where they start: a step stays positive
+
+
+@dataclass
+class Mode:
+    """How the layers of one network run at the moment."""
+
+    soft: bool = False  # while learning: h between 0 and 1; else 0 or 1, as in an engine
+    exact_inputs: bool = False  # inputs do not round
+    drop: float = 0.0  # probability of each input element not to round (QDrop, Wei et al., ICLR 2022)
+    generator: torch.Generator | None = None  # of what drops
+
+
+class _LearnedStep(torch.autograd.Function):
+    """x on the grid whose step is multiplied by `factor`, with LSQ's gradients (Esser et al., ICLR 2020, eq. 3 and 5)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, grid: QParams) -> Tensor:
+        scale = fp16_scale(grid.scale * factor)
+        zero = 0 if grid.zero_point is None else grid.zero_point
+        ctx.save_for_backward(x, scale)
+        ctx.grid, ctx.low, ctx.high = grid, grid.low - zero, grid.high - zero
+        return (x / scale).round_().clamp_(ctx.low, ctx.high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        x, scale = ctx.saved_tensors
+        exact = x / scale
+        inside = (exact >= ctx.low) & (exact <= ctx.high)
+        of_step = exact.round().clamp_(ctx.low, ctx.high).sub_(exact * inside)
+        share = 1 / math.sqrt(x.numel() * ctx.grid.high)  # LSQ, section 2.2: a step moves no faster than the weights
+        return gradient * inside, (gradient * of_step).sum() * ctx.grid.scale * share, None
+
+
+class LearnedInput(nn.Module):
+    """Rounds what layers read: one for all readers of a tensor, so that an engine rounds it once."""
+
+    def __init__(self, grid: Grid, mode: Mode) -> None:
+        super().__init__()
+        self.start, self.mode = grid, mode
+        self.step = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the grid has one step for the whole tensor."""
+        return isinstance(self.start, QParams) and self.start.axis is None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid with the step learned so far."""
+        if not isinstance(self.start, QParams):
+            return self.start
+        return replace(self.start, scale=fp16_scale(self.start.scale * self.step.detach()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, unchanged."""
+        if self.mode.soft and self.mode.exact_inputs:
+            return x
+        if self.step.requires_grad and torch.is_grad_enabled():
+            rounded = _LearnedStep.apply(x, self.step, self.start)
+        else:
+            rounded = straight_through(x, self.grid)
+        if not (self.mode.soft and self.mode.drop):
+            return rounded
+        return torch.where(torch.rand(x.shape, generator=self.mode.generator) < self.mode.drop, x, rounded)
+
+
+class LearnedLayer(nn.Module):
+    """A Linear or Conv2d with everything in `QUANTITIES`, starting as `layer` rounded on the grid `params`.
+
+    `nearest`: weights round to nearest at every step, alpha is not used. `unit`: what an offset of 1 adds to the output;
+    with the size of the output, offsets and gains learn at one rate.
+    """
+
+    def __init__(
+        self, layer: nn.Module, params: QParams, reads: LearnedInput, mode: Mode, nearest: bool = False, unit: float = 1.0
+    ) -> None:  # fmt: skip
+        super().__init__()
+        weight = layer.get_parameter("weight").detach()
+        self.layer, self.reads, self.params, self.mode = layer, reads, params, mode
+        self.nearest, self.unit = nearest, unit
+        ones, bias = torch.ones(len(weight)), getattr(layer, "bias", None)
+        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach()
+        exact = weight / self._along(params.scale)
+        self.alpha = nn.Parameter(alpha_of(exact - exact.floor()))
+        self.step, self.quant_step, self.dequant_step = (nn.Parameter(ones.clone()) for _ in range(3))
+        self.offset = nn.Parameter(torch.zeros(len(weight)))
+        self.learn(())
+
+    def _along(self, channels: Tensor) -> Tensor:
+        return channels.reshape(-1, *[1] * (self.layer.get_parameter("weight").ndim - 1))
+
+    def quantities(self) -> dict[str, nn.Parameter]:
+        """What can be learned, by its name in `QUANTITIES`."""
+        own = {
+            ROUNDING: self.alpha, STEP: self.step, QUANT_STEP: self.quant_step,
+            DEQUANT_STEP: self.dequant_step, OFFSET: self.offset,
+        }  # fmt: skip
+        return own | ({INPUT_STEP: self.reads.step} if self.reads.learnable else {})
+
+    def learn(self, names: tuple[str, ...]) -> None:
+        """Let the quantities called `names` have gradients, and no others."""
+        for name, parameter in self.quantities().items():
+            parameter.requires_grad_(name in names)
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Bring steps that a training step made too small or negative back."""
+        for name, parameter in self.quantities().items():
+            if name not in (ROUNDING, OFFSET):
+                parameter.clamp_(min=SMALLEST_GAIN)
+
+    def h(self) -> Tensor:
+        """Share of a step above the lower neighbour, in the weight's shape; 0 or 1 unless the mode is soft."""
+        return soft_rounding(self.alpha) if self.mode.soft else hard_rounding(self.alpha)
+
+    def integers(self) -> Tensor:
+        """Integers in the weight's shape, as floats; in soft mode numbers between them."""
+        step = self.params.scale * self.step * self.quant_step
+        exact = self.layer.get_parameter("weight").detach() / self._along(step)
+        if self.nearest:
+            rounded = exact + (exact.round() - exact).detach()
+        else:
+            rounded = exact + (exact.floor() - exact).detach() + self.h()
+        return rounded.clamp(-self.params.high, self.params.high)
+
+    def gain(self) -> Tensor:
+        """xi (out,): how much more an integer stands for than at the start."""
+        return self.step * self.dequant_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        exact = self.params.scale * self.gain()
+        scale = exact + (fp16_scale(exact) - exact).detach()
+        weight, bias = self.integers() * self._along(scale), self.bias + self.offset * self.unit
+        x, layer = self.reads(x), self.layer
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return F.linear(x, weight, bias)
+
+    @torch.no_grad()
+    def rounded(self) -> RoundedLayer:
+        """What has been learned, folded: hard integers with scales xi s' and biases b + eta."""
+        if self.mode.soft:
+            raise ValueError("a layer in soft mode has no integers yet: expected mode.soft = False")
+        shape = weight_matrix(self.layer).shape
+        integers = self.integers().reshape(shape).to(torch.int8)
+        found = RoundedLayer(integers, self.params, self.bias.reshape(shape[:2]))
+        return corrected(found, self.gain().reshape(shape[:2]), (self.offset * self.unit).reshape(shape[:2]))

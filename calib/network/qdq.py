@@ -1,0 +1,198 @@
+"""The network as an engine runs it: layers that quantize their input and hold integer weights.
+
+`quantized_net` is the one description of the rounding: run in torch it is the simulation, exported it is the
+ONNX graph. Both come from the two operators below, which the exporter writes as QuantizeLinear and
+DequantizeLinear, so simulation and graph cannot drift apart.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib.grids import Grid, obstacle, straight_through
+from calib.modules import replace_module
+from calib.quant_model import ATTENTION_ROLES, QuantModel
+from calib.quantizer import QMAX, QParams, quantize
+
+
+@torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` rounded to the signed 8-bit grid of step `scale` (a tensor without dimensions)."""
+    return torch.round(x / scale).clamp_(-QMAX - 1, QMAX).mul_(scale)
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG001 - the shape depends on x alone
+    return torch.empty_like(x)
+
+
+def _keep_inside(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001 - torch's signature
+    x, scale = inputs
+    integers = torch.round(x / scale)
+    ctx.save_for_backward((integers >= -QMAX - 1) & (integers <= QMAX))  # a byte per element, where x takes four
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (inside,) = ctx.saved_tensors
+    return gradient * inside, None
+
+
+# Rounding passes gradients on as they are, clipping stops them; the scale is frozen (Bengio et al., 2013).
+quantize_dequantize.register_autograd(_straight_through, setup_context=_keep_inside)
+
+
+@torch.library.custom_op("int8::dequantize", mutates_args=())
+def dequantize(q: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Integers `q` times `scale` (C,) along `axis`, in the dtype of `scale`."""
+    shape = [1] * q.ndim
+    shape[axis] = -1
+    return q.to(scale.dtype) * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+class QuantLinear(nn.Module):
+    """y = dequantize(W) quantize_dequantize(x) + b. `weight` is int8 (in, out), the layout of an ONNX MatMul."""
+
+    def __init__(self, linear: nn.Linear, input_params: QParams, weight_params: QParams) -> None:
+        super().__init__()
+        self.register_buffer("weight", quantize(linear.weight.detach(), weight_params).t().contiguous())
+        self.register_buffer("weight_scale", weight_params.scale.clone())
+        self.register_buffer("input_scale", input_params.scale.clone())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = torch.matmul(quantize_dequantize(x, self.input_scale), dequantize(self.weight, self.weight_scale, 1))
+        return y if self.bias is None else y + self.bias
+
+
+class QuantConv2d(nn.Module):
+    """A convolution with integer weights (out, in/groups, kh, kw) and a quantized input."""
+
+    def __init__(self, conv: nn.Conv2d, input_params: QParams, weight_params: QParams) -> None:
+        super().__init__()
+        self.register_buffer("weight", quantize(conv.weight.detach(), weight_params))
+        self.register_buffer("weight_scale", weight_params.scale.clone())
+        self.register_buffer("input_scale", input_params.scale.clone())
+        self.bias = conv.bias
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W')."""
+        x = quantize_dequantize(x, self.input_scale)
+        weight = dequantize(self.weight, self.weight_scale, 0)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Quantizer(nn.Module):
+    """A tensor rounded on its way: the node that ONNX, engine and simulation know by one name."""
+
+    def __init__(self, params: QParams) -> None:
+        super().__init__()
+        self.register_buffer("scale", params.scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, unchanged."""
+        return quantize_dequantize(x, self.get_buffer("scale"))
+
+
+class SimulatedQuantizer(nn.Module):
+    """A tensor on a grid that no engine has: it runs in torch alone."""
+
+    def __init__(self, quantizer: str, grid: Grid) -> None:
+        super().__init__()
+        self.quantizer, self.grid = quantizer, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, unchanged."""
+        return straight_through(x, self.grid)
+
+
+def rounding_module(quantizer: str, grid: Grid) -> nn.Module:
+    """What rounds a tensor to `grid` on its way."""
+    return Quantizer(grid) if isinstance(grid, QParams) and not obstacle(grid) else SimulatedQuantizer(quantizer, grid)
+
+
+class SimulatedLayer(nn.Module):
+    """A layer that reads what a `SimulatedQuantizer` gives; its weight is rounded."""
+
+    def __init__(self, layer: nn.Module, quantizer: nn.Module, weight_params: QParams) -> None:
+        super().__init__()
+        self.quantizer, self.layer = quantizer, copy.deepcopy(layer)
+        weight = self.layer.get_parameter("weight")
+        weight.data = weight_params.fake_quantize(weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        return self.layer(self.quantizer(x))
+
+
+def attention_factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key, each times d^-1/4, and value, all (B, H, N, D), from the output (B, N, 3 H D) of `attention.qkv`."""
+    parts = packed.reshape(*packed.shape[:2], 3, attention.num_heads, attention.head_dim)
+    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    root = attention.head_dim**-0.25
+    return attention.q_norm(query) * root, attention.k_norm(key) * root, value
+
+
+class QuantAttention(nn.Module):
+    """Attention over a packed qkv whose query, key, softmax output and value round (timm's `Attention`).
+
+    The factor d^-1/2 is split between query and key and applied before they round, as TensorRT's fused kernel wants it.
+    """
+
+    def __init__(self, attention: Any, quantizers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.qkv, self.q_norm, self.k_norm = attention.qkv, attention.q_norm, attention.k_norm
+        self.query, self.key, self.softmax, self.value = (quantizers[role] for role in ATTENTION_ROLES)
+        self.proj = attention.proj
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, C) -> (B, N, C). Masks are not supported: TensorRT has no INT8 kernel with one."""
+        if attn_mask is not None or is_causal:
+            raise NotImplementedError("INT8 attention with a mask")
+        query, key, value = attention_factors(self, self.qkv(x))
+        # transposed first: ONNX Runtime's optimizer writes an invalid graph for a DequantizeLinear before a Transpose
+        scores = self.query(query) @ self.key(key.transpose(-2, -1))
+        weights = self.softmax(torch.softmax(scores, dim=-1))
+        return self.proj((weights @ self.value(value)).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+def quantized_net(model: QuantModel) -> nn.Module:
+    """A copy of `model.net` in eval mode that rounds where `model.quantizers` says, with its branches attached."""
+    net = copy.deepcopy(model.net).eval().requires_grad_(False)
+    for name in model.quantized_layers:
+        layer = net.get_submodule(name)
+        quantizer, weight = f"{name}:input", model.qparams(f"{name}:weight")
+        if obstacle(model.quantizers[quantizer]):
+            replace_module(
+                net, name, SimulatedLayer(layer, rounding_module(quantizer, model.quantizers[quantizer]), weight)
+            )
+        elif isinstance(layer, nn.Linear):
+            replace_module(net, name, QuantLinear(layer, model.qparams(quantizer), weight))
+        elif isinstance(layer, nn.Conv2d):
+            replace_module(net, name, QuantConv2d(layer, model.qparams(quantizer), weight))
+        else:
+            raise TypeError(f"quantizer '{name}' is a {type(layer).__name__}, not a Linear or Conv2d")
+    for name in model.int8_attention:
+        roles = {
+            role: rounding_module(f"{name}:{role}", model.quantizers[f"{name}:{role}"]) for role in ATTENTION_ROLES
+        }
+        replace_module(net, name, QuantAttention(net.get_submodule(name), roles))
+    for name, branch in model.branches.items():
+        branch.attach(net.get_submodule(name))
+    return net

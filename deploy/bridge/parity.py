@@ -1,0 +1,127 @@
+"""Does the ONNX graph say what the simulation says? Layer by layer, so that one rounding flip cannot hide an error.
+
+Two correct runs of a rounded network drift apart: a sum that differs in its last bit now and then rounds to the other
+integer, that flips more integers in the next layer, and after some ten layers the two outputs differ by as much as
+rounding noise itself (torch in float32 and in float64 do, too). So the free-running difference only says how chaotic the
+network is. Here every quantized layer of the simulation gets the integers that the ONNX graph computed, and its own integers
+are compared with them: at most one step apart, and rarely.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from calib.hooks import input_hooks
+from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
+from calib.quantizer import QParams, quantize
+from deploy.bridge.export import OUTPUT
+from deploy.measure.accuracy import relative_l2
+from deploy.measure.onnx_runner import OnnxRunner
+
+MAX_REL_L2 = 1e-3  # of the output, once integers are equal: float32 summation order leaves about 1e-6
+MAX_STEPS = 1  # a tie may fall either way, never further
+MAX_MISMATCH = 1e-3  # share of a layer's integers that may fall the other way
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Deviation between simulation and graph on `images` images.
+
+    `rel_l2`: of the output with every layer fed the same integers. `suspect`: the first layer beyond the limits, or
+    else the one that deviates most; `mismatch`: share of its integers that differ, `steps`: by how many at most.
+    `free_running_rel_l2`: of the output, each on its own.
+    """
+
+    images: int
+    rel_l2: float
+    suspect: str
+    mismatch: float
+    steps: int
+    free_running_rel_l2: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def failure(self) -> str | None:
+        """What is beyond its limit, or None."""
+        if self.steps > MAX_STEPS or self.mismatch > MAX_MISMATCH:
+            return (
+                f"layer '{self.suspect}' gets other integers in ONNX than in the simulation: {self.mismatch:.2%} differ, "
+                f"by up to {self.steps} steps (at most {MAX_MISMATCH:.1%} by {MAX_STEPS} may)"
+            )
+        if self.rel_l2 > MAX_REL_L2:
+            return f"the ONNX output is {self.rel_l2:.1e} from the simulation (relative L2, at most {MAX_REL_L2:.0e} may be)"
+        return None
+
+
+def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """A copy of `model` that also returns the integers each of `layers` reads, and layer -> name of that output.
+
+    Layers that read one tensor with one scale share a QuantizeLinear; a Quantizer is a QuantizeLinear of its own.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    producers = {output: node for node in model.graph.node for output in node.output}
+    readers = {node.name.rpartition("/")[0]: node for node in model.graph.node if node.op_type in ("MatMul", "Conv")}
+    own = {node.name.rpartition("/")[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    integers = {
+        layer: producers[readers[layer].input[0]].input[0] if layer in readers else own[layer].output[0]
+        for layer in layers
+    }
+    for name in dict.fromkeys(integers.values()):
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
+    return model, integers
+
+
+Deviations = dict[str, tuple[float, int]]  # layer -> (share of integers that differ, steps by which they do)
+
+
+def _deviation(own: Tensor, given: Tensor) -> tuple[float, int]:
+    difference = (own.int() - given.int()).abs()
+    return float((difference > 0).float().mean()), int(difference.max())
+
+
+def _suspect(deviations: Deviations) -> str:
+    """The first layer, in order of execution, beyond its limits; if none is, the one with the largest mismatch."""
+    beyond = (name for name, (share, steps) in deviations.items() if share > MAX_MISMATCH or steps > MAX_STEPS)
+    return next(beyond, max(deviations, key=lambda name: deviations[name]))
+
+
+def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Tensor, Deviations]:
+    """Output of `net` when each quantized layer reads `integers` instead of its own, and how its own differ."""
+    deviations: Deviations = {}
+
+    def force(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        scale = layer.get_buffer("scale" if isinstance(layer, Quantizer) else "input_scale")
+        deviations[name] = _deviation(quantize(x, QParams(scale)), integers[name])
+        return integers[name].to(scale.dtype) * scale
+
+    with input_hooks(net, integers, force), torch.inference_mode():
+        return net(images), deviations
+
+
+def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray) -> Parity:
+    """Compare the simulation `net` with its FP32-typed graph `model` on `images` (B, 3, H, W) float32."""
+    layers = [name for name, module in net.named_modules() if isinstance(module, QuantLinear | QuantConv2d | Quantizer)]
+    probe, integers = with_integer_outputs(model, layers)
+    outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(images)
+    output = outputs[OUTPUT]
+    given = {layer: torch.from_numpy(outputs[name]) for layer, name in integers.items()}
+    tensor = torch.from_numpy(images)
+    with torch.inference_mode():
+        free = net(tensor).numpy()
+    forced, deviations = _forced_run(net, tensor, given)
+    suspect = _suspect(deviations)
+    return Parity(
+        images=len(images),
+        rel_l2=relative_l2(output, forced.numpy()),
+        suspect=suspect,
+        mismatch=deviations[suspect][0],
+        steps=deviations[suspect][1],
+        free_running_rel_l2=relative_l2(output, free),
+    )

@@ -1,0 +1,56 @@
+"""Engine builders: one file per backend, each with `NAME`, `cannot_build()`, `cannot_run()`, `version()` and `build()`."""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from calib.errors import UserError, nearest
+from deploy.engine.kernels import Kernel
+
+PREFERENCE = ("tensorrt", "tensorrt_rtx")  # what TARGET=auto tries, in this order
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what is known about it without running it.
+
+    `targets`: GPU architectures it runs on. `settings`: everything that decided the build. `notes`: what a user must know.
+    """
+
+    plan: bytes
+    backend: str
+    version: str
+    targets: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def backends() -> dict[str, ModuleType]:
+    """Every backend in this folder by name."""
+    found = (importlib.import_module(f"{__name__}.{item.name}") for item in pkgutil.iter_modules(__path__))
+    return {module.NAME: module for module in found}
+
+
+def choose_backend(target: str) -> tuple[ModuleType, str]:
+    """(backend, reason for the choice). `target` is a backend's name or `auto`.
+
+    Raises UserError for an unknown name, or if what was asked for cannot build here.
+    """
+    known = backends()
+    if target != "auto":
+        if target not in known:
+            raise UserError(
+                f"unknown TARGET '{target}': expected auto, {', '.join(sorted(known))}.{nearest(target, [*known, 'auto'])}"
+            )
+        if reason := known[target].cannot_build():
+            raise UserError(f"TARGET={target} cannot build here: {reason}")
+        return known[target], "asked for"
+    reasons = {name: known[name].cannot_build() for name in PREFERENCE}
+    for name, reason in reasons.items():
+        if reason is None:
+            refused = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
+            return known[name], f"first that can build here ({refused})" if refused else "preferred and able to build"
+    raise UserError("no backend can build here: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))

@@ -1,0 +1,64 @@
+"""TensorRT 10.12+ and 11: builds on the GPU it will run on. The backend for production."""
+
+import importlib.util
+
+import onnx
+
+from calib.errors import UserError
+from deploy.engine.backends import Built
+from deploy.engine.build import Profile, serialize_network
+from deploy.engine.inspector import kernels_from_inspector
+from deploy.host import gpu_compute_capability, gpu_name
+
+NAME = "tensorrt"
+INSTALL = "pip install tensorrt==11.4.0.106"
+OLDEST = (10, 12)  # strong typing with FP16 Q/DQ scales
+
+
+def cannot_build() -> str | None:
+    """Why no engine can be built here, or None."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return f"the package tensorrt is not installed ({INSTALL}, on a GPU host)"
+    if gpu_name() is None:
+        return "no NVIDIA driver (TensorRT times its kernels on the GPU)"
+    major, minor = (int(part) for part in version().split(".")[:2])
+    if (major, minor) < OLDEST:
+        return f"tensorrt {version()} is older than {OLDEST[0]}.{OLDEST[1]} ({INSTALL})"
+    return None
+
+
+def cannot_run() -> str | None:
+    """Why no engine can be run here, or None."""
+    return cannot_build()
+
+
+def version() -> str:
+    """Version of the installed package."""
+    import tensorrt as trt
+
+    return trt.__version__
+
+
+def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+    """Build `model` for the GPU of this host. Raises UserError if `sms` names another architecture."""
+    import tensorrt as trt
+
+    here = gpu_compute_capability()
+    if sms and tuple(sms) != (here,):
+        raise UserError(f"TARGET=tensorrt builds for this host's SM{here} only, not for SM={','.join(map(str, sms))}")
+
+    plan, warnings = serialize_network(trt, model.SerializeToString(), profile, lambda _config: None)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise UserError("the engine just built cannot be loaded on this GPU: run `make doctor`")
+    inspector = engine.create_engine_inspector()
+    return Built(
+        plan=plan,
+        backend=NAME,
+        version=version(),
+        targets=(f"SM{here}",),
+        kernels=kernels_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON)),
+        settings={"profile": [1, profile.opt, profile.maximum], "gpu": gpu_name(), "graph_rewrites": []},
+        notes=warnings[:5],
+    )

@@ -1,0 +1,75 @@
+"""TensorRT-RTX: builds ahead of time on a machine without a GPU, for one or several GPU architectures."""
+
+import importlib.metadata
+import importlib.util
+
+import onnx
+
+from calib.errors import UserError
+from deploy.engine.backends import Built
+from deploy.engine.build import Profile, serialize_network
+from deploy.engine.plan_text import kernels_from_rtx_plan
+from deploy.graph.split_channel_scales import split_channel_scales
+
+NAME = "tensorrt_rtx"
+INSTALL = "pip install tensorrt-rtx==1.7.1.116"
+DEFAULT_SMS = (86, 89, 120)
+SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
+
+CONVOLUTION_NOTE = (
+    "TensorRT-RTX documents no INT8 convolution kernels: its plan shows INT8 operands with FP32 results, and what runs is "
+    "chosen on the GPU; for a CNN build with TARGET=tensorrt on a GPU host"
+)
+
+
+def cannot_build() -> str | None:
+    """Why no engine can be built here, or None."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return f"the package tensorrt_rtx is not installed ({INSTALL})"
+    return None
+
+
+def cannot_run() -> str | None:
+    """Why no engine can be run here, or None."""
+    from deploy.host import gpu_name
+
+    return cannot_build() or (None if gpu_name() else "no NVIDIA driver")
+
+
+def version() -> str:
+    """Version of the installed package."""
+    return importlib.metadata.version("tensorrt_rtx")
+
+
+def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+    """Build `model` for the architectures `sms` (default 86, 89, 120). Raises UserError for one that RTX lacks."""
+    import tensorrt_rtx as trt
+
+    sms = sms or DEFAULT_SMS
+    if wrong := [sm for sm in sms if sm not in SUPPORTED_SMS]:
+        raise UserError(
+            f"TensorRT-RTX has no target SM{wrong[0]}: expected some of {', '.join(map(str, SUPPORTED_SMS))}; "
+            f"for other GPUs build with TARGET=tensorrt on that GPU"
+        )
+
+    def configure(config: trt.IBuilderConfig) -> None:
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
+
+    safe = split_channel_scales(model)
+    plan, _ = serialize_network(trt, safe.SerializeToString(), profile, configure)
+    has_quantized_convs = any(n.op_type == "Conv" and "DequantizeLinear" in n.input[1] for n in model.graph.node)
+    return Built(
+        plan=plan,
+        backend=NAME,
+        version=version(),
+        targets=tuple(f"SM{sm}" for sm in sms),
+        kernels=kernels_from_rtx_plan(plan),
+        settings={
+            "profile": [1, profile.opt, profile.maximum],
+            "compute_capabilities": list(sms),
+            "graph_rewrites": ["split_channel_scales"],
+        },
+        notes=(CONVOLUTION_NOTE,) if has_quantized_convs else (),
+    )

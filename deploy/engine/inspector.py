@@ -1,0 +1,102 @@
+"""Kernels of a TensorRT engine, read from the JSON of its `EngineInspector` (verbosity DETAILED).
+
+No TensorRT engine was at hand when this was written. The shapes were learned from NVIDIA's page "Migrating
+IEngineInspector Usage from TensorRT 10.x to 11.x", from graph files in the tests of trt-engine-explorer and
+the reader in the skill trt-perf-analysis (both NVIDIA/TensorRT), and from inspector output of TensorRT 10 in
+public repositories. So a field that is missing or new makes a kernel "unknown", never INT8.
+
+1. Types: 10.x has one field, "Format/Datatype": "Row-major Int8"; 11.x has "Format" and "Datatype". (The
+   document's "Bindings" became "I/O Tensors"; neither is read here.)
+2. A tactic such as `sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize..` names what is multiplied: the first and
+   third type, i8 and i8. It outranks the tensors: an engine may read INT8 and multiply in FP32.
+3. Without such a name the tensors decide: first input, then "Weights": {"Type": "Int8"} or "Constants". A
+   kernel that the compiler generated may convert before it multiplies, so its tensors prove nothing.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from calib.errors import UserError
+from deploy.engine.kernels import Kernel, Kind, dtype_from_text, kind_from_generated_name, layers_from_metadata
+
+_DETAILED = "build the engine with profiling_verbosity=DETAILED"
+_DTYPE_FIELDS = ("Datatype", "DataType", "Format/Datatype", "Format/DataType")
+_NO_LAUNCH = {"constant", "noop", "reshape", "shape_call", "signal", "signal_and_wait", "signal_wait", "wait"}
+# The first part found in the lower-case LayerType decides: CaskGemmConvolution is a convolution.
+_LAYER_TYPES: tuple[tuple[str, Kind], ...] = (
+    ("convolution", "conv"),
+    ("gemm", "gemm"),
+    ("matrixmultiply", "gemm"),
+    ("matrix_multiply", "gemm"),
+    ("fullyconnected", "gemm"),
+)
+_TACTICS: tuple[tuple[str, Kind], ...] = (("_fprop_", "conv"), ("_gemm_", "gemm"))
+_XMMA = re.compile(r"_(i8|bf16|f16|tf32|f32|e4m3)[a-z]+[\da-z]*_(i8|bf16|f16|tf32|f32|e4m3)[a-z]+\d+_")
+_XMMA_DTYPES = {"i8": "int8", "bf16": "bf16", "f16": "fp16", "tf32": "fp32", "f32": "fp32", "e4m3": "fp8"}
+_OTHER_TACTICS = (  # first pattern found decides; names that predate the scheme above
+    ("int8|imma|i8816|i16832", "int8"),
+    ("fp16|(?<!b)f16|hmma|h884|h1688|h16816", "fp16"),
+    ("fp32|f32|sgemm|scudnn|ffma", "fp32"),
+)
+
+
+def _dtypes(tensors: Any) -> tuple[str, ...]:
+    return tuple(
+        next((dtype_from_text(str(tensor[key])) for key in _DTYPE_FIELDS if key in tensor), "unknown")
+        for tensor in tensors or ()
+    )
+
+
+def _kind_unlisted(name: str, layer_type: str, tactic: str, dtypes: set[str]) -> Kind:
+    """Kind of a layer whose type does not tell. `dtypes`: of all its tensors."""
+    if layer_type == "reformat":
+        return "cast" if len(dtypes) > 1 and "int8" not in dtypes else "other"  # with INT8 it quantizes
+    kind = kind_from_generated_name(name)
+    return kind if kind != "other" else next((named for part, named in _TACTICS if part in tactic), kind)
+
+
+def _factors_from_tactic(tactic: str) -> tuple[str, ...]:
+    """Types of both factors, empty if the name does not tell."""
+    if xmma := _XMMA.search(tactic):
+        return _XMMA_DTYPES[xmma[1]], _XMMA_DTYPES[xmma[2]]
+    return next(((dtype, dtype) for pattern, dtype in _OTHER_TACTICS if re.search(pattern, tactic)), ())
+
+
+def _kernel(layer: Mapping[str, Any]) -> Kernel:
+    name, layer_type, tactic = (str(layer.get(key) or "") for key in ("Name", "LayerType", "TacticName"))
+    activations, outputs = _dtypes(layer.get("Inputs")), _dtypes(layer.get("Outputs"))
+    constants = _dtypes(layer.get("Constants"))
+    if layer.get("Weights"):
+        constants = (dtype_from_text(str(layer["Weights"].get("Type"))), *constants)
+    listed = next((kind for part, kind in _LAYER_TYPES if part in layer_type.lower()), None)
+    kind = listed or _kind_unlisted(name, layer_type.lower(), tactic.lower(), {*activations, *outputs})
+    inputs = (*activations, *constants)
+    if kind == "conv":  # what else it reads is a residual, never the weight
+        inputs = (*activations[:1], *(constants or ("unknown",)), *activations[1:])
+    if kind in ("gemm", "conv"):
+        inputs = _factors_from_tactic(tactic.lower()) or (inputs if listed else ("unknown",) * len(inputs))
+    metadata = layer.get("Metadata")
+    layers = layers_from_metadata(metadata) if isinstance(metadata, str) else ()
+    return Kernel(name, kind, inputs, outputs, layers)
+
+
+def kernels_from_inspector(text: str) -> tuple[Kernel, ...]:
+    """Kernels in the order of the engine, from `get_engine_information(LayerInformationFormat.JSON)`.
+
+    Works for TensorRT 10 and 11, and for a bare list of layers. Raises UserError if `text` is no such
+    document or tells of an engine built without DETAILED verbosity.
+    """
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine information is not JSON ({error}): ask the inspector for JSON") from None
+    layers = document.get("Layers") if isinstance(document, dict) else document
+    if not isinstance(layers, list):
+        raise UserError("engine information has no list 'Layers': expected TensorRT's engine inspector output as JSON")
+    if not layers:
+        raise UserError(f"engine information lists no layers, so nothing can be proved: {_DETAILED}")
+    if not all(isinstance(layer, dict) and "Name" in layer for layer in layers):
+        raise UserError(f"engine information gives layer names only, no types: {_DETAILED}")
+    return tuple(_kernel(layer) for layer in layers if str(layer.get("LayerType", "")).lower() not in _NO_LAUNCH)

@@ -1,0 +1,52 @@
+"""Running an ONNX graph with ONNX Runtime on the CPU: INT8 kernels for the FP32-typed Q/DQ graph."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from deploy.measure.ort_options import ort_options
+
+INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
+THREADS = 2  # fixed, so that a figure does not depend on how many cores a machine has
+
+
+class OnnxRunner:
+    """`runner(images)` -> first output as float32. `images` is (B, 3, H, W) float32 whatever the graph's type.
+
+    `fused=False` reads the graph node by node: the meaning of the ONNX file, with no optimizer in between.
+    """
+
+    def __init__(self, model: Path | bytes, fused: bool = True, threads: int = THREADS) -> None:
+        import onnxruntime as ort
+
+        options = ort_options(threads)
+        if not fused:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source = os.fspath(model) if isinstance(model, Path) else model
+        self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0]
+        self.dtype = np.float16 if self.input.type == "tensor(float16)" else np.float32
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The first output, (B, D) float32."""
+        return next(iter(self.named_outputs(images).values())).astype(np.float32)
+
+    def named_outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Every graph output by name, in the graph's types."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {self.input.name: images.astype(self.dtype)}), strict=True))
+
+
+def integer_layers(model: Path) -> int:
+    """How many products and convolutions of `model` ONNX Runtime computes in integers on this CPU, after its fusions."""
+    import onnx
+    import onnxruntime as ort
+
+    options = ort_options(THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+        ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+    return sum(node.op_type in INTEGER_KERNELS for node in nodes)

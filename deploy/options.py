@@ -1,0 +1,25 @@
+"""What `make engine` was asked for."""
+
+from dataclasses import dataclass, field
+
+from deploy.engine.build import Profile
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `make engine` was asked for."""
+
+    model: str = "dinov2_s"
+    weights: str = "auto"  # auto | pretrained | random | a checkpoint file
+    calib: str | None = None  # folder, .npy or .npz; None: the built-in sample
+    evaluation: str | None = None  # folder, .npy or .npz; None: held-out calibration images
+    calib_images: int = 512
+    recipe: str = "int8"
+    target: str = "auto"  # auto or the name of a backend
+    sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
+    profile: Profile = field(default_factory=Profile)
+    out: str = "artifacts"
+    seed: int = 0
+    max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
+    max_extra_bytes: int | None = None
+    cache: bool = True  # reuse scales kept for exactly the same input; keep unfinished training

@@ -1,0 +1,83 @@
+"""The report as one table on the terminal, every warning under it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.package import ENGINE, MODEL
+from deploy.report.evidence import waterfall
+
+TABLE_WIDTH = 118  # characters, where there is no terminal to ask
+
+
+def _shown_steps(steps: Sequence[dict[str, Any]]) -> str:
+    """One line of `waterfall`: where rounding leaves the network, then what every step adds."""
+    gains = (f"{step['step']} {step['gain_db']:+.1f} dB" for step in steps[1:])
+    return " -> ".join(["float", f"{steps[0]['step']} {steps[0]['sqnr_after_db']:.1f} dB", *gains])
+
+
+def _shown_branches(branches: dict[str, dict[str, Any]], engine: dict[str, Any]) -> str:
+    """How many branches of which forms, how well they do at their blocks, and what they cost together."""
+    forms = [found["form"] for found in branches.values()]
+    counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms))
+    scores = [found["r2_cv"] for found in branches.values() if "r2_cv" in found]
+    mended = f", R2 {min(scores):.2f} to {max(scores):.2f} on other photographs" if scores else ""
+    kernels = engine["kernels"] - engine["kernels_without_branches"]
+    size = (engine["bytes"] - engine["bytes_without_branches"]) / 1e6
+    return f"{counts}{mended}; {kernels:+d} kernels, {size:+.2f} MB"
+
+
+def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What every stage that measured itself did to the output, and what branches cost."""
+    steps, branches = waterfall(report["history"]), report["branches"]
+    rows = [("repairs, on other photographs", _shown_steps(steps))] if steps else []
+    return [*rows, ("branches", _shown_branches(branches, report["engine"]))] if branches else rows
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
+    rows = [
+        ("weights", report["weights_source"]),
+        ("calibrated on", f"{report['calibration']['count']} images: {report['calibration']['source']}"),
+        ("judged on", f"{fidelity['count']} images: {report['evaluation']['source']}"),
+        ("fidelity to float", f"SQNR {fidelity['sqnr_db']:.1f} dB, cosine {fidelity['cosine']:.4f}"),
+        (f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"),
+    ]
+    if fidelity["kl"] is not None:
+        rows.append(("KL of class probabilities", f"{fidelity['kl']:.4f} nats"))
+    if fidelity["top1"] is not None:
+        rows.append(("top-1 accuracy", f"{fidelity['top1']:.2%} (float {fidelity['reference_top1']:.2%})"))
+    return [
+        *rows,
+        *_repairs(report),
+        ("simulation vs ONNX", f"{parity['torch_vs_ort_rel_l2']:.1e} relative L2, same integers in every layer"),
+        ("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB"),
+        ("speed, ONNX Runtime CPU", f"{report['speed']['ort_cpu_ratio']:.2f}x float (batch 8, 2 threads)"),
+        ("size", f"float {size['float_onnx'] / 1e6:.1f} MB, {MODEL} {size[MODEL] / 1e6:.1f} MB, "
+                 f"engine {size[ENGINE] / 1e6:.1f} MB"),
+        ("engine", f"{engine['backend']} {engine['version']} for {', '.join(engine['targets'])}"),
+        ("INT8 proof", f"{engine['int8_gemms']} INT8 GEMMs, {engine['int8_convs']} INT8 convolutions, "
+                       f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
+                       f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}; "
+                       f"{engine['kernels']} kernels"),
+        ("time, peak memory", f"{report['seconds']['total']:.0f} s, {report['peak_rss_mb']:.0f} MB"),
+    ]  # fmt: skip
+
+
+def print_report(report: dict[str, Any], folder: Path, stream: TextIO | None = None) -> None:
+    """The one table, on `stream` (stdout by default), and every warning under it."""
+    terminal = stream is None and os.isatty(1)
+    console = Console(file=stream, highlight=False, width=None if terminal else TABLE_WIDTH)
+    table = Table(title=f"{report['model']}, recipe {report['recipe']}", show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in _rows(report):
+        table.add_row(key, value)
+    console.print(table)
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    console.print(f"written to {folder}", markup=False, soft_wrap=True)

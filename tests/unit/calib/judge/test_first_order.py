@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from calib.judge import first_order
+from calib.judge.first_order import PROJECTIONS, output_gradients
+from tests.tiny import TINY, tiny_batches, tiny_model
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_the_gradient_foretells_what_a_small_error_does(family):
+    model = tiny_model(family)
+    net, x = model.net.double(), tiny_batches(1)[0].double()
+    layers = model.layers
+    for which in (0, len(layers) // 2, len(layers) - 1):
+        layer, parts = layers[which], []
+        for inputs, gradients, _ in output_gradients(net, layers, x):
+            error = 1e-8 * torch.randn(inputs[layer].shape, dtype=torch.float64)
+            parts.append((error, (gradients[layer] * error).flatten(2).sum(2)))
+        error, foretold = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
+        exact = net(x).detach()
+        hook = net.get_submodule(layer).register_forward_pre_hook(lambda _m, read, e=error: (read[0] + e,))
+        change = net(x).detach() - exact
+        hook.remove()
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, len(x), first_order.BATCH):
+            rows = change[start : start + first_order.BATCH]
+            vectors = torch.randn(PROJECTIONS, *rows.shape, generator=generator).double()
+            for k, vector in enumerate(vectors):
+                expected = (vector * rows).flatten(1).sum(1)
+                torch.testing.assert_close(
+                    foretold[k, start : start + len(rows)], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+                )
+
+
+def test_on_average_the_square_is_the_noise_of_the_output():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    x, error = torch.randn(2000, 5), torch.randn(2000, 5)
+    squares = torch.cat(
+        [
+            (gradients["0"] * error[2 * index : 2 * index + 2]).sum(2).square().mean(0)
+            for index, (_, gradients, _) in enumerate(output_gradients(net, ("0",), x))
+        ]
+    )
+    exact = (net(x + error) - net(x)).detach().square().sum()
+    assert float(squares.sum() / exact) == pytest.approx(1, abs=0.1)  # 8000 samples
+
+
+def means_of(net, layers):
+    torch.manual_seed(0)
+    modules = {name: net.get_submodule(name) for name in layers}
+    return {
+        name: torch.randn(layer.in_channels if isinstance(layer, torch.nn.Conv2d) else layer.in_features)
+        for name, layer in modules.items()
+    }
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_gradients_of_weights_are_those_of_every_image_alone(family, centred):
+    net, images, layers = tiny_model(family).net, tiny_batches(1)[0][:2], tiny_model(family).layers
+    means = {name: mean * centred for name, mean in means_of(net, layers).items()}
+    found = [seen.weights for seen in output_gradients(net, layers, images, weights_around=means)]
+    generator = torch.Generator().manual_seed(0)
+    shifts = {name: torch.zeros(len(net.get_submodule(name).weight), requires_grad=True) for name in layers}
+
+    def shifted(name):
+        return lambda _m, _x, y: y + (shifts[name][:, None, None] if y.ndim == 4 else shifts[name])
+
+    hooks = [net.get_submodule(name).register_forward_hook(shifted(name)) for name in layers]
+    weights = [net.get_submodule(name).weight.requires_grad_() for name in layers]
+    for image, squares in zip(images, found, strict=True):
+        output = net(image[None])
+        expected = [torch.zeros_like(weight) for weight in weights]
+        for vector in torch.randn(PROJECTIONS, *output.shape, generator=generator):
+            dot = (output * vector).sum()
+            gradients = torch.autograd.grad(dot, weights, retain_graph=True)
+            offsets = torch.autograd.grad(dot, list(shifts.values()), retain_graph=True)
+            for index, (name, gradient, offset) in enumerate(zip(layers, gradients, offsets, strict=True)):
+                layer = net.get_submodule(name)
+                # a mean on all taps adds its share of the output's gradient to each of them
+                per_group = means[name].reshape(getattr(layer, "groups", 1), -1)
+                rows = per_group.repeat_interleave(len(offset) // len(per_group), 0)
+                of_mean = (offset[:, None] * rows).reshape(*rows.shape[:1], -1, *[1] * (gradient.ndim - 2))
+                expected[index] += (gradient - of_mean) ** 2
+        for name, total in zip(layers, expected, strict=True):
+            torch.testing.assert_close(squares[name], total.detach(), rtol=1e-4, atol=1e-6 * float(total.max()))
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_centred_weight_reads_its_input_less_the_mean():
+    torch.manual_seed(0)
+    first, mean, x = torch.nn.Linear(6, 4), torch.randn(6), torch.randn(1, 5, 6)
+    net, lower = (
+        torch.nn.Sequential(first, torch.nn.GELU()),
+        torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.GELU()),
+    )
+    with torch.no_grad():
+        lower[0].weight.copy_(first.weight)
+        lower[0].bias.copy_(first.bias + first.weight @ mean)
+    (found,) = output_gradients(net, ["0"], x, weights_around={"0": mean})
+    (expected,) = output_gradients(lower, ["0"], x - mean, weights_around={"0": torch.zeros(6)})
+    torch.testing.assert_close(found.weights["0"], expected.weights["0"], rtol=1e-4, atol=1e-6)
+
+
+def test_no_hook_and_no_gradient_stays():
+    model = tiny_model("vit")
+    layers = model.layers
+    wanted = [parameter.requires_grad for parameter in model.net.parameters()]
+    list(output_gradients(model.net, layers, tiny_batches(1)[0], weights_around=means_of(model.net, layers)))
+    assert [parameter.requires_grad for parameter in model.net.parameters()] == wanted
+    assert all(not module._forward_pre_hooks for module in model.net.modules())
+    assert all(parameter.grad is None for parameter in model.net.parameters())

@@ -1,0 +1,225 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from calib.judge.held_out import sqnr_db
+from calib.learned.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP
+from calib.methods import adaround, rtn
+from calib.network.fold import fold_affine
+from calib.network.qdq import quantized_net
+from calib.network.unit_io import readers_and_sizes, unit_io
+from calib.precision import Precision
+from calib.quantizer import fp16_scale
+from calib.scales.calibrate import Config as CalibrateConfig
+from calib.scales.calibrate import calibrate
+from calib.store.checkpoint import Checkpoint
+from calib.store.watch import UNWATCHED, Watch
+from tests.tiny import same_numbers, tiny_batches, tiny_model
+
+FAST = adaround.Config(iterations=20, batch=4)
+UNFOLLOWED = adaround.Course(Checkpoint(None), UNWATCHED, FAST.iterations)
+
+
+def calibrated(family="vit", precision=None):
+    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+    model = replace(tiny_model(family), precision=precision or Precision())
+    return calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max")), folds
+
+
+def learned(config):
+    return [set(phase.learned) for phase in config.phases()]
+
+
+def test_the_cases_learn_what_table_1_says():
+    plain = {name: learned(adaround.Config(name, offset=False)) for name in adaround.CASES}
+    assert plain == {
+        "1.1.1": [{ROUNDING}, {INPUT_STEP}],
+        "1.1.2": [{ROUNDING, INPUT_STEP}],
+        "1.2": [{STEP, INPUT_STEP}],
+        "2.1": [{ROUNDING, QUANT_STEP, INPUT_STEP}],
+        "2.2": [{ROUNDING, DEQUANT_STEP, INPUT_STEP}],
+        "2.3": [{ROUNDING, QUANT_STEP, DEQUANT_STEP, INPUT_STEP}],
+    }
+    assert learned(adaround.Config("1.1.1", input_steps=False)) == [{ROUNDING}, {OFFSET}]
+    assert learned(adaround.Config()) == [{ROUNDING, DEQUANT_STEP, INPUT_STEP, OFFSET}]
+    assert [phase.exact_inputs for phase in adaround.Config("1.1.1").phases()] == [True, False]
+
+
+def test_few_iterations_learn_faster():
+    published, fewer, few = (adaround.Config(iterations=count).schedule(8) for count in (20_000, 1000, 20))
+    assert (published.rounding_rate, published.step_rate) == (1e-3, 4e-5)
+    assert fewer.rounding_rate * 1000 == pytest.approx(adaround.CROSSING)
+    assert fewer.step_rate * 1000 == pytest.approx(published.step_rate * 20_000)
+    assert few.step_rate * 127 == pytest.approx(0.25), "of an integer"
+    assert adaround.Config(iterations=20).schedule(3).step_rate == pytest.approx(published.step_rate * 1000)
+    assert adaround.Config(iterations=1).schedule(3).step_rate * 3 == pytest.approx(0.25)
+    assert adaround.Config(step_rate=0.1).schedule(8).step_rate == 0.1
+
+
+def test_the_bits_of_a_task_are_the_most_of_its_layers():
+    model = replace(tiny_model("vit"), precision=Precision(3, 2, first_last=8))
+    ends = {name for name in model.layers if model.bits(name).weight == 8}
+    inner = [name for name in model.layers if name not in ends]
+    assert adaround.most_bits(model, inner) == 3
+    assert adaround.most_bits(model, model.layers) == 8
+    assert adaround.most_bits(replace(model, precision=Precision(4, 32)), inner) == 4
+
+
+@pytest.mark.parametrize("case", adaround.CASES)
+def test_every_case_beats_round_to_nearest_at_few_bits(case):
+    model, folds = calibrated(precision=Precision(3, 4))
+    found = adaround.reduce_error(model, folds, replace(FAST, case=case))
+    record = found.history[-1]
+    assert not record.notes[0].startswith("dropped")
+    plain = rtn.reduce_error(model, folds, rtn.Config())
+    before, after = sqnr_db([tiny_batches(4, seed=9)], [plain], [found])
+    assert after > before
+
+
+def test_layers_share_blocks_and_those_outside_stand_alone():
+    model, _ = calibrated("mobilenet")
+    units = adaround.units(model)
+    assert [name for layers in units.values() for name in layers] == list(model.layers)
+    assert units["blocks.1.0"] == ["blocks.1.0.conv_pw", "blocks.1.0.conv_dw", "blocks.1.0.conv_pwl"]
+    assert units["conv_head"] == ["conv_head"]
+
+
+def test_depthwise_convolutions_and_the_whole_network_at_once():
+    model, folds = calibrated("mobilenet", Precision(3, 4))
+    found = adaround.reduce_error(model, folds, replace(FAST, by_block=False))
+    assert found.history[-1].notes[1].startswith("1 of 1 networks learned")
+    assert found.history[-1].sqnr_after_db >= found.history[-1].sqnr_before_db + 0.1
+
+
+def test_an_engine_gets_integers_fp16_scales_and_no_new_node():
+    model, folds = calibrated(precision=Precision(4, 8))
+    assert model.precision.executable
+    plain = rtn.reduce_error(model, folds, rtn.Config())
+    found = adaround.reduce_error(model, folds, replace(FAST, iterations=80))
+    assert not found.history[-1].notes[0].startswith("dropped")
+    assert found.quantizers.keys() == plain.quantizers.keys()
+    for quantizer, params in found.quantizers.items():
+        assert torch.equal(params.scale, fp16_scale(params.scale)), quantizer
+        assert (params.scale > 0).all(), quantizer
+    kinds = [[type(module) for module in quantized_net(each).modules()] for each in (plain, found)]
+    assert kinds[0] == kinds[1]
+    assert any(
+        found.quantizers[quantizer].scale != plain.quantizers[quantizer].scale
+        for quantizer in plain.quantizers
+        if quantizer.endswith("input")
+    )
+
+
+def test_input_steps_stay_if_asked():
+    model, folds = calibrated()
+    found = adaround.reduce_error(model, folds, replace(FAST, input_steps=False))
+    assert all(
+        found.quantizers[quantizer] is model.quantizers[quantizer]
+        or found.quantizers[quantizer] == model.quantizers[quantizer]
+        for quantizer in model.quantizers
+    )
+
+
+def test_what_does_not_help_other_photographs_is_dropped(monkeypatch):
+    model, folds = calibrated()
+    monkeypatch.setattr(adaround, "MARGIN_DB", 100.0)
+    found = adaround.reduce_error(model, folds, FAST)
+    assert same_numbers(found, rtn.nearest(model, folds))
+    assert found.history[-1].notes[0].startswith("dropped: network output")
+    assert found.history[-1].sqnr_after_db == found.history[-1].sqnr_before_db
+
+
+def test_no_block_is_worse_on_images_held_out_than_it_started():
+    model, folds = calibrated()
+    seen = []
+    held_out, images = tiny_batches(1, seed=5)[0], torch.cat(folds[0])
+    plain = rtn.reduce_error(model, folds, rtn.Config())
+    for layers, before, after in adaround.learned_layers(model, plain, images, held_out, FAST, UNFOLLOWED):
+        assert after <= before
+        seen += layers
+    assert tuple(seen) == model.layers
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "stop_at", "again"),
+    [({}, 3, 3), ({}, 31, 31), ({"case": "1.1.1", "drop": 0.5}, 17, 18), ({"by_block": False}, 10, 11)],
+)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, options, stop_at, again):
+    """20 iterations, looked at every second in one phase: the step after the last look is the next."""
+    monkeypatch.setattr(adaround, "SAVE_EVERY", 0.0)
+    model, folds = calibrated(precision=Precision(3, 4))
+    config = replace(FAST, **options)
+    whole, seen = adaround.reduce_error(model, folds, config), []
+
+    def stop(step, _steps):
+        if step == stop_at:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        adaround.reduce_error(model, folds, config, Watch(stop, tmp_path))
+    (file,) = tmp_path.iterdir()
+    resumed = adaround.reduce_error(model, folds, config, Watch(lambda *step: seen.append(step), tmp_path))
+    count = len(adaround.units(model)) if config.by_block else 1
+    assert seen == [(step, 20 * count) for step in range(again, 20 * count + 1)]
+    one, other = (quantized_net(each).state_dict() for each in (resumed, whole))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert resumed.history[-1].notes == (*whole.history[-1].notes, f"went on from checkpoint '{file}'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_run_does_not_go_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(adaround, "SAVE_EVERY", 0.0)
+    model, folds = calibrated(precision=Precision(3, 4))
+
+    def stop(step, _steps):
+        if step == 10:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        adaround.reduce_error(model, folds, FAST, Watch(stop, tmp_path))
+    others = [(model, folds, replace(FAST, regulariser=0.0)), (model, folds[::-1], FAST), (*calibrated("resnet"), FAST)]
+    for other in others:
+        seen = []
+        adaround.reduce_error(*other, Watch(lambda step, _steps, seen=seen: seen.append(step), tmp_path))
+        assert seen[0] == 1
+
+
+def test_a_unit_reads_and_returns_what_hooks_see():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.ReLU(inplace=True)).requires_grad_(False)
+    batches = [torch.randn(2, 4), torch.randn(3, 4)]
+    found, x = unit_io(net, "1", batches), torch.cat(batches)
+    torch.testing.assert_close(found.inputs, net[0](x))
+    torch.testing.assert_close(found.outputs, net[1](net[0](x)))
+    assert (found.outputs < 0).any()  # taken before ReLU edits it
+
+
+class TwoReaders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.one(x) + self.other(x) * 5
+
+
+def test_layers_that_read_one_tensor_are_found():
+    net, x = TwoReaders(), torch.randn(50, 4)
+    groups, sizes = readers_and_sizes(net, ["first", "one", "other"], lambda: net(x))
+    assert groups == [["first"], ["one", "other"]]
+    assert sizes["other"] == pytest.approx(float(net.other(net.first(x)).detach().std()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"case": "3.1"}, {"iterations": 0}, {"batch": 0}, {"images": 0}, {"regulariser": -1.0}, {"drop": 1.0}],
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        adaround.Config(**options)

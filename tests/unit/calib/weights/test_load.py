@@ -1,0 +1,372 @@
+import http.server
+import threading
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
+from safetensors.torch import save_file
+
+from calib.errors import UserError
+from calib.weights import load as weights
+from calib.weights.load import load_net, state_sha256
+from calib.weights.zoo import ZOO, ModelSpec
+
+VIT = ModelSpec("tiny", "test_vit.r160_in1k")
+RESNET = ModelSpec("tiny_resnet", "test_resnet.r160_in1k")
+
+
+def filled_state(tag=VIT.tag, **kwargs):
+    """A state dict whose every value differs from what any seed gives."""
+    generator = torch.Generator().manual_seed(7)
+    state = timm.create_model(tag, **kwargs).state_dict()
+    return {
+        key: torch.rand(value.shape, generator=generator) + 1 if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+
+
+def write(path, content):
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def refusal(spec, path):
+    with pytest.raises(UserError) as caught:
+        load_net(spec, str(path))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def assert_same(net, state):
+    loaded = net.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+# -- files that load ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_round_trip(tmp_path, suffix):
+    state = filled_state()
+    loaded = load_net(VIT, str(write(tmp_path / f"net{suffix}", state)))
+    assert_same(loaded.net, state)
+    assert not loaded.net.training
+    assert not loaded.random
+    assert loaded.source == f"file {tmp_path}/net{suffix}"
+    assert loaded.data_config["input_size"] == (3, 160, 160)
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "state_dict", "model"])
+def test_wrapper_and_module_prefix_are_taken_off(tmp_path, key):
+    state = filled_state()
+    content = {"epoch": 3, key: {f"module.{name}": value for name, value in state.items()}}
+    loaded = load_net(VIT, str(write(tmp_path / "train.pth", content)))
+    assert_same(loaded.net, state)
+    assert loaded.source.endswith(f"[{key}]")
+
+
+def test_averaged_weights_win_over_raw_ones(tmp_path):
+    state = filled_state()
+    content = {"state_dict": {key: value * 0 for key, value in state.items()}, "state_dict_ema": state}
+    assert_same(load_net(VIT, str(write(tmp_path / "train.pth", content))).net, state)
+
+
+def test_half_precision_file_becomes_float32(tmp_path):
+    half = {key: value.half() for key, value in filled_state().items()}
+    net = load_net(VIT, str(write(tmp_path / "half.safetensors", half))).net
+    assert_same(net, {key: value.float() for key, value in half.items()})
+    assert {value.dtype for value in net.state_dict().values()} == {torch.float32}
+
+
+def test_old_torchvision_file_without_batch_counters(tmp_path):
+    state = filled_state(RESNET.tag)
+    old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    assert_same(load_net(RESNET, str(write(tmp_path / "old.pth", old))).net, state)
+
+
+def test_official_dinov2_layout_is_converted(tmp_path):
+    official = filled_state(ZOO["dinov2_s"].tag)  # 518 pixels: 37x37 positions
+    content = {**official, "mask_token": torch.zeros(1, 384)}
+    loaded = load_net(ZOO["dinov2_s"], str(write(tmp_path / "dinov2_vits14_pretrain.pth", content)))
+    assert "converted" in loaded.source
+    assert loaded.data_config["input_size"] == (3, 224, 224)
+    state = loaded.net.state_dict()
+    assert state["pos_embed"].shape == (1, 1 + 16 * 16, 384)
+    assert torch.equal(state["pos_embed"][:, 0], official["pos_embed"][:, 0])
+    assert_same(loaded.net, {**official, "pos_embed": state["pos_embed"]})
+
+
+def jax_arrays(state, depth, heads):
+    """The layout of Google's ViT checkpoints, written from their published names."""
+
+    def array(key):
+        return state[key].numpy()
+
+    def dense(name, key):
+        return {f"{name}/kernel": array(f"{key}.weight").T, f"{name}/bias": array(f"{key}.bias")}
+
+    def norm(name, key):
+        return {f"{name}/scale": array(f"{key}.weight"), f"{name}/bias": array(f"{key}.bias")}
+
+    arrays = {
+        "cls": array("cls_token"),
+        "embedding/kernel": array("patch_embed.proj.weight").transpose(2, 3, 1, 0),
+        "embedding/bias": array("patch_embed.proj.bias"),
+        "Transformer/posembed_input/pos_embedding": array("pos_embed"),
+        **norm("Transformer/encoder_norm", "norm"),
+        **dense("head", "head"),
+    }
+    for n in range(depth):
+        block, ours = f"Transformer/encoderblock_{n}", f"blocks.{n}"
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        width = state[f"{ours}.attn.proj.weight"].shape[0]
+        weights_of = np.split(array(f"{ours}.attn.qkv.weight"), 3)
+        biases_of = np.split(array(f"{ours}.attn.qkv.bias"), 3)
+        for part, weight, bias in zip(("query", "key", "value"), weights_of, biases_of, strict=True):
+            arrays[f"{attention}/{part}/kernel"] = weight.T.reshape(width, heads, -1)
+            arrays[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
+        arrays[f"{attention}/out/kernel"] = array(f"{ours}.attn.proj.weight").T.reshape(heads, -1, width)
+        arrays[f"{attention}/out/bias"] = array(f"{ours}.attn.proj.bias")
+        arrays |= norm(f"{block}/LayerNorm_0", f"{ours}.norm1") | norm(f"{block}/LayerNorm_2", f"{ours}.norm2")
+        arrays |= dense(f"{block}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
+        arrays |= dense(f"{block}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
+    return arrays
+
+
+VIT_TINY = ModelSpec("vit_tiny", "vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+
+
+def test_jax_npz_loads_exactly_or_not_at_all(tmp_path):
+    state = filled_state(VIT_TINY.tag)
+    arrays = jax_arrays(state, depth=12, heads=3)
+    path = tmp_path / "augreg.npz"
+    np.savez(path, **arrays)
+    assert_same(load_net(VIT_TINY, str(path)).net, state)
+
+    np.savez(path, **{**arrays, "head/kernel": np.zeros((192, 7)), "head/bias": np.zeros(7)})
+    assert "classifier" in refusal(VIT_TINY, path)  # timm alone would leave the head at random
+
+    surplus = np.zeros((1000 - 7) * (192 + 1))  # the count is right again, the head still is not
+    np.savez(path, **{**arrays, "head/kernel": np.zeros((192, 7)), "head/bias": np.zeros(7), "x": surplus})
+    assert "NaN or Inf in 2 tensors (head.weight, head.bias)" in refusal(VIT_TINY, path)
+
+    renamed = {key.replace("encoderblock_11", "encoderblock_12"): value for key, value in arrays.items()}
+    np.savez(path, **renamed)
+    assert "encoderblock_11" in refusal(VIT_TINY, path)
+
+    path.write_bytes(path.read_bytes()[:50_000])
+    assert "whole .npz" in refusal(VIT_TINY, path)
+    assert "vision transformers only" in refusal(RESNET, path)
+
+
+# -- files that are refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_misfits_are_listed(tmp_path, suffix):
+    path = tmp_path / f"net{suffix}"
+    state = filled_state()
+    blocks = [key for key in state if key.startswith("blocks.0.")]
+    assert len(blocks) > 4
+
+    text = refusal(VIT, write(path, {key: value for key, value in state.items() if key not in blocks}))
+    assert f"{len(blocks)} missing: {blocks[0]}" in text
+    assert f"and {len(blocks) - 3} more" in text
+    assert VIT.tag in text
+
+    assert "1 unexpected: extra.weight" in refusal(VIT, write(path, {**state, "extra.weight": torch.ones(2)}))
+
+    text = refusal(VIT, write(path, {**state, "head.bias": torch.ones(7)}))
+    assert "1 wrong shape: head.bias (7,) instead of (1000,)" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [("patch_embed.proj.weight", torch.ones(64, 3, 32, 32)), ("pre_logits.fc.weight", torch.ones(64, 64))],
+)
+def test_timm_converter_may_not_change_the_network(tmp_path, key, tensor):
+    state = filled_state()
+    assert "patch_embed.proj.weight" in state
+    assert key in refusal(VIT, write(tmp_path / "net.pth", {**state, key: tensor}))
+
+
+def test_other_architecture_is_refused(tmp_path):
+    assert "missing" in refusal(VIT, write(tmp_path / "net.pth", filled_state(RESNET.tag)))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_truncated_torch_file(tmp_path, legacy):
+    path = tmp_path / "net.pth"
+    torch.save(filled_state(), path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for size in (0, 1, 3, 500, 5000, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        assert "truncated" in refusal(VIT, path)
+
+
+def test_truncated_safetensors_file(tmp_path):
+    path = write(tmp_path / "net.safetensors", filled_state())
+    whole = path.read_bytes()
+    for size in (0, 7, 500, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "whole safetensors" in refusal(VIT, path)
+
+
+def test_absent_file_folder_and_unknown_ending(tmp_path):
+    assert "no such file" in refusal(VIT, tmp_path / "absent.pth")
+    (tmp_path / "folder.pth").mkdir()
+    assert "no such file" in refusal(VIT, tmp_path / "folder.pth")
+    assert ".safetensors" in refusal(VIT, write(tmp_path / "net.ckpt", filled_state()))
+    with pytest.raises(UserError, match="Did you mean 'pretrained'"):
+        load_net(VIT, "pretraind")
+
+
+class Bomb:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path):
+    path, trace = tmp_path / "net.pth", tmp_path / "ran"
+    torch.save({"state_dict": filled_state(), "args": Bomb(trace)}, path)
+    assert "refused" in refusal(VIT, path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # the file does carry code that runs
+
+
+def test_non_state_dicts_are_refused(tmp_path):
+    path = tmp_path / "net.pth"
+    assert "holds a list" in refusal(VIT, write(path, [torch.ones(2)]))
+    assert "epoch" in refusal(VIT, write(path, {"epoch": 3, "weights": torch.ones(2)}))
+    assert "no state dict: 0 hold" in refusal(VIT, write(path, {0: torch.ones(2)}))
+    assert "missing" in refusal(VIT, write(path, {}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    state = filled_state(RESNET.tag)
+    buffer = next(key for key in state if key.endswith("running_var"))
+    state[buffer][0] = value
+    text = refusal(RESNET, write(tmp_path / "net.pth", state))
+    assert f"1 tensors ({buffer})" in text
+
+
+# -- random weights and the hash ------------------------------------------------------------------------
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_generator():
+    before = torch.get_rng_state()
+    one, again, other = load_net(VIT, "random"), load_net(VIT, "random"), load_net(VIT, "random", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.random
+    assert one.source == "random weights (seed 0)"
+    assert one.sha256 == again.sha256
+    assert one.sha256 != other.sha256
+
+
+def test_hash_depends_on_each_value_and_on_nothing_else(tmp_path):
+    state = filled_state()
+    path = tmp_path / "net.pth"
+    first = load_net(VIT, str(write(path, state))).sha256
+    shuffled = dict(reversed(state.items()))
+    assert load_net(VIT, str(write(tmp_path / "other_name.pt", shuffled))).sha256 == first
+    state["head.bias"][-1] += 1e-3
+    assert load_net(VIT, str(write(path, state))).sha256 != first
+
+
+def test_hash_covers_names():
+    layer = torch.nn.Linear(2, 2)
+    one, other = torch.nn.ModuleDict({"a": layer}), torch.nn.ModuleDict({"b": layer})
+    assert state_sha256(one) != state_sha256(other)
+
+
+# -- the hub --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def hub_refusal(weights_argument="pretrained"):
+    with pytest.raises(UserError) as caught:
+        load_net(VIT, weights_argument)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(way in text for way in ("WEIGHTS=/path/to/", "WEIGHTS=random", "hub access", VIT.tag))
+
+
+@pytest.mark.usefixtures("empty_hub_cache")
+@pytest.mark.parametrize("argument", ["pretrained", "auto"])
+def test_unreachable_hub_is_said_at_once(monkeypatch, argument):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    start = time.monotonic()
+    hub_refusal(argument)
+    assert time.monotonic() - start < 10  # huggingface_hub left alone retries for 46 s
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_lost_connection_is_a_user_error(monkeypatch):
+    def lose_connection(*_args, **_kwargs):
+        raise HTTPError("peer closed connection")
+
+    monkeypatch.setattr(weights, "_hub_answers", lambda: True)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lose_connection)
+    hub_refusal()
+
+
+def test_programming_errors_keep_their_traceback(monkeypatch):
+    def misuse(*_args, **_kwargs):
+        raise TypeError("wrong argument")
+
+    monkeypatch.setattr(weights, "_hub_answers", lambda: True)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", misuse)
+    with pytest.raises(TypeError, match="wrong argument"):
+        load_net(VIT, "pretrained")
+
+
+def test_hub_weights_are_loaded_and_named(monkeypatch):
+    state = filled_state()
+    monkeypatch.setattr(weights, "_hub_answers", lambda: True)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(state))
+    loaded = load_net(VIT, "pretrained")
+    assert_same(loaded.net, state)
+    assert loaded.source == "timm pretrained timm/test_vit.r160_in1k"
+
+
+def test_model_without_published_weights():
+    with pytest.raises(UserError, match="no pretrained weights for vit_giant_patch14_224"):
+        load_net(ModelSpec("g", "vit_giant_patch14_224"), "pretrained")
+
+
+@pytest.mark.parametrize("status", [200, 404, 503])
+def test_any_http_answer_counts_as_reachable(monkeypatch, status):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert weights._hub_answers()
+        thread.join()

@@ -1,0 +1,60 @@
+"""ONNX Runtime computes INT8 exactly, whatever the processor."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.peers.judge import _Network
+from deploy.graph.zero_points import with_zero_points
+from deploy.measure.onnx_runner import OnnxRunner, integer_layers
+
+INNER, OUTER, SIDE = 64, 16, 5
+
+
+@pytest.fixture(scope="module", params=["MatMul", "Conv"])
+def product(request, tmp_path_factory):
+    """Q -> DQ -> MatMul or Conv with an INT8 weight, all of it the largest integer, one scale per output channel."""
+    convolution = request.param == "Conv"
+    shape = (OUTER, INNER, 1, 1) if convolution else (INNER, OUTER)
+    constants = {
+        "one": np.float32(1), "zero": np.int8(0), "weight": np.full(shape, 127, np.int8), "ones": np.ones(OUTER, np.float32),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["weight", "ones"], ["w"], axis=0 if convolution else 1),
+        helper.make_node(request.param, ["xq", "w"], ["y"]),
+    ]
+    pixels = [SIDE, SIDE] if convolution else []
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, *pixels])]
+        for name, channels in (("x", INNER), ("y", OUTER))
+    ]
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "product", *ends, initializers), opset_imports=[helper.make_opsetid("", 19)]
+    )
+    model.ir_version = 10
+    with_zero_points(model)
+    path = tmp_path_factory.mktemp("product") / "product.onnx"
+    onnx.save(model, path)
+    return path, (3, INNER, *pixels), (3, OUTER, *pixels)
+
+
+@pytest.mark.parametrize("runner", [OnnxRunner, _Network])
+def test_the_largest_products_do_not_saturate(product, runner):
+    path, reads, returns = product
+    found = runner(path)(np.full(reads, 127, np.float32))
+    assert np.array_equal(found, np.full(returns, 127 * 127 * INNER))
+
+
+def test_matrix_products_run_in_integers(product):
+    if onnx.load(product[0]).graph.node[-1].op_type == "MatMul":
+        assert integer_layers(product[0]) == 1
+
+
+def test_only_weights_get_zero_points(product):
+    *_, activation, weight, _ = onnx.load(product[0]).graph.node
+    assert activation.input[2] == "zero"
+    assert weight.input[2] == "w/zero_points"
