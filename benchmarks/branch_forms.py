@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calib.modules import replace_module
 from calib.network.qdq import QuantLinear, dequantize
 from calib.quantizer import channel_qparams, qparams_from_amax
-from compensation.branch import DenseBranch, DiagonalBranch
+from compensation.branch import DenseBranch
 from compensation.moments import Fit
 from deploy import host
 from deploy.bridge.export import onnx_from_net
@@ -73,8 +73,16 @@ def _dense(linear: nn.Linear) -> nn.Module:
     return DenseBranch(Fit(linear.weight, linear.bias))
 
 
-def _diagonal(linear: nn.Linear) -> nn.Module:
-    return DiagonalBranch([linear.weight[0]], [linear.bias], channels_last=True)
+class Diagonal(nn.Module):
+    """A factor and an offset per channel."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale, self.bias = linear.weight[0], linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return x * self.scale + self.bias
 
 
 class BranchBlock(nn.Module):
@@ -202,7 +210,7 @@ FORMS = (
     Form("packed_fc1", "fifth part of fc1", PackedFc1),
     Form("concat_proj", "LN1 output beside the attention output, as inputs of proj", ConcatProj),
     Form("separate_qkv", "four INT8 MatMuls: q, k, v and the branch", SeparateQkv),
-    Form("diagonal", "factor and offset per channel of x", _beside("x", _diagonal)),
+    Form("diagonal", "factor and offset per channel of x", _beside("x", Diagonal)),
     Form("dense_fp16", "FP16 MatMul on x", _beside("x", nn.Sequential)),
     Form("dense_fp16_conv", "FP16 1x1 convolution on x", _beside("x", _dense)),
     Form("dense_w8a16", "FP16 MatMul on x, INT8 weights", _beside("x", Int8WeightsOnly)),

@@ -8,7 +8,7 @@ images, make them comparable.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,17 @@ from deploy.pipeline import Batches
 from deploy.progress import Progress
 from deploy.recipe import load_recipe
 from deploy.report.evidence import peak_rss_mb, tool_commit
-from deploy.stages import CalibrationImages, stages
+from deploy.stages import CalibrationImages, halves_of, stages
 
 RESULTS = Path(__file__).parent / "results"
 USAGE = "usage: python -m benchmarks.stage_cost MODEL RECIPE"
 
 
-def float_pass(net: nn.Module, folds: Sequence[AnyBatches]) -> float:
-    """Seconds of `net` for all images of `folds`."""
+def float_pass(net: nn.Module, parts: Iterable[AnyBatches]) -> float:
+    """Return the seconds that `net` takes for all images of `parts`."""
     start = time.perf_counter()
     with torch.inference_mode():
-        for batches in folds:
+        for batches in parts:
             for batch in batches:
                 net(batch)
     return time.perf_counter() - start
@@ -52,13 +52,12 @@ def measure(name: str, recipe_name: str) -> dict[str, Any]:
     loaded = load_net(spec, options.weights, options.seed)
     preprocessing = preprocessing_from_config(loaded.data_config)
     calibration, _ = image_sets(None, None, preprocessing, options.calib_images, seed=options.seed)
-    folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
-    whole = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
-    images = CalibrationImages(next(iter(folds[0]))[:1], folds, whole)
-    model = QuantModel(name, loaded.net, loaded.net, family_of(loaded.net), precision=recipe.precision)
+    halves = halves_of(calibration, lambda part: Batches(part, progress, torch.from_numpy))
+    images = CalibrationImages(next(iter(halves[0]))[:1], halves)
+    model = QuantModel.of(name, loaded.net, family_of(loaded.net), recipe.precision)
     passes = []
     with progress.stage("float"):
-        passes.append(float_pass(loaded.net, folds))
+        passes.append(float_pass(loaded.net, halves))
     seconds = {}
     for stage in stages(recipe):
         with progress.stage(stage.name) as note:
@@ -67,7 +66,7 @@ def measure(name: str, recipe_name: str) -> dict[str, Any]:
             seconds[stage.name] = time.perf_counter() - start
             note(*model.history[-1].notes)
     with progress.stage("float"):
-        passes.append(float_pass(loaded.net, folds))
+        passes.append(float_pass(loaded.net, halves))
     one = sum(passes) / len(passes)
     return {
         "model": name, "recipe": recipe.name, "images": calibration.count, "float_pass_s": passes,

@@ -23,7 +23,7 @@ from calib.store.kept_files import replacing, tensors_sha256
 from calib.store.provenance import made_by
 from calib.structure.moves import Moved
 
-STAGES = ("equalise", "attention", "calibrate")
+STAGES = ("equalise", "calibrate")
 
 
 class _UnusableError(Exception):

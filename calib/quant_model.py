@@ -14,14 +14,14 @@ from calib.quantizer import QParams
 from calib.structure.moves import Moved
 
 ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
-SAME_AS_NET = nn.Identity()  # stands for an `exact_net` that was not given
 
 
 @dataclass(frozen=True)
 class StageRecord:
     """What one stage did: its options, seconds, error before and after (dB SQNR, None if not measured), notes.
 
-    `details`: figures for later stages and the report, JSON values by name.
+    The error is that of the network's output on held-out images. `details`: figures for the report, JSON values by name;
+    what later stages need is a field of `QuantModel`.
     """
 
     stage: str
@@ -33,7 +33,7 @@ class StageRecord:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for manifest and report."""
+        """Return plain values for manifest and report."""
         return asdict(self)
 
 
@@ -48,29 +48,37 @@ class Branch(Protocol):
 class QuantModel:
     """A network on its way to integers. Stages return a new value; `float_net` is never edited.
 
-    `quantizers` maps every tensor that rounds to its parameters: `blocks.3.attn.qkv:input` (an activation),
-    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
-    `branches` maps blocks to what runs beside them; `moved`: the channel scales already in `net`; `precision`: the bits.
+    `net` is what has become of the network so far. `exact_net` is `float_net` in the coordinates of `net` (BatchNorm
+    folded, channels equalised), so that single blocks can be compared: stages that move coordinates set both, stages that
+    change the function set `net` alone. They are one object until then, and nobody edits it.
 
-    `exact_net` is `float_net` in the coordinates of `net` (BatchNorm folded, channels equalised), so that single blocks can
-    be compared: stages that move coordinates set both, stages that change the function set `net` alone. They are one
-    object until then, and nobody edits it. Not given, it is `net`.
+    `quantizers` maps every tensor that rounds to its grid: `blocks.3.attn.qkv:input` (an activation),
+    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
+    `moved` holds the channel scales already in `net`, `precision` the bits. `branches` maps blocks to what runs beside
+    them, `branch_figures` to what is known of these branches (JSON values).
+
+    `equalised` maps layers to the (exponent, centred) of their channel scales, which tell how one half of the calibration
+    images alone would set them; `half_thresholds` maps layers to the clipping threshold that each half would give.
     """
 
     name: str
     float_net: nn.Module
     net: nn.Module
+    exact_net: nn.Module
     family: Family
     quantizers: dict[str, Grid] = field(default_factory=dict)
     history: tuple[StageRecord, ...] = ()
     branches: dict[str, Branch] = field(default_factory=dict)
+    branch_figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     moved: tuple[Moved, ...] = ()
-    exact_net: nn.Module = SAME_AS_NET
+    equalised: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    half_thresholds: dict[str, tuple[float, ...]] = field(default_factory=dict)
     precision: Precision = INT8_ENGINE
 
-    def __post_init__(self) -> None:
-        if self.exact_net is SAME_AS_NET:
-            object.__setattr__(self, "exact_net", self.net)
+    @classmethod
+    def of(cls, name: str, net: nn.Module, family: Family, precision: Precision = INT8_ENGINE) -> "QuantModel":
+        """Return the float network `net` of which nothing is quantized yet."""
+        return cls(name, net, net, net, family, precision=precision)
 
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `quantizers` added (same names replaced)."""

@@ -128,37 +128,7 @@ class ConvBranch(BlockBranch):
         return [Fit(*pair) for pair in zip(weights, self.bias.double().chunk(self.groups), strict=True)]
 
 
-class DiagonalBranch(BlockBranch):
-    """x * scale + bias, one of each per channel: no matrix product. For blocks that keep shape."""
-
-    def __init__(self, scales: Sequence[Tensor], biases: Sequence[Tensor], channels_last: bool) -> None:
-        super().__init__()
-        self.groups = len(scales)
-        shape = (-1,) if channels_last else (-1, 1, 1)
-        self.scale = fp16_parameter(torch.cat(list(scales)).reshape(shape))
-        self.bias = fp16_parameter(torch.cat(list(biases)).reshape(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) or (B, C, H, W), the shape kept."""
-        return x * self.scale + self.bias
-
-    def fits(self) -> list[Fit]:
-        """One diagonal map per group."""
-        scales, biases = (value.double().flatten().chunk(self.groups) for value in (self.scale, self.bias))
-        return [Fit(scale.diag(), bias) for scale, bias in zip(scales, biases, strict=True)]
-
-
-class LowRankBranch(BlockBranch):
-    """Tokens: (x down) up + b with `down` (d_in, rank) and `up` (rank, d_out)."""
-
-    def __init__(self, down: Tensor, up: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.down, self.up, self.bias = fp16_parameter(down), fp16_parameter(up), fp16_parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
-        return torch.matmul(torch.matmul(x, self.down), self.up) + self.bias
-
-    def fits(self) -> list[Fit]:
-        """One map, of the rank of the branch."""
-        return [Fit((self.down.double() @ self.up.double()).t(), self.bias.double())]
+def engine_bytes(branch: nn.Module) -> int:
+    """Return the bytes that the numbers of `branch` take in an engine: FP16, or INT8 where they are integers."""
+    tensors = [*branch.parameters(), *branch.buffers()]
+    return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)

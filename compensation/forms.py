@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from calib.quantizer import QParams
-from compensation.branch import BlockBranch, ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
+from compensation.branch import BlockBranch, ConvBranch, DenseBranch, SharedBranch
 from compensation.layout import Layout
 from compensation.moments import Moments
 
@@ -25,7 +23,6 @@ class Place:
     """Where a branch goes: how it sees its block, and by form the INT8 layer (and its scale) whose input it may share."""
 
     layout: Layout
-    rank: int  # of a low-rank branch
     shared: Mapping[str, tuple[str, QParams]] = field(default_factory=dict)
 
     def serves(self, form: str) -> bool:
@@ -46,40 +43,6 @@ def dense_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) ->
 def shared_branch(form: str, groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
     """A full matrix in INT8 beside the layer that `form` stands for."""
     return SharedBranch(groups[0].solve(ridge=ridge), *place.shared[form])
-
-
-def diagonal_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
-    """A scale and a bias per channel: as many regressions with one input each."""
-    layout = place.layout
-    if layout.d_in != layout.d_out or layout.stride != 1:
-        raise NoFitError("a diagonal branch needs a block that keeps its shape")
-    scales, biases = [], []
-    for group in groups:
-        mean_x, mean_r = group.a[-1, :-1] / group.count, group.b[-1] / group.count
-        variance = group.a.diagonal()[:-1] / group.count - mean_x.square()
-        covariance = group.b[:-1].diagonal() / group.count - mean_x * mean_r
-        varies = variance > 1e-12 * (variance + group.shift.square())
-        scale = torch.where(varies, covariance / (variance * (1 + ridge)), 0.0)
-        scales.append(scale)
-        biases.append(mean_r - scale * (group.shift + mean_x))
-    return DiagonalBranch(scales, biases, layout.channels_last)
-
-
-def low_rank_branch(groups: Sequence[Moments], place: Place, ridge: float = 0.0) -> BlockBranch:
-    """Reduced-rank regression: of all maps of `rank`, the one whose output is nearest r.
-
-    With C the covariance of x and W the full fit, its output has the covariance W C W^T; keeping the leading eigenvectors V
-    of that, W V V^T loses least (Izenman 1975). Truncating W itself would keep what is large in W, whether x uses it or not.
-    """
-    if not place.layout.channels_last:
-        raise NoFitError("a low-rank branch works on tokens, not on maps")
-    (moments,) = groups
-    full = moments.solve(ridge=ridge)
-    centred = moments.about(moments.shift + moments.a[-1, :-1] / moments.count)
-    leading = torch.linalg.eigh(full.weight @ centred.a[:-1, :-1] @ full.weight.t()).eigenvectors[:, -place.rank :]
-    mean_r = moments.b[-1] / moments.count
-    down, up = full.weight.t() @ leading, leading.t()
-    return LowRankBranch(down, up, mean_r - (centred.shift @ down) @ up)
 
 
 @dataclass(frozen=True)
@@ -105,6 +68,4 @@ FORMS = {
     "dense": Form(dense_branch, kernels=1, map_kernels=2),
     "shared": Form(partial(shared_branch, "shared"), kernels=0, shares=True),
     "shared_mlp": Form(partial(shared_branch, "shared_mlp"), kernels=0, shares=True),
-    "diagonal": Form(diagonal_branch, kernels=0),
-    "low_rank": Form(low_rank_branch, kernels=3),
 }

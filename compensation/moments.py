@@ -10,7 +10,7 @@ keeps a channel with a large mean from drowning the others: in float32 without i
 as -134.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -93,34 +93,21 @@ class Moments:
         merged.a, merged.b, merged.q = merged.a + other.a, merged.b + other.b, merged.q + other.q
         return merged
 
-    def second_moment(self) -> Tensor:
-        """Sum of [x, 1] [x, 1]^T, (d_in + 1, d_in + 1), without the shift: S of ERQ."""
-        return self.about(torch.zeros_like(self.shift)).a
+    def solve(self, ridge: float = 0.0) -> Fit:
+        """Return argmin mean |r - W x - b|^2 + `ridge` |W D|^2, D the root mean square of each (shifted) channel.
 
-    def cross_moment(self) -> Tensor:
-        """Sum of [x, 1] r^T, (d_in + 1, d_out), without the shift."""
-        return self.about(torch.zeros_like(self.shift)).b
-
-    def solve(self, ridge_mean: float = 0.0, penalise_bias: bool = False, ridge: float = 0.0) -> Fit:
-        """argmin mean |r - W x - b|^2 + ridge_mean |W|^2, with |b|^2 added inside the penalty if `penalise_bias`.
-
-        `ridge` is another penalty, on the weights of channels scaled to unit power. A numerically singular problem gets
-        the least of `RIDGES` above it that gives weights below `LARGEST_WEIGHT`. Channels that do not vary get weight 0.
-        Raises torch.linalg.LinAlgError if no ridge helps, ValueError without samples.
+        A numerically singular problem gets the least of `RIDGES` above `ridge` that gives weights below `LARGEST_WEIGHT`.
+        Channels that do not vary get weight 0. Raises torch.linalg.LinAlgError if no ridge helps, ValueError without
+        samples.
         """
         if not self.count:
             raise ValueError("no samples to fit: call update first")
-        # W does not depend on where x is measured from, but the size of b does.
-        moments = self.about(torch.zeros_like(self.shift)) if penalise_bias else self
-        penalty = torch.full_like(moments.a[-1], ridge_mean * self.count)
-        if not penalise_bias:
-            penalty[-1] = 0.0
-        matrix = moments.a + penalty.diag()
-        power = matrix.diagonal()[:-1] + self.count * moments.shift.square()
-        constant = torch.cat((matrix.diagonal()[:-1] <= CONSTANT * power, torch.tensor([False])))
-        z, ridge = _cholesky_solution(matrix, moments.b, constant, ridge)
+        diagonal = self.a.diagonal()[:-1]
+        power = diagonal + self.count * self.shift.square()
+        constant = torch.cat((diagonal <= CONSTANT * power, torch.tensor([False])))
+        z, ridge = _cholesky_solution(self.a, self.b, constant, ridge)
         weight = z[:-1].t()
-        return Fit(weight, z[-1] - weight @ moments.shift, ridge)
+        return Fit(weight, z[-1] - weight @ self.shift, ridge)
 
     def sse(self, weight: Tensor, bias: Tensor) -> float:
         """sum |r - W x - b|^2 over the samples, for any `weight` (d_out, d_in) and `bias` (d_out,)."""
@@ -142,23 +129,6 @@ def r2(groups: Sequence[Moments], fits: Sequence[Fit]) -> float:
     """1 - error / variance, the share of r that the fit of each of `groups` of channels explains; 0 if r does not vary."""
     error = sum(group.sse(fit.weight, fit.bias) for group, fit in zip(groups, fits, strict=True))
     return _r2(error, sum(group.total() for group in groups))
-
-
-def cross_validated_r2(folds: Sequence[Sequence[Moments]], fit: Callable[[Sequence[Moments]], Sequence[Fit]]) -> float:
-    """R2 on samples the fit has not seen; `folds` hold groups of channels, and `fit` gets those of all folds but one.
-
-    Errors and variances are added up before they are divided. With neighbouring images in one fold, this is how the fit
-    will do on new photographs. Raises ValueError if fewer than two folds have samples.
-    """
-    filled = [fold for fold in folds if fold[0].count]
-    if len(filled) < 2:
-        raise ValueError(f"cross-validation needs samples in two folds, {len(filled)} of {len(folds)} have some")
-    error = 0.0
-    for index, held_out in enumerate(filled):
-        rest = filled[:index] + filled[index + 1 :]
-        fits = fit([pooled(group) for group in zip(*rest, strict=True)])
-        error += sum(group.sse(found.weight, found.bias) for group, found in zip(held_out, fits, strict=True))
-    return _r2(error, sum(pooled(group).total() for group in zip(*filled, strict=True)))
 
 
 def _r2(error: float, total: float) -> float:

@@ -1,7 +1,7 @@
 """Which blocks get a branch, and of which form, within a budget of kernels and bytes.
 
-A branch is worth the squared error per sample it takes away on photographs it was not fitted on. Blocks of a residual
-network add to one stream, so errors of different blocks are of one currency.
+A branch is worth the squared error per sample that it removes on images it was not fitted on. Blocks of a residual network
+add to one stream, which makes errors of different blocks comparable.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ def _fits(value: int, limit: int) -> bool:
 
 
 def select(
-    options: Sequence[Option], kernel_price: float, max_kernels: int = UNLIMITED, max_bytes: int = UNLIMITED
+    options: Sequence[Option], min_r2_per_kernel: float, max_kernels: int = UNLIMITED, max_bytes: int = UNLIMITED
 ) -> dict[str, Option]:
     """At most one option per block.
 
     Greedily: first what costs no kernel, by gain, then what gains most per kernel; every further kernel must bring at least
-    `kernel_price` of its block's error. Both limits hold for all blocks together.
+    `min_r2_per_kernel` of its block's error. Both limits hold for all blocks together.
     """
     chosen: dict[str, Option] = {}
     while True:
@@ -46,7 +46,7 @@ def select(
             affordable = _fits(kernels + more, max_kernels) and _fits(
                 size + one.bytes - (now.bytes if now else 0), max_bytes
             )
-            if gain > max(0.0, kernel_price * more * one.error) and affordable:
+            if gain > max(0.0, min_r2_per_kernel * more * one.error) and affordable:
                 steps.append(((more <= 0, gain / max(more, 1)), one))
         if not steps:
             return chosen
@@ -54,7 +54,7 @@ def select(
         chosen[best.block] = best
 
 
-def front(options: Sequence[Option], kernel_price: float) -> list[dict[str, Any]]:
+def front(options: Sequence[Option], min_r2_per_kernel: float) -> list[dict[str, Any]]:
     """What every number of extra kernels buys: `kernels`, `bytes`, and `r2`, the share of all blocks' error taken away."""
     errors = {one.block: one.error for one in options}
     if not errors:
@@ -62,7 +62,7 @@ def front(options: Sequence[Option], kernel_price: float) -> list[dict[str, Any]
     points: list[dict[str, Any]] = []
     most = sum(max((one.kernels for one in options if one.block == block), default=0) for block in errors)
     for limit in range(most + 1):
-        chosen = select(options, kernel_price, limit).values()
+        chosen = select(options, min_r2_per_kernel, limit).values()
         point = {
             "kernels": sum(one.kernels for one in chosen),
             "bytes": sum(one.bytes for one in chosen),

@@ -40,7 +40,7 @@ from deploy.progress import Progress
 from deploy.recipe import load_recipe
 from deploy.report.evidence import Evidence, report_json
 from deploy.report.manifest import manifest_json
-from deploy.stages import FOLD, CalibrationImages, Stage, repair_stages, scale_stages
+from deploy.stages import FOLD, CalibrationImages, Stage, halves_of, repair_stages, scale_stages
 from deploy.verify import cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
@@ -110,16 +110,15 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]]:
             golden = _first_images(evaluation, GOLDEN_IMAGES)
             note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
 
-        folds = [Batches(part, progress, torch.from_numpy) for part in calibration.folds()]
-        by_photograph = Batches(calibration.folds(1)[0], progress, torch.from_numpy)
+        halves = halves_of(calibration, lambda part: Batches(part, progress, torch.from_numpy))
         watch = Watch(folder=cache_folder("unfinished") if options.cache else None)
-        images = CalibrationImages(torch.from_numpy(golden[:1]), folds, by_photograph, watch)
-        model = QuantModel(name, loaded.net, loaded.net, family, precision=recipe.precision)
+        images = CalibrationImages(torch.from_numpy(golden[:1]), halves, watch)
+        model = QuantModel.of(name, loaded.net, family, recipe.precision)
         model = _step(progress, FOLD, model, images)
         cache = Cache(
             {
                 "network": [spec.tag, spec.img_size, loaded.sha256],
-                "images": [calibration.sha256, *(part.images.sha256 for part in folds)],
+                "images": calibration.sha256,
                 "batch": BATCH, "seed": options.seed, "precision": asdict(recipe.precision),
                 "equalise": recipe.equalise and asdict(recipe.equalise),
                 "attention": recipe.attention and asdict(recipe.attention), "calibrate": asdict(recipe.calibrate),

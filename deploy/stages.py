@@ -1,41 +1,47 @@
 """The torch half after loading: what a recipe does to a float network, stage by stage.
 
-`make engine` runs these stages with a cache around those that choose scales; `make table` runs them for many recipes, which
-share the stages they begin with.
+`make engine` runs these stages and keeps what each decides; `make table` runs them for many recipes, which share the stages
+they begin with. Whatever changes the network's function is a candidate, and the judge decides here, in one place, whether it
+stays (calib/judge/held_out.py).
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
 
-from calib.attention import int8 as int8_attention
+from calib.attention.int8 import int8_attention
 from calib.attention.simulated import calibrate_attention
-from calib.images.batches import Batches
+from calib.images.batches import Batches, Half, Part
+from calib.images.image_set import ImageSet
+from calib.judge.held_out import Candidate, Offer, challenge
 from calib.methods import rtn
 from calib.network.fold import fold_affine
-from calib.quant_model import QuantModel
+from calib.quant_model import QuantModel, StageRecord
 from calib.scales.calibrate import calibrate
 from calib.scales.equalise import equalise
 from calib.store.watch import UNWATCHED, Watch
-from compensation.qwt import compensate
-from compensation.star.finetune import finetune
+from compensation import qwt
+from compensation.star import finetune
 from deploy.recipe import Recipe, method_module
 
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """What the stages look at, and who looks at them.
-
-    `example` (1, 3, H, W): any image. `folds`: parts without a common photograph. `whole`: all, by photograph.
-    """
+    """What the stages look at, and who is told of their progress. `example` (1, 3, H, W): any image."""
 
     example: Tensor
-    folds: Sequence[Batches]
-    whole: Batches
+    halves: Sequence[Half]
     watch: Watch = UNWATCHED
+
+
+def halves_of(images: ImageSet, batches: Callable[[ImageSet], Batches]) -> tuple[Half, Half]:
+    """Return the halves of `images` with their roles; `batches` makes a set of images readable for the stages."""
+    first, second = (Half(*(Part(batches(part), part.sources) for part in half)) for half in images.halves())
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -47,69 +53,85 @@ class Stage:
     run: Callable[[QuantModel, CalibrationImages], QuantModel] = field(compare=False)
 
 
-def _on_folds(name: str, stage: Callable[..., QuantModel], options: Any) -> Stage:
-    return Stage(name, options, lambda model, images: stage(model, images.folds, options))
+def _on_halves(name: str, stage: Callable[..., QuantModel], options: Any) -> Stage:
+    return Stage(name, options, lambda model, images: stage(model, images.halves, options))
 
 
 FOLD = Stage("fold", None, lambda model, images: fold_affine(model, images.example))
 
 
 def scale_stages(recipe: Recipe) -> Iterator[Stage]:
-    """What moves channel scales and chooses those of activations, on a folded network."""
+    """Yield the stages that move channel scales and choose those of activations, on a folded network."""
     if recipe.equalise:
-        yield _on_folds("equalise", equalise, recipe.equalise)
-    if recipe.attention:
-        yield _on_folds("attention", int8_attention.prepare, recipe.attention)
+        yield _on_halves("equalise", equalise, recipe.equalise)
     if recipe.precision.attention != "float":
         yield Stage(
-            "simulated attention", recipe.precision, lambda model, images: calibrate_attention(model, images.folds)
+            "simulated attention", recipe.precision, lambda model, images: calibrate_attention(model, images.halves)
         )
-    yield _on_folds("calibrate", calibrate, recipe.calibrate)
+    yield _on_halves("calibrate", calibrate, recipe.calibrate)
 
 
-def repaired(after: QuantModel, without: Callable[[], QuantModel]) -> QuantModel:
-    """`after`, or `without()` with its last record if that says that the output on other photographs got worse."""
-    record = after.history[-1]
-    before_db, after_db = record.sqnr_before_db, record.sqnr_after_db
-    if before_db is None or after_db is None or after_db >= before_db:
-        return after
-    note = f"rolled back: network output {after_db:.2f} dB against {before_db:.2f} dB on other photographs"
-    record = replace(record, sqnr_after_db=before_db, notes=(*record.notes, note))
-    return replace(without(), history=after.history[:-1]).with_record(record)
+def judged(
+    stage: str, options: Any, incumbent: Candidate, halves: Sequence[Half], offer: Callable[[], Offer]
+) -> QuantModel:
+    """Return the better of `incumbent` and what `offer` gives, fitted on all images, with a record of the decision."""
+    start = time.perf_counter()
+    candidates, notes, details = offer()
+    kept, gain, happened = challenge(incumbent, candidates, halves)
+    before, after = (gain.before_db, gain.after_db) if gain else (None, None)
+    happened_notes = (happened,) if happened else ()
+    record = StageRecord(
+        stage, asdict(options), time.perf_counter() - start, before, after, (*happened_notes, *notes), details
+    )
+    return kept.whole.with_record(record)
 
 
 def _round_weights(recipe: Recipe) -> Stage:
-    """The recipe's method; rounding to nearest where that serves the output better."""
-    method = method_module(recipe.method)
+    """Return the stage of the recipe's method, whose candidates challenge rounding to nearest with corrected biases."""
+    method, options = method_module(recipe.method), recipe.method_config
 
     def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
-        rounded = method.reduce_error(model, images.folds, recipe.method_config, images.watch)
-        return repaired(rounded, lambda: rtn.nearest(model, images.folds))
+        plain = rtn.nearest(model)
+        if method is not rtn:
+            plain, _, _ = challenge(plain, [rtn.bias_corrected(plain.whole, images.halves)], images.halves)
+        return judged(
+            recipe.method, options, plain, images.halves,
+            lambda: method.candidates(model, plain, images.halves, options, images.watch),
+        )  # fmt: skip
 
-    return Stage(recipe.method, recipe.method_config, run)
+    return Stage(recipe.method, options, run)
+
+
+def _compensate(options: qwt.Config) -> Stage:
+    def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
+        plain = Candidate.unfitted("no branches", model)
+        return judged("qwt", options, plain, images.halves, lambda: qwt.candidates(model, images.halves, options))
+
+    return Stage("compensate", options, run)
+
+
+def _finetune(options: finetune.Config) -> Stage:
+    def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
+        plain = Candidate.unfitted("branches in closed form", model)
+        offer = lambda: finetune.candidates(model, images.halves, options, images.watch)  # noqa: E731
+        return judged("qwt_star", options, plain, images.halves, offer)
+
+    return Stage("finetune", options, run)
 
 
 def repair_stages(recipe: Recipe) -> Iterator[Stage]:
-    """What rounds the weights and mends what rounding cost, on a calibrated network; a repair that harms is dropped."""
+    """Yield the stages that round the weights and compensate for it, on a calibrated network."""
     yield _round_weights(recipe)
     if recipe.attention:
-        yield _on_folds("choose attention", int8_attention.choose, recipe.attention)
-    if options := recipe.compensate:
-        yield Stage(
-            "compensate",
-            options,
-            lambda model, images: repaired(compensate(model, images.folds, options), lambda: model),
-        )
-    if tuning := recipe.finetune:
-        yield Stage(
-            "finetune",
-            tuning,
-            lambda model, images: repaired(finetune(model, images.whole, tuning, watch=images.watch), lambda: model),
-        )
+        yield _on_halves("attention", int8_attention, recipe.attention)
+    if recipe.compensate:
+        yield _compensate(recipe.compensate)
+    if recipe.finetune:
+        yield _finetune(recipe.finetune)
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """All of them, in order."""
+    """Return all stages of `recipe`, in order."""
     return (FOLD, *scale_stages(recipe), *repair_stages(recipe))
 
 
@@ -121,7 +143,7 @@ class Simulator:
         self.done: list[tuple[Stage, QuantModel]] = []
 
     def run(self, recipe: Recipe, watch: Watch = UNWATCHED) -> QuantModel:
-        """The network after all stages of `recipe`, with their records."""
+        """Return the network after all stages of `recipe`, with their records."""
         if recipe.precision != self.model.precision:
             self.model, self.done = replace(self.model, precision=recipe.precision), []
         todo = stages(recipe)

@@ -43,7 +43,7 @@ def tiny_net(family: str, seed: int = 0) -> nn.Module:
 
 def tiny_model(family: str, seed: int = 0) -> QuantModel:
     net = tiny_net(family, seed)
-    return QuantModel(family, net, net, family_of(net))
+    return QuantModel.of(family, net, family_of(net))
 
 
 def tiny_batches(count: int = 3, batch: int = 4, seed: int = 1) -> list[torch.Tensor]:

@@ -48,7 +48,7 @@ def write_inputs(model: str, folder: Path, calib_images: int, eval_images: int) 
     about = {
         "model": model,
         "weights_source": loaded.source,
-        "classifier": QuantModel(model, loaded.net, loaded.net, family_of(loaded.net)).is_classifier,
+        "classifier": QuantModel.of(model, loaded.net, family_of(loaded.net)).is_classifier,
         "calibration": _save(calibration, folder / CALIBRATION),
         "evaluation": _save(evaluation, folder / EVALUATION),
         "machine": host.describe(),

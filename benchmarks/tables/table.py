@@ -41,7 +41,7 @@ from deploy.measure.accuracy import fidelity
 from deploy.package import write_json
 from deploy.progress import Progress
 from deploy.report.evidence import tool_commit
-from deploy.stages import CalibrationImages, Simulator
+from deploy.stages import CalibrationImages, Simulator, halves_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -104,11 +104,9 @@ def _images(options: TableOptions, preprocessing: Preprocessing) -> tuple[ImageS
 
 
 def _in_memory(images: ImageSet) -> CalibrationImages:
-    """All of `images`, decoded once; folds and whole are views of one tensor."""
-    folds = images.folds()
-    pixels = torch.cat([torch.from_numpy(batch) for fold in folds for batch in fold.batches(BATCH)])
-    parts = pixels.split([fold.count for fold in folds])
-    return CalibrationImages(pixels[:1], [part.split(BATCH) for part in parts], pixels.split(BATCH))
+    """Return all of `images`, decoded once."""
+    halves = halves_of(images, lambda part: [torch.from_numpy(batch) for batch in part.batches(BATCH)])
+    return CalibrationImages(next(iter(halves[0]))[:1], halves)
 
 
 def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
@@ -124,7 +122,7 @@ class Bench:
         self.loaded = load_net(spec)
         self.calibration, self.evaluation = _images(options, preprocessing_from_config(self.loaded.data_config))
         net = self.loaded.net
-        self.model = QuantModel(spec.name, net, net, family_of(net))
+        self.model = QuantModel.of(spec.name, net, family_of(net))
         self._simulator: Simulator | None = None
         self._reference = np.empty(0)
 

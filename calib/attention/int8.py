@@ -4,22 +4,21 @@
 
 TensorRT has one fused kernel for the whole, or none: a half rounded attention loses it. What costs accuracy is P, whose
 small entries round to 0 and whose largest are clipped: the mass lost there counts as a value of 0. Hence the shift m per
-channel, which is free (-m in the bias of v, W m in the bias of the projection): lost mass then counts as a value of m.
+channel, which costs nothing (-m in the bias of v, W m in the bias of the projection): lost mass then counts as a value of m.
 
     m = sum l e / sum l^2        l = sum_t (P - Q(P))_t        e = (P - Q(P)) v        (least squares, per channel)
 
 The error e - m l of o reaches the network's output as r^T J (e - m l), to first order, for random r
-(calib/judge/first_order.py): that judges each threshold of P, with and without the shift, m being fitted on one half
-of the photographs and judged on the other. The error of o itself is a poor judge: in the last block, only the class
-token's row of it is ever read.
+(calib/judge/first_order.py). That chooses each threshold of P, with and without the shift, m being fitted on one half of the
+images. The error of o itself does not tell: in the last block, only the class token's row of it is ever read.
 
-`prepare` decides this on the float network, before activations are calibrated; `choose` decides last, when everything
-else is rounded, which blocks keep it, and takes the shifts of the others back: a shift can widen what the projection reads.
+The stage comes last, when everything else is rounded. A block without INT8 attention stays exactly as it was.
 """
 
+import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -27,23 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import UserError
-from calib.images.batches import Batches, spread_images
-from calib.judge.decibels import decibels
+from calib.images.batches import Batches, Half, Part, spread_images
 from calib.judge.first_order import output_gradients
-from calib.network.qdq import attention_factors, quantize_dequantize, quantized_net
+from calib.judge.held_out import CHOOSE, JUDGE, Candidate, errors_on
+from calib.network.qdq import attention_factors, quantize_dequantize
+from calib.network.rounded_layer import rounded_layer, with_biases
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
 from calib.quantizer import QParams, fp16_scale, qparams_from_amax
-from calib.scales.equalise import apply_moves
+from calib.scales.equalise import apply_moves, placed_moves
 from calib.structure.moves import Moved
 
 HEAD_SIZES = (16, 32, 64)  # what TensorRT has INT8 attention kernels for ...
 MAX_TOKENS = 512  # ... and how many tokens they take
 SOFTMAX_THRESHOLDS = (1.0, 0.85, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # clipping thresholds tried for P
-IMAGES = 16  # per fold: an image has hundreds of tokens, and costs are per image
-MARGIN = 1.25  # of the largest query, key and value: new photographs exceed it
+IMAGES = 8  # per part of a half: an image has hundreds of tokens, and costs are per image
+MARGIN = 1.25  # of the largest query, key and value: new images exceed it
 MODES = ("budget", "all")
-STAGE = "attention"
-NOISE, RANGE = "noise", "range"  # in the record's details, by attention
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,16 @@ class LostMass(NamedTuple):
     mass: Tensor
 
     def shift(self) -> Tensor:
-        """m (H, D); 0 where nothing is lost."""
+        """Return m (H, D); 0 where nothing is lost."""
         return torch.where(self.ll > 0, self.le / self.ll.clamp(min=torch.finfo(self.ll.dtype).tiny), 0.0)
 
     def noise(self, shift: Tensor) -> float:
-        """Squared error of the network's output, to first order, when the values are shifted by `shift` (H, D)."""
+        """Return the squared error of the network's output, to first order, with values shifted by `shift` (H, D)."""
         return float((self.error - (self.mass * shift).sum((2, 3))).square().mean(0).sum())
 
 
 def lost_mass(weights: Tensor, value: Tensor, gradients: Tensor, params: QParams) -> LostMass:
-    """What rounding P, `weights` (B, H, N, N), loses against `value` (B, H, N, D); `gradients` g (K, B, H, N, D) at o."""
+    """Return what rounding P, `weights` (B, H, N, N), loses with `value` (B, H, N, D); `gradients` (K, B, H, N, D) at o."""
     lost = weights - quantize_dequantize(weights, params.scale)
     mass, error = lost.sum(-1, keepdim=True), lost @ value
     least_squares = (term.sum((0, 2)).double() for term in (mass.square(), mass * error))
@@ -88,20 +86,20 @@ def lost_mass(weights: Tensor, value: Tensor, gradients: Tensor, params: QParams
 
 
 def together(parts: Sequence[LostMass]) -> LostMass:
-    """Of all images of `parts`."""
+    """Return the sums over all images of `parts`."""
     ll, le, error, mass = zip(*parts, strict=True)
     return LostMass(sum(ll), sum(le), torch.cat(error, 1), torch.cat(mass, 1))
 
 
 def unmodelled(attention: nn.Module) -> str | None:
-    """Why `QuantAttention` does not compute the same as this attention, or None."""
+    """Return why `QuantAttention` does not compute the same as this attention, or None."""
     if getattr(attention, "gate", None) is not None or not isinstance(attention.get_submodule("norm"), nn.Identity):
         return "a gate or a norm behind it"
     return None
 
 
-def obstacle(attention: nn.Module, tokens: int) -> str | None:
-    """Why TensorRT has no INT8 kernel for this attention, or None."""
+def why_not_int8(attention: nn.Module, tokens: int) -> str | None:
+    """Return why TensorRT has no INT8 kernel for this attention, or None."""
     if attention.head_dim not in HEAD_SIZES:
         return f"head size {attention.head_dim} (INT8 kernels: {', '.join(map(str, HEAD_SIZES))})"
     if tokens > MAX_TOKENS:
@@ -109,8 +107,8 @@ def obstacle(attention: nn.Module, tokens: int) -> str | None:
     return unmodelled(attention)
 
 
-class Seen(NamedTuple):
-    """What one fold showed of an attention: what P loses at each threshold, and the ranges of the other factors."""
+class AttentionSums(NamedTuple):
+    """What some images showed of an attention: what P loses at each threshold, and the ranges of the other factors."""
 
     lost: tuple[LostMass, ...]  # by threshold of SOFTMAX_THRESHOLDS
     query: Tensor  # largest |q|, ()
@@ -123,63 +121,73 @@ def _extremes(x: Tensor) -> Tensor:
     return torch.stack([x.amin((0, 2)), x.amax((0, 2))])
 
 
-def look(attention: nn.Module, packed: Tensor, gradients: Tensor) -> Seen:
-    """`packed` (B, N, 3 H D) from `qkv`; `gradients` (K, B, N, H D) at what `proj` reads."""
+def look(attention: nn.Module, packed: Tensor, gradients: Tensor) -> AttentionSums:
+    """Return the sums of `packed` (B, N, 3 H D) from `qkv`; `gradients` (K, B, N, H D) at what `proj` reads."""
     query, key, value = attention_factors(attention, packed)
     weights = torch.softmax(query @ key.transpose(-2, -1), dim=-1)
     heads = gradients.unflatten(-1, value.shape[1::2]).transpose(2, 3)
     lost = tuple(lost_mass(weights, value, heads, qparams_from_amax(torch.tensor(t))) for t in SOFTMAX_THRESHOLDS)
-    return Seen(lost, query.abs().max(), key.abs().max(), _extremes(value), _extremes(weights @ value))
+    return AttentionSums(lost, query.abs().max(), key.abs().max(), _extremes(value), _extremes(weights @ value))
 
 
-def merged(parts: Sequence[Seen]) -> Seen:
-    """All of `parts` as one."""
+def merged(parts: Sequence[AttentionSums]) -> AttentionSums:
+    """Return the sums over all images of `parts`."""
     lost = tuple(together(each) for each in zip(*(part.lost for part in parts), strict=True))
     largest = (torch.stack([getattr(part, role) for part in parts]).amax(0) for role in ("query", "key"))
-    ends = (
+    extremes = (
         torch.stack([torch.stack([getattr(part, role)[0] for part in parts]).amin(0),
                      torch.stack([getattr(part, role)[1] for part in parts]).amax(0)])
         for role in ("value", "output")
     )  # fmt: skip
-    return Seen(lost, *largest, *ends)
+    return AttentionSums(lost, *largest, *extremes)
 
 
 class Fit(NamedTuple):
-    """What one block needs, and what that costs."""
+    """What one attention needs: `params` by role, the `shift` m (H, D) of its values, and how much that narrows o."""
 
-    params: dict[str, QParams]  # by role
-    shift: Tensor  # m (H, D) of its values
-    noise: float  # at the network's output, across folds
-    range: float  # how much wider o reaches than o - m
+    params: dict[str, QParams]
+    shift: Tensor
+    narrowing: float  # |o - m| over |o|, at most
 
 
-def fit(folds: Sequence[Seen]) -> Fit:
-    """Threshold of P and shift by the network's output: m from one fold, the images it is judged on from the next."""
-    choices: list[tuple[float, int, bool]] = []
+def best_threshold(choose: Sequence[AttentionSums], halves: Sequence[AttentionSums]) -> tuple[float, int, bool]:
+    """Return (squared output error on the images that choose, index of P's threshold, whether values are shifted).
+
+    `choose` and `halves`: by half. m comes from one half, the images it is measured on from the other.
+    """
+    found: list[tuple[float, int, bool]] = []
     for which in range(len(SOFTMAX_THRESHOLDS)):
-        lost = [fold.lost[which] for fold in folds]
         for shifted in (False, True):
-            noise = sum(part.noise(lost[index - 1].shift() * shifted) for index, part in enumerate(lost))
-            choices.append((noise, which, shifted))
-    noise, which, shifted = min(choices)
-    whole = merged(folds)
-    shift = (whole.lost[which].shift() * shifted).float()
-    reach = {"query": whole.query, "key": whole.key, "value": (whole.value - shift).abs().max()}
+            noise = sum(
+                choose[index - 1].lost[which].noise(half.lost[which].shift() * shifted)
+                for index, half in enumerate(halves)
+            )
+            found.append((noise, which, shifted))
+    return min(found)
+
+
+def fit(sums: AttentionSums, which: int, shifted: bool) -> Fit:
+    """Return the quantizers and the shift that the images of `sums` give at the threshold number `which`."""
+    shift = (sums.lost[which].shift() * shifted).float()
+    reach = {"query": sums.query, "key": sums.key, "value": (sums.value - shift).abs().max()}
     params = {role: qparams_from_amax(amax * MARGIN) for role, amax in reach.items()}
     params["softmax"] = qparams_from_amax(torch.tensor(SOFTMAX_THRESHOLDS[which]))
-    return Fit(params, shift, noise, float(whole.output.abs().max() / (whole.output - shift).abs().max()))
+    return Fit(params, shift, float((sums.output - shift).abs().max() / sums.output.abs().max()))
 
 
-def _observe(model: QuantModel, names: Sequence[str], batches: Batches) -> tuple[dict[str, Seen], dict[str, str]]:
-    """(what one fold showed, why TensorRT could not) by attention."""
-    seen: dict[str, list[Seen]] = {name: [] for name in names}
+def _observe(
+    model: QuantModel, names: Sequence[str], batches: Batches
+) -> tuple[dict[str, AttentionSums], dict[str, str]]:
+    """Return (what some images showed, why TensorRT has no INT8 kernel) by attention, of the float network."""
+    seen: dict[str, list[AttentionSums]] = {name: [] for name in names}
     refused: dict[str, str] = {}
+    net = model.exact_net
     hooked = [*names, *(f"{name}.proj" for name in names)]
-    for inputs, gradients, _ in output_gradients(model.net, hooked, spread_images(batches, IMAGES)):
+    for inputs, gradients, _ in output_gradients(net, hooked, spread_images(batches, IMAGES)):
         with torch.inference_mode():
             for name in names:
-                attention = model.net.get_submodule(name)
-                if reason := obstacle(attention, inputs[name].shape[1]):
+                attention = net.get_submodule(name)
+                if reason := why_not_int8(attention, inputs[name].shape[1]):
                     refused[name] = reason
                 else:
                     packed = attention.get_submodule("qkv")(inputs[name])
@@ -187,96 +195,110 @@ def _observe(model: QuantModel, names: Sequence[str], batches: Batches) -> tuple
     return {name: merged(parts) for name, parts in seen.items() if parts}, refused
 
 
-def _with_shifts(model: QuantModel, shifts: dict[str, Tensor]) -> QuantModel:
-    """`model` with the values of these attentions shifted further by m (H D,); the function stays."""
-    moved = [Moved(f"{name}.qkv", f"{name}.proj", torch.ones(len(m)), m) for name, m in shifts.items()]
+def with_attention(model: QuantModel, fits: dict[str, Fit]) -> QuantModel:
+    """Return `model`, whose weights are rounded, with these attentions in INT8 and their values shifted."""
+    moved = [
+        Moved(f"{name}.qkv", f"{name}.proj", torch.ones(each.shift.numel()), each.shift.flatten())
+        for name, each in fits.items()
+        if each.shift.any()
+    ]
     exact = apply_moves(replace(model, net=model.exact_net), moved)
-    net = exact.net if model.net is model.exact_net else apply_moves(model, moved).net
-    return replace(exact, net=net)
+    net = copy.deepcopy(model.net)
+    places = {(producer, consumer): move for move, producer, consumer in placed_moves(model)}
+    changes = {}
+    for one in moved:
+        places[one.producer, one.consumer].produce(net, one.producer, one.scale, one.shift)
+        proj = rounded_layer(net.get_submodule(one.consumer), model.qparams(f"{one.consumer}:weight"))
+        changes[one.consumer] = proj.weight.flatten(0, 1) @ one.shift  # of the weight that runs
+    net = with_biases(net, changes)
+    quantizers = {f"{name}:{role}": each.params[role] for name, each in fits.items() for role in ATTENTION_ROLES}
+    for name, each in fits.items():
+        read = model.qparams(f"{name}.proj:input")
+        quantizers[f"{name}.proj:input"] = replace(read, scale=fp16_scale(read.scale * each.narrowing))
+    return replace(exact, net=net).with_quantizers(quantizers)
 
 
-def prepare(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
-    """`model` with quantizers for every attention that can compute in INT8, its values shifted (same float function).
+@dataclass(frozen=True)
+class Offered:
+    """The attentions that can compute in INT8, by name: fits of each half and of all images, and the cost of each.
 
-    Raises UserError if the family has no attention.
+    The cost is the squared error of the network's output, to first order, on the images that choose.
     """
-    start = time.perf_counter()
+
+    by_half: tuple[dict[str, Fit], ...]
+    whole: dict[str, Fit]
+    cost: dict[str, float]
+    refused: dict[str, str]
+
+    def candidate(self, model: QuantModel, names: Sequence[str]) -> Candidate:
+        """Return `model` with the attentions `names` in INT8."""
+        *by_half, whole = (
+            with_attention(model, {name: fits[name] for name in names}) for fits in (*self.by_half, self.whole)
+        )
+        return Candidate(f"INT8 attention in {len(names)} of {len(self.whole)} blocks", tuple(by_half), whole)
+
+
+def offered(model: QuantModel, halves: Sequence[Half]) -> Offered:
+    """Return what every attention of `model` would need and cost in INT8. Raises UserError if there is no attention."""
     names = model.family.attentions(model.net)
     if not names:
         raise UserError(f"INT8 attention was asked for, but family '{model.family.name}' has none: use another RECIPE")
-    found = [_observe(model, names, batches) for batches in folds]
-    seen, refused = [each for each, _ in found], found[0][1]
-    fits = {name: fit([fold[name] for fold in seen]) for name in seen[0]}
-    shifts = {name: each.shift.flatten() for name, each in fits.items() if each.shift.any()}
-    quantizers = {f"{name}:{role}": each.params[role] for name, each in fits.items() for role in ATTENTION_ROLES}
-    notes = (
-        f"{len(fits)} of {len(names)} attentions can compute in INT8, values shifted in {len(shifts)}",
-        *(f"{name}: {reason}" for name, reason in refused.items()),
-    )
-    details = {
-        NOISE: {name: each.noise for name, each in fits.items()},
-        RANGE: {name: each.range for name, each in fits.items()},
-    }
-    record = StageRecord(STAGE, asdict(config), time.perf_counter() - start, notes=notes, details=details)
-    return _with_shifts(model, shifts).with_quantizers(quantizers).with_record(record)
+    found = [(_observe(model, names, half.choose), _observe(model, names, half.judge)) for half in halves]
+    refused = found[0][0][1]
+    by_half: list[dict[str, Fit]] = [{} for _ in halves]
+    whole: dict[str, Fit] = {}
+    cost: dict[str, float] = {}
+    for name in found[0][0][0]:
+        choose = [seen[name] for (seen, _), _ in found]
+        sums = [merged([one[name], other[name]]) for (one, _), (other, _) in found]
+        cost[name], which, shifted = best_threshold(choose, sums)
+        for fits, of_half in zip(by_half, sums, strict=True):
+            fits[name] = fit(of_half, which, shifted)
+        whole[name] = fit(merged(sums), which, shifted)
+    return Offered(tuple(by_half), whole, cost, refused)
 
 
-def _prepared(model: QuantModel) -> dict[str, dict[str, float]]:
-    (record,) = (record for record in model.history if record.stage == STAGE)
-    return record.details
+def _db(
+    model: QuantModel, candidate: Candidate, halves: Sequence[Half], part: Callable[[Half], Part]
+) -> tuple[float, float]:
+    """Return (SQNR in dB of `model`, of `candidate`) on the images of a part."""
+    errors = errors_on(part, [Candidate.unfitted("", model), candidate], halves)
+    return errors.db(0), errors.db(1)
 
 
-def without_attention(model: QuantModel, kept: Sequence[str] = ()) -> QuantModel:
-    """`model` with attention in FP16 except in the modules `kept`: no quantizers there, and values as they were."""
-    dropped = [name for name in model.int8_attention if name not in kept]
-    gone = {f"{name}:{role}" for name in dropped for role in ATTENTION_ROLES}
-    quantizers = {quantizer: params for quantizer, params in model.quantizers.items() if quantizer not in gone}
-    shifts = {}
-    for name in dropped:
-        # equalise's moves of these channels have no shift
-        m = sum((each.shift for each in model.moved if each.consumer == f"{name}.proj"), torch.zeros(()))
-        if m.any():
-            shifts[name] = -m
-            read = model.qparams(f"{name}.proj:input")
-            quantizers[f"{name}.proj:input"] = replace(
-                read, scale=fp16_scale(read.scale * _prepared(model)[RANGE][name])
-            )
-    return _with_shifts(replace(model, quantizers=quantizers), shifts)
+def _within_budget(model: QuantModel, found: Offered, halves: Sequence[Half], config: Config) -> list[str]:
+    """Return the cheapest attentions whose cost together is within the budget, on the images that choose."""
+    order = sorted(found.cost, key=lambda name: found.cost[name])
+    errors = errors_on(CHOOSE, [Candidate.unfitted("", model)], halves)
+    limit = 10 ** (config.max_loss_db / 10) - 1
+    spent = itertools.accumulate(found.cost[name] / errors.noise[0] for name in order)
+    names = [name for name, total in zip(order, spent, strict=True) if total <= limit]
+    while names:
+        before, after = _db(model, found.candidate(model, names), halves, CHOOSE)
+        if before - after <= config.max_loss_db:
+            break
+        names = names[:-1]
+    return names
 
 
-def choose(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
-    """`model` with the attention quantizers that stay: the cheapest ones whose costs together are within the budget.
+def int8_attention(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
+    """Return `model`, all of whose layers are rounded, with attention in INT8 where the budget allows it.
 
-    The costs are those that `prepare` measured across photographs, and they add up to first order; then the network that
-    results is measured, and gives back the dearest as long as it is not within the budget.
+    The costs of single blocks are measured to first order and add up. Then the network is measured, and the dearest block
+    returns to FP16 as long as the images that choose show a loss over the budget. If the images that judge show one, none
+    stays. Raises UserError if the network has no attention.
     """
     start = time.perf_counter()
-    images = torch.cat([spread_images(batches, IMAGES) for batches in folds])
-    cost = _prepared(model)[NOISE]
-    order = sorted(model.int8_attention, key=lambda name: cost[name])
-
-    with torch.inference_mode():
-        reference = model.float_net(images)
-        signal = float(reference.square().sum())
-
-        def noise(kept: Sequence[str]) -> float:
-            return float((quantized_net(without_attention(model, kept))(images) - reference).square().sum())
-
-        none = noise(())
-        limit = none * 10 ** (config.max_loss_db / 10)
-        kept = order
-        if config.int8 == "budget":
-            totals = itertools.accumulate((cost[name] for name in order), initial=none)
-            kept = [name for name, total in zip(order, list(totals)[1:], strict=True) if total <= limit]
-        reached = noise(kept)
-        while config.int8 == "budget" and kept and reached > limit:
-            kept = kept[:-1]
-            reached = noise(kept)
-    foretold = decibels(signal, none + sum(cost[name] for name in kept))
-    before, after = decibels(signal, none), decibels(signal, reached)
+    found = offered(model, halves)
+    names = list(found.cost) if config.int8 == "all" else _within_budget(model, found, halves, config)
+    candidate = found.candidate(model, names)
+    before, after = _db(model, candidate, halves, JUDGE)
+    note = f"{candidate.name}: output SQNR {after:.2f} dB against {before:.2f} dB in FP16, on held-out images"
+    kept = config.int8 == "all" or (bool(names) and before - after <= config.max_loss_db)
     notes = (
-        f"INT8 attention in {len(kept)} of {len(order)} blocks: {after:.1f} dB on calibration images, "
-        f"{foretold:.1f} dB across photographs (in none {before:.1f} dB)",
+        note if kept else f"dropped, no INT8 attention: {note}",
+        *(f"{name}: {reason}" for name, reason in found.refused.items()),
     )
-    record = StageRecord("choose attention", asdict(config), time.perf_counter() - start, before, after, notes)
-    return without_attention(model, kept).with_record(record)
+    config_json, seconds = asdict(config), time.perf_counter() - start
+    record = StageRecord("attention", config_json, seconds, before, after if kept else before, notes)
+    return (candidate.whole if kept else model).with_record(record)

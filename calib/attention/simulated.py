@@ -15,7 +15,7 @@ from calib.attention.int8 import unmodelled
 from calib.errors import UserError
 from calib.grids import Grid, LogSqrt2, Unrounded, twin_softmax
 from calib.hooks import input_hooks
-from calib.images.batches import Batches, spread_images
+from calib.images.batches import Half, spread_images
 from calib.network.qdq import attention_factors
 from calib.precision import UNROUNDED, Precision
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
@@ -50,7 +50,7 @@ def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> 
     return least_error(histogram, [qparams_from_amax(amax, bits=bits) for amax in thresholds])
 
 
-def calibrate_attention(model: QuantModel, folds: Sequence[Batches]) -> QuantModel:
+def calibrate_attention(model: QuantModel, halves: Sequence[Half]) -> QuantModel:
     """`model` with quantizers for every attention; there may be none. Raises UserError for one that cannot be simulated."""
     start = time.perf_counter()
     names = model.family.attentions(model.net)
@@ -64,9 +64,9 @@ def calibrate_attention(model: QuantModel, folds: Sequence[Batches]) -> QuantMod
         for role, factor in zip(ATTENTION_ROLES, (query, key, weights, value), strict=True):
             histograms[f"{name}:{role}"].update(factor)
 
-    share = math.ceil(IMAGES / len(folds))
+    share = math.ceil(IMAGES / len(halves))
     with input_hooks(model.net, names, look), torch.inference_mode():
-        for batch in torch.cat([spread_images(fold, share) for fold in folds]).split(BATCH):
+        for batch in torch.cat([spread_images(half, share) for half in halves]).split(BATCH):
             model.net(batch)
     quantizers = {
         quantizer: factor_grid(quantizer.rpartition(":")[2], histogram, model.precision)

@@ -1,7 +1,14 @@
-"""Images as the stages read them."""
+"""Images as the stages read them, and what each part of the calibration images is for.
 
+Calibration images are split into two halves so that all crops of one source image lie in the same half. What is fitted on
+one half is tried on the other, of which one part chooses among the candidates and the other part judges what was chosen.
+No image chooses and judges, and no image judges what was fitted on it.
+"""
+
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,8 +22,54 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
 
-def spread_images(batches: Batches, count: int) -> Tensor:
-    """`count` images (or all, if there are fewer) taken evenly from `batches`: neighbours often share a photograph."""
+@dataclass(frozen=True)
+class Part:
+    """Images with one role. `sources`: the number of each image's source image; None: every image is one of its own."""
+
+    batches: Batches
+    sources: Sequence[int] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of the calibration images: all of it to fit on, and its two parts for what was fitted on the other half."""
+
+    choose: Part
+    judge: Part
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.chain(self.choose, self.judge)
+
+    def __len__(self) -> int:
+        return len(self.choose) + len(self.judge)
+
+
+def _spread(batches: Batches, count: int) -> tuple[Tensor, list[int]]:
     share = math.ceil(count / len(batches))
-    taken = torch.cat([batch[:: max(len(batch) // share, 1)][:share] for batch in batches])
-    return taken[:: max(len(taken) // count, 1)][:count]
+    taken: list[Tensor] = []
+    positions: list[int] = []
+    start = 0
+    for batch in batches:
+        picks = range(0, len(batch), max(len(batch) // share, 1))[:share]
+        taken.append(batch[list(picks)])
+        positions += [start + pick for pick in picks]
+        start += len(batch)
+    thinned = slice(None, None, max(len(positions) // count, 1))
+    return torch.cat(taken)[thinned][:count], positions[thinned][:count]
+
+
+def spread_images(batches: Batches, count: int) -> Tensor:
+    """Return `count` images (or all, if there are fewer) taken evenly: neighbours often show the same source image."""
+    return _spread(batches, count)[0]
+
+
+def spread_with_sources(part: Part, count: int) -> tuple[Tensor, list[int]]:
+    """Return the images of `spread_images` and the number of the source image of each."""
+    images, positions = _spread(part, count)
+    return images, positions if part.sources is None else [part.sources[position] for position in positions]

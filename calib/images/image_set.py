@@ -59,14 +59,26 @@ class ImageSet:
                 chunk = self.pictures[start : start + batch_size]
                 yield np.stack(list(pool.map(lambda picture: picture.read(self.preprocessing), chunk)))
 
-    def folds(self, count: int = 2) -> tuple["ImageSet", ...]:
-        """Parts of nearly equal size without a common photograph; fewer than `count` if there are fewer photographs."""
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Number of the source image of every picture; crops of one image have the same."""
+        numbers: dict[str, int] = {}
+        return tuple(numbers.setdefault(picture.content, len(numbers)) for picture in self.pictures)
+
+    def halves(self) -> tuple[tuple["ImageSet", "ImageSet"], tuple["ImageSet", "ImageSet"]]:
+        """Return two halves without a common source image, each in two parts without a common source image.
+
+        With fewer than four source images, parts share some of them; a set of one or two pictures repeats them.
+        """
         by_content: dict[str, list[Picture]] = {}
         for picture in self.pictures:
             by_content.setdefault(picture.content, []).append(picture)
-        photographs = [by_content[content] for content in sorted(by_content)]
-        dealt = [photographs[index::count] for index in range(min(count, len(photographs)))]
-        return tuple(replace(self, pictures=tuple(chain.from_iterable(part)), labels=None) for part in dealt)
+        first, second = (_dealt(half) for half in _dealt([by_content[content] for content in sorted(by_content)]))
+        return self._parts(*first), self._parts(*second)
+
+    def _parts(self, *parts: list[list[Picture]]) -> tuple["ImageSet", "ImageSet"]:
+        one, other = (replace(self, pictures=tuple(chain.from_iterable(part)), labels=None) for part in parts)
+        return one, other
 
     def subset(self, start: int, stop: int) -> "ImageSet":
         """Pictures `start` to `stop` (excluded), with their labels; beyond the end as in a slice."""
@@ -76,6 +88,14 @@ class ImageSet:
             pictures=self.pictures[start:stop],
             labels=None if self.labels is None else self.labels[start:stop],
         )
+
+
+def _dealt(sources: list[list[Picture]]) -> tuple[list[list[Picture]], list[list[Picture]]]:
+    """Return every other one of `sources`, each a list of pictures, and the rest; of a single source, of its pictures."""
+    if len(sources) > 1:
+        return sources[::2], sources[1::2]
+    (pictures,) = sources
+    return ([pictures[::2]], [pictures[1::2]]) if len(pictures) > 1 else (sources, sources)
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:

@@ -1,95 +1,171 @@
-"""Whether changed weights serve the network's output on photographs they were not fitted on.
+"""The one judge: does a change to a network bring its output nearer to the float network's on held-out images?
 
-A layer's own error is a poor judge of that: in a transformer a few huge activations decide it.
+A layer's own error does not tell: in a transformer a few huge activations decide it. So candidates are whole networks, each
+fitted on either half of the calibration images and on all of them. Half of the other half chooses among candidates, the rest
+judges the choice, once (calib/images/batches.py). Gains are counted per source image, because crops of one source image
+are no independent evidence: a candidate has to gain more than the standard error of its gain over source images, and at
+least `MARGIN_DB` on all of them together. Otherwise the plainer candidate stays.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from calib.images.batches import Batches, spread_images
-from calib.judge.choice import BATCH as CHOICE_BATCH
-from calib.judge.choice import IMAGES as CHOICE_IMAGES
-from calib.judge.choice import least_error, output_terms
+from calib.images.batches import Half, Part, spread_with_sources
 from calib.judge.decibels import decibels
 from calib.network.qdq import quantized_net
-from calib.network.rounded_layer import RoundedLayer, with_layers
 from calib.quant_model import QuantModel
 
-JUDGED = 64  # images per fold
+IMAGES = 32  # per half that choose, and as many that judge
 BATCH = 16
-MARGIN_DB = 0.1  # a smaller gain is chance
+MARGIN_DB = 0.1  # a smaller gain is not worth a more complicated network
+LARGEST_DB = 100.0  # stands for the gain over a source image where one of two networks has no error at all
+
+CHOOSE, JUDGE = attrgetter("choose"), attrgetter("judge")
 
 
-def sqnr_db(folds: Sequence[Batches], *candidates: Sequence[QuantModel], images: int = JUDGED) -> list[float]:
-    """Output SQNR (dB) of each candidate over all folds; fold i - 1 runs through its i-th model, fitted on fold i.
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize a network: `by_half[i]` fitted on half i alone (None where not tried), `whole` on all images."""
 
-    The candidates are repairs of one network: its float outputs are computed once for all. `images` of each fold are taken.
-    """
-    signal, noise = 0.0, [0.0] * len(candidates)
-    for index, models in enumerate(zip(*candidates, strict=True)):
-        nets = [quantized_net(model) for model in models]
-        with torch.inference_mode():
-            for batch in spread_images(folds[index - 1], images).split(BATCH):
-                exact = models[0].float_net(batch).double()
-                signal += float(exact.square().sum())
-                for which, net in enumerate(nets):
-                    noise[which] += float((net(batch) - exact).square().sum())
-    return [decibels(signal, each) for each in noise]
+    name: str
+    by_half: tuple[QuantModel | None, ...]
+    whole: QuantModel
+
+    @classmethod
+    def unfitted(cls, name: str, model: QuantModel) -> "Candidate":
+        """Return a candidate that takes nothing from the images, so that both halves give the same."""
+        return cls(name, (model, model), model)
 
 
-def serving(plain: QuantModel, parts: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]) -> list[str]:
-    """Layers whose change the output of `plain` is better with; `parts[i]`, the same layers, was fitted on fold i.
+class Offer(NamedTuple):
+    """What a method offers: candidates, the plainest first, notes on how it got there and figures for the report."""
 
-    To first order in all of them (calib/judge/choice.py), each part judged on the next fold.
-    """
-    net, names = quantized_net(plain), list(parts[0])
-    generator, terms = torch.Generator().manual_seed(0), []
-    for index, layers in enumerate(parts):
-        changed = quantized_net(with_layers(plain, layers))
-
-        def change(name: str, x: torch.Tensor, y: torch.Tensor, changed: nn.Module = changed) -> torch.Tensor:
-            return changed.get_submodule(name)(x) - y
-
-        for batch in spread_images(folds[index - 1], CHOICE_IMAGES).split(CHOICE_BATCH):
-            terms.append(output_terms(net, plain.float_net, names, batch, change, generator))
-    made = least_error(torch.cat(terms), torch.zeros(len(names), dtype=torch.float64))
-    return [name for name, one in zip(names, made, strict=True) if one]
+    candidates: list[Candidate]
+    notes: tuple[str, ...] = ()
+    details: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
-def adopt_if_better(
-    plain: QuantModel, found: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]
-) -> tuple[QuantModel, float, float, str]:
-    """(model, dB before, dB after, what happened): `plain`, or with the last of `found` put in if that is better.
+class Gain(NamedTuple):
+    """Output SQNR (dB) before and after over all images; mean gain (dB) over source images and its standard error."""
 
-    `found` holds layers fitted on each of `folds`, then on all of them; the former decide, each on another fold. The last
-    must not be worse on the images it was fitted on, either: that the parts gained is no promise for the whole. If all of
-    them are not better, those that serve the output are tried alone.
-    """
-    before, after, fitted, whole = _tried(plain, found, folds)
-    note = f"network output {after:.2f} dB against {before:.2f} dB on other photographs"
-    if min(after - MARGIN_DB, fitted) >= before:
-        return whole, before, after, note
-    if fitted < before <= after - MARGIN_DB:
-        note += f", but fitted on all of them {fitted:.2f} dB"
-    names = serving(plain, found[:-1], folds) if found[0] else []
-    if 0 < len(names) < len(found[0]):  # all of them have been tried
-        few = [{name: layers[name] for name in names} for layers in found]
-        before, after, fitted, whole = _tried(plain, few, folds)
-        of_few = (
-            f"the {len(names)} of {len(found[0])} layers that serve the output: {after:.2f} dB; all of them: {note}"
+    before_db: float
+    after_db: float
+    mean_db: float
+    error_db: float
+    sources: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the gain is no chance; false, too, where a figure is not a number."""
+        return self.after_db - self.before_db >= MARGIN_DB and self.mean_db > self.error_db
+
+    def text(self) -> str:
+        """Return one line for the report."""
+        return (
+            f"output SQNR {self.after_db:.2f} dB against {self.before_db:.2f} dB on held-out images "
+            f"(gain {self.mean_db:.2f} dB, standard error {self.error_db:.2f} over {self.sources} source images)"
         )
-        if min(after - MARGIN_DB, fitted) >= before:
-            return whole, before, after, of_few
-        note = of_few
-    return plain, before, before, f"dropped: {note}"
 
 
-def _tried(
-    plain: QuantModel, found: Sequence[Mapping[str, RoundedLayer]], folds: Sequence[Batches]
-) -> tuple[float, float, float, QuantModel]:
-    """(dB before, after, and of all fitted on the images that judge, the model of the last of `found`)."""
-    *parts, whole = (with_layers(plain, layers) for layers in found)
-    before, after, fitted = sqnr_db(folds, [plain] * len(folds), parts, [whole] * len(folds))
-    return before, after, fitted, whole
+Net = Callable[[Tensor], Tensor]
+
+
+class Errors:
+    """Squared output errors of several networks, by source image: what `Gain` is made from."""
+
+    def __init__(self, count: int) -> None:
+        self.signal = 0.0
+        self.noise = [0.0] * count
+        self.by_source: dict[tuple[int, int], list[float]] = {}
+
+    @torch.inference_mode()
+    def add(self, exact: Net, nets: Sequence[Net], images: Tensor, sources: Sequence[tuple[int, int]]) -> None:
+        """Run `nets` and the `exact` one on `images` (B, 3, H, W) of these source images."""
+        for batch, of_batch in zip(images.split(BATCH), _split(sources, BATCH), strict=True):
+            wanted = exact(batch).double()
+            self.signal += float(wanted.square().sum())
+            for which, net in enumerate(nets):
+                lost = (net(batch) - wanted).square().flatten(1).sum(1).tolist()
+                self.noise[which] += sum(lost)
+                for source, one in zip(of_batch, lost, strict=True):
+                    self.by_source.setdefault(source, [0.0] * len(nets))[which] += one
+
+    def db(self, which: int) -> float:
+        """Return the output SQNR (dB) of a network over all images."""
+        return decibels(self.signal, self.noise[which])
+
+    def gain(self, old: int, new: int) -> Gain:
+        """Return what the network number `new` gains over the network number `old`."""
+        gains = [_gain_db(of_source[old], of_source[new]) for of_source in self.by_source.values()]
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+        return Gain(self.db(old), self.db(new), statistics.fmean(gains), error, len(gains))
+
+
+def _gain_db(before: float, after: float) -> float:
+    if before == after:
+        return 0.0
+    if not before or not after:
+        return LARGEST_DB if before else -LARGEST_DB
+    return decibels(before, after)
+
+
+def _split(values: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def errors_on(
+    part: Callable[[Half], Part], candidates: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES
+) -> Errors:
+    """Return the errors of `candidates` on a part of the half that they were not fitted on.
+
+    A half on which some candidate was not fitted is left out. `images` of each part are looked at.
+    """
+    errors = Errors(len(candidates))
+    for index in range(len(halves)):
+        models = [each for each in (candidate.by_half[index] for candidate in candidates) if each is not None]
+        if len(models) < len(candidates):
+            continue
+        taken, sources = spread_with_sources(part(halves[index - 1]), images)
+        nets = [quantized_net(model) for model in models]
+        errors.add(models[0].float_net, nets, taken, [(index, source) for source in sources])
+    return errors
+
+
+def choose(candidates: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES) -> Candidate:
+    """Return the best candidate, the plainest first, on the images that choose; a tie goes to the plainer one."""
+    if len(candidates) == 1:
+        return candidates[0]
+    errors, best = errors_on(CHOOSE, candidates, halves, images), 0
+    for index in range(1, len(candidates)):
+        if errors.gain(best, index).holds:
+            best = index
+    return candidates[best]
+
+
+def challenge(
+    incumbent: Candidate, challengers: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES
+) -> tuple[Candidate, Gain | None, str]:
+    """Return (the candidate that stays, its gain over `incumbent`, what happened); no gain without challengers.
+
+    The best of `challengers` is chosen, then judged against `incumbent` on images that neither fitted nor chose it. Fitted
+    on all images it must not be worse than `incumbent` either, which its halves do not promise.
+    """
+    if not challengers:
+        return incumbent, None, ""
+    chosen = choose(challengers, halves, images)
+    gain = errors_on(JUDGE, [incumbent, chosen], halves, images).gain(0, 1)
+    if not gain.holds:
+        return incumbent, gain._replace(after_db=gain.before_db), f"dropped: {chosen.name}: {gain.text()}"
+    whole = [Candidate.unfitted(each.name, each.whole) for each in (incumbent, chosen)]
+    fitted = errors_on(JUDGE, whole, halves, images).gain(0, 1)
+    if not fitted.after_db >= fitted.before_db:
+        note = f"dropped: {chosen.name}: {gain.text()}, but fitted on all images {fitted.after_db:.2f} dB"
+        return incumbent, gain._replace(after_db=gain.before_db), note
+    return chosen, gain, f"{chosen.name}: {gain.text()}"

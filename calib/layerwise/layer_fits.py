@@ -1,70 +1,98 @@
 """Fitting a network's layers one by one, from sums over their inputs, as many at a time as memory allows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, Self, TypeVar
 
-from calib.images.batches import Batches
-from calib.layerwise.layer_sums import LayerSums, add_inputs
+from torch import Tensor
+
+from calib.images.batches import Half
+from calib.layerwise.layer_sums import LayerSums, add_inputs, pooled
 from calib.network.layer_rows import weight_matrix
-from calib.network.qdq import quantized_net
-from calib.network.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_layers
+from calib.network.rounded_layer import RoundedLayer
 from calib.quant_model import QuantModel
 from calib.store.watch import Watch
 
 MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
-
-# (layer rounded to nearest, its sums by fold) -> the layer fitted on each fold, then on all of them; empty to leave it
-Fit = Callable[[RoundedLayer, Sequence[LayerSums]], tuple[RoundedLayer, ...]]
+PARTS = 4  # sets of sums of each layer: the images of either half that choose, and the others
 
 
-def parts(model: QuantModel, folds: int, by_block: bool) -> Iterator[list[str]]:
-    """Layers to be quantized that share passes over the images: as many as `MEMORY` allows, within a block if `by_block`."""
-    blocks = model.family.blocks(model.net)
+S = TypeVar("S", bound="Sums")
+
+
+class Sums(Protocol):
+    """Sums over rows of a layer's input that can be added up."""
+
+    def update(self, x: Tensor, rounded: Tensor) -> None:
+        """Add rows before and after rounding, both (T, G, K)."""
+
+    def merge(self, other: Self) -> Self:
+        """Return the sums over the rows of both operands."""
+
+
+def parts(model: QuantModel) -> Iterator[list[str]]:
+    """Yield the layers to be quantized, as many at a time as can share passes over the images within `MEMORY`."""
     part: list[str] = []
-    before, held = "", 0
+    held = 0
     for name in model.layers:
-        block = next((block for block in blocks if name.startswith(f"{block}.")), name)
         groups, outputs, columns = weight_matrix(model.net.get_submodule(name)).shape
-        size = 8 * folds * groups * (columns + 1) * (columns + 1 + outputs)
-        if part and (held + size > MEMORY or (by_block and block != before)):
+        size = 8 * PARTS * groups * (columns + 1) * (columns + 1 + outputs)
+        if part and held + size > MEMORY:
             yield part
             part, held = [], 0
         part.append(name)
-        before, held = block, held + size
+        held += size
     yield part
 
 
 def fitted_layers(
     model: QuantModel,
-    plain: QuantModel,
-    folds: Sequence[Batches],
+    halves: Sequence[Half],
     rows: int,
-    fit: Fit,
+    new_sums: Callable[[str], S],
+    fit: Callable[[str, Sequence[S], Sequence[S]], Sequence[RoundedLayer]],
     watch: Watch,
-    propagate: bool = False,
-) -> list[dict[str, RoundedLayer]]:  # fmt: skip
-    """What `fit` finds for each layer of `model`: by fold, then of all folds together.
+) -> list[dict[str, RoundedLayer]]:
+    """Return the layers that `fit` finds: on each half, then on all images; a layer without fits is left out.
 
-    `plain`: `model` with `:weight` quantizers, its biases perhaps others. `rows`: of a layer's input, over all images.
-    `propagate`: inputs come through the blocks fitted before; two more passes per block.
+    `fit(name, choose, halves)` gets the sums of the images that choose, by half, and those of all images of each half.
+    `rows` of a layer's input over all images are enough.
     """
-    share = max(1, rows // sum(len(batches) for batches in folds))
-    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]
-    rounded: list[str] = []
+    share = max(1, rows // sum(len(half) for half in halves))
+    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(halves) + 1)]
     done = 0
-    for part in parts(model, len(folds), propagate):
-        source = None
-        if propagate:
-            quantizers = {f"{name}:weight": plain.quantizers[f"{name}:weight"] for name in rounded}
-            source = quantized_net(with_layers(model.with_quantizers(quantizers), found[-1]))
-        sums = [{name: LayerSums(augmented_weight(model.net.get_submodule(name))) for name in part} for _ in folds]
-        for of_fold, batches in zip(sums, folds, strict=True):
-            add_inputs(of_fold, model, batches, share, source)
+    for part in parts(model):
+        sums = [[{name: new_sums(name) for name in part} for _ in range(2)] for _ in halves]
+        for of_half, half in zip(sums, halves, strict=True):
+            for of_role, images in zip(of_half, (half.choose, half.judge), strict=True):
+                add_inputs(of_role, model, images, share)
         for name in part:
-            nearest = rounded_layer(plain.net.get_submodule(name), plain.qparams(f"{name}:weight"))
-            if fits := fit(nearest, [of_fold.pop(name) for of_fold in sums]):
-                for layers, one in zip(found, fits, strict=True):
+            choose, judge = ([of_half[role].pop(name) for of_half in sums] for role in range(2))
+            whole = [one.merge(other) for one, other in zip(choose, judge, strict=True)]
+            for layers, one in zip(found, fit(name, choose, whole) or (None,) * len(found), strict=True):
+                if one is not None:
                     layers[name] = one
             done += 1
             watch.at(done, len(model.layers))
-        rounded += part
     return found
+
+
+def best_fit(
+    plain: RoundedLayer,
+    options: Sequence[float],
+    fit: Callable[[LayerSums, float], RoundedLayer],
+    choose: Sequence[LayerSums],
+    halves: Sequence[LayerSums],
+) -> tuple[RoundedLayer, ...]:
+    """Return the layer fitted with the best of `options` on each half and on all images; empty if `plain` is better.
+
+    An option is measured by the layer's squared output error on the images of the other half that choose.
+    """
+
+    def error(layers: Sequence[RoundedLayer]) -> float:
+        return sum(choose[index - 1].error(one) for index, one in enumerate(layers))
+
+    tried = {option: [fit(sums, option) for sums in halves] for option in options}
+    best = min(tried, key=lambda option: error(tried[option]))
+    if error(tried[best]) >= error([plain] * len(halves)):
+        return ()
+    return (*tried[best], fit(pooled(halves), best))

@@ -5,7 +5,7 @@ With x~ = [x^, 1] (D = K + 1) the rounded input, W~ = [W, b] and r = y - W~ x~ w
     square = sum x~ x~^T  (D, D)        cross = sum r x~^T  (N, D)        spent = sum |r|^2
 
 The squared error of any other W~^ follows from them: with d = W~^ - W~ it is spent - 2 <d, cross> + <d square, d>. So what
-one fold of photographs suggests is judged on another fold's sums. compensation/moments.py is the same for one group,
+one half of the images suggests is tried on the sums of the other half. compensation/moments.py is the same for one group,
 shifted to the mean; here the weights are damped around zero input, and a depthwise convolution has a thousand groups.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib.images.batches import Batches
 from calib.network.layer_rows import input_rows
@@ -43,7 +43,7 @@ class LayerSums:
         self.count += len(x)
 
     def merge(self, other: "LayerSums") -> "LayerSums":
-        """The rows of both; neither is changed."""
+        """Return the sums over the rows of both operands."""
         merged = LayerSums(self.weight)
         merged.square, merged.cross = self.square + other.square, self.cross + other.cross
         merged.spent, merged.count = self.spent + other.spent, self.count + other.count
@@ -62,32 +62,20 @@ class LayerSums:
         return moment + torch.diag_embed(damping.expand_as(diagonal))
 
 
-def pooled(folds: Sequence[LayerSums]) -> LayerSums:
-    """The rows of all `folds`."""
-    return functools.reduce(LayerSums.merge, folds)
-
-
-def error_across(found: Sequence[RoundedLayer], folds: Sequence[LayerSums]) -> float:
-    """Squared error of `found[i]`, fitted on fold i, on fold i - 1; summed."""
-    return sum(folds[index - 1].error(one) for index, one in enumerate(found))
+def pooled(parts: Sequence[LayerSums]) -> LayerSums:
+    """Return the sums over the rows of all `parts`."""
+    return functools.reduce(LayerSums.merge, parts)
 
 
 class Sums(Protocol):
-    """Anything that learns from rows of a layer's input."""
+    """Anything that is updated with rows of a layer's input."""
 
     def update(self, x: Tensor, rounded: Tensor) -> None:
         """Add rows before and after rounding, both (T, G, K)."""
 
 
-def add_inputs(
-    sums: Mapping[str, Sums], model: QuantModel, batches: Batches, rows: int, source: nn.Module | None = None
-) -> None:
-    """One pass of `model.net` over `batches` that updates the `sums` of every layer named, with up to `rows` rows a batch.
-
-    x^ is the rounded input of the same layer in `source`, a network already partly rounded, instead of `model.net` itself.
-    """
-    exact = input_rows(model.net, sums, batches, rows)
-    pairs = zip(exact, input_rows(source, sums, batches, rows), strict=True) if source else ((x, x) for x in exact)
-    for x, given in pairs:
+def add_inputs(sums: Mapping[str, Sums], model: QuantModel, batches: Batches, rows: int) -> None:
+    """Update `sums` of every layer named in one pass of `model.net` over `batches`, with up to `rows` rows a batch."""
+    for x in input_rows(model.net, sums, batches, rows):
         for name, one in sums.items():
-            one.update(x[name], model.quantizers[f"{name}:input"].fake_quantize(given[name]))
+            one.update(x[name], model.quantizers[f"{name}:input"].fake_quantize(x[name]))

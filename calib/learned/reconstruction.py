@@ -1,8 +1,8 @@
 """Learning how layers round, so that what they compute comes near to the float network's.
 
 A `Task` is what is learned together and by which loss: one block after another (BRECQ, Li et al., ICLR 2021), each reading
-what the rounded network before it returns, or all layers at once (AdaQTransform, Wen et al., ICLR 2025, algorithm 1). The
-loss of an output is BRECQ's: |y^ - y|^2 summed over channels, mean over the rest.
+what the rounded network before it returns. (AdaQTransform's algorithm 1, Wen et al., ICLR 2025, learns all layers at once.)
+The loss of an output is BRECQ's: |y^ - y|^2 summed over channels, mean over the rest.
 
 Whatever is learned is looked at, rounded hard, on images that do not train; the best look is what remains, which may be the
 start.
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.hooks import output_hooks
 from calib.learned.learned_layer import ROUNDING, LearnedInput, LearnedLayer, Mode
 from calib.learned.soft_rounding import beta_at, undecided
 from calib.modules import replace_module
@@ -225,30 +224,3 @@ def block_task(
         return sum(len(x) * float(channel_loss(given.run(module, x), y)) for x, y in pairs) / len(read)
 
     return Task(found, mode, len(images), loss, error, generator)
-
-
-def network_task(
-    running: nn.Module,
-    model: QuantModel,
-    start: QuantModel,
-    layers: Sequence[str],
-    images: Tensor,
-    held_out: Tensor,
-    nearest: bool,
-) -> Task:
-    """Teach all `layers` at once; the loss is the sum of theirs. `running` as in `block_task`."""
-    found, mode = put_learned_layers(running, start, layers, lambda: running(images[:BATCH]), nearest)
-
-    def loss_on(batch: Tensor) -> Tensor:
-        targets: dict[str, Tensor] = {}
-        losses: list[Tensor] = []  # taken as they come: what follows a layer may edit its output
-        with torch.no_grad(), output_hooks(model.net, layers, lambda name, y: targets.update({name: y.clone()})):
-            model.net(batch)
-        with output_hooks(running, layers, lambda name, y: losses.append(channel_loss(y, targets[name]))):
-            running(batch)
-        return torch.stack(losses).sum()
-
-    def error() -> float:
-        return sum(len(batch) * float(loss_on(batch)) for batch in held_out.split(BATCH)) / len(held_out)
-
-    return Task(found, mode, len(images), lambda indices: loss_on(images[indices]), error)

@@ -1,4 +1,4 @@
-"""AdaQTransform in closed form: a gain and an offset per output channel on top of another method's integers.
+"""AdaQTransform in closed form: a gain and an offset per output channel on top of weights rounded to nearest.
 
 The transform (xi, eta) of AdaQTransform costs an engine nothing:
 
@@ -14,40 +14,30 @@ negative xi changes the sign of the row's integers, which the narrow range [-127
 """
 
 import functools
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calib.images.batches import Batches
-from calib.judge.held_out import adopt_if_better
-from calib.layerwise.layer_sums import add_inputs
-from calib.methods import erq, rtn
+from calib.images.batches import Half
+from calib.judge.held_out import Candidate, Offer
+from calib.judge.subsets import layer_candidates
+from calib.layerwise.layer_fits import fitted_layers
 from calib.network.layer_rows import product
-from calib.network.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
-from calib.quant_model import QuantModel, StageRecord
+from calib.network.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layers
+from calib.quant_model import QuantModel
 from calib.quantizer import fp16_scale
 from calib.store.watch import UNWATCHED, Watch
-
-BASES: dict[str, tuple[Callable[..., QuantModel], Any]] = {
-    "rtn": (rtn.reduce_error, rtn.Config(bias_correction=True)),
-    "erq": (erq.reduce_error, erq.Config()),
-}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Whose integers are corrected, and on how much data."""
+    """On how much data the correction is fitted."""
 
-    base: str = "rtn"  # rtn | erq
     rows: int = 131072  # rows of a layer's input over the whole calibration set
 
     def __post_init__(self) -> None:
-        if self.base not in BASES:
-            raise ValueError(f"base '{self.base}' is not one of {', '.join(BASES)}")
         if self.rows < 1:
             raise ValueError(f"rows {self.rows} is not a positive number")
 
@@ -67,7 +57,7 @@ class ChannelSums:
         self.sums += torch.stack([value.sum(1) for value in (torch.ones_like(z), z, e, z * z, z * e, e * e)])
 
     def merge(self, other: "ChannelSums") -> "ChannelSums":
-        """The rows of both; neither is changed."""
+        """Return the sums over the rows of both operands."""
         merged = ChannelSums(self.weight, self.rounded)
         merged.sums = self.sums + other.sums
         return merged
@@ -100,41 +90,28 @@ def correction(sums: ChannelSums) -> tuple[Tensor, Tensor]:
     return gain, sums.offset(gain)
 
 
-def best_fits(folds: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:
-    """The layer corrected by each fold, then by all of them; empty if that does not help across folds."""
-    fits = [correction(sums) for sums in folds]
-    before = sum(float(sums.sums[5].sum()) for sums in folds)
-    if sum(folds[index - 1].error(*one) for index, one in enumerate(fits)) >= before:
+def best_correction(choose: Sequence[ChannelSums], halves: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:
+    """Return the layer corrected by each half, then by all images; empty if that has no less error on the other half."""
+    found = [correction(sums) for sums in halves]
+    before = sum(float(sums.sums[5].sum()) for sums in choose)
+    if sum(choose[index - 1].error(*one) for index, one in enumerate(found)) >= before:
         return ()
-    fits.append(correction(functools.reduce(ChannelSums.merge, folds)))
-    return tuple(corrected(folds[0].rounded, *one) for one in fits)
+    found.append(correction(functools.reduce(ChannelSums.merge, halves)))
+    return tuple(corrected(halves[0].rounded, *one) for one in found)
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
-    """`model` as the base method rounds it, its output channels corrected where that helps across photographs.
+def candidates(
+    model: QuantModel, plain: Candidate, halves: Sequence[Half], config: Config, watch: Watch = UNWATCHED
+) -> Offer:
+    """Offer `plain` with a gain and an offset on the output channels of the layers."""
+    rounded = rounded_layers(plain.whole)
 
-    `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
-    """
-    reduce_base, options = BASES[config.base]
-    base = reduce_base(model, folds, options, watch)
-    start = time.perf_counter()
-    rows = max(1, config.rows // sum(len(batches) for batches in folds))
-    rounded = {
-        name: rounded_layer(base.net.get_submodule(name), base.qparams(f"{name}:weight"))
-        for name in base.quantized_layers
-    }
-    sums = [
-        {name: ChannelSums(augmented_weight(model.net.get_submodule(name)), layer) for name, layer in rounded.items()}
-        for _ in folds
-    ]
-    for of_fold, batches in zip(sums, folds, strict=True):
-        add_inputs(of_fold, model, batches, rows)
-    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(folds) + 1)]  # by fold, then by all of them
-    for name in rounded:
-        if fits := best_fits([of_fold[name] for of_fold in sums]):
-            for layers, one in zip(found, fits, strict=True):
-                layers[name] = one
-    adopted, db_before, db_after, note = adopt_if_better(base, found, folds)
-    notes = (f"{len(found[-1])} of {len(rounded)} layers corrected on top of {config.base}", note)
-    record = StageRecord("adaq", asdict(config), time.perf_counter() - start, db_before, db_after, notes)
-    return adopted.with_record(record)
+    def new_sums(name: str) -> ChannelSums:
+        return ChannelSums(augmented_weight(model.net.get_submodule(name)), rounded[name])
+
+    def best(_name: str, choose: Sequence[ChannelSums], sums: Sequence[ChannelSums]) -> Sequence[RoundedLayer]:
+        return best_correction(choose, sums)
+
+    found = fitted_layers(model, halves, config.rows, new_sums, best, watch)
+    notes = (f"{len(found[-1])} of {len(rounded)} layers corrected",)
+    return Offer(layer_candidates(plain, found, halves), notes)

@@ -9,8 +9,8 @@ it folds into integers, scales and biases: an engine runs the same kernels.
 Which steps learn is the paper's Table 1, here `CASES`. Its authors published no code. Chosen here: xi, eta and the steps
 learn relative to their size, and all rates are raised where there are fewer than the published 20 000 iterations.
 
-One part of the photographs trains, the other judges each block at ten moments of its training, and in the end the network's
-output: what is not better there than plain rounding is dropped.
+One half of the calibration images trains. Images of the other half choose the best of ten moments of each block's training,
+further images of it judge the network's output in the end.
 """
 
 import time
@@ -18,11 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from calib.images.batches import Batches, spread_images
-from calib.judge.held_out import MARGIN_DB, sqnr_db
+from calib.images.batches import Half, spread_images
+from calib.judge.held_out import Candidate, Offer
 from calib.learned.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
 from calib.learned.reconstruction import (
     Follow,
@@ -31,16 +30,15 @@ from calib.learned.reconstruction import (
     State,
     Task,
     block_task,
-    network_task,
     reconstruct,
     steps_of,
 )
 from calib.learned.weight_scales import least_squares_qparams
-from calib.methods.rtn import corrected, nearest
+from calib.methods import rtn
 from calib.network.qdq import quantized_net
 from calib.network.rounded_layer import with_layers
 from calib.precision import UNROUNDED
-from calib.quant_model import QuantModel, StageRecord
+from calib.quant_model import QuantModel
 from calib.quantizer import QParams, largest_integer
 from calib.store.checkpoint import Checkpoint
 from calib.store.kept_files import nets_sha256, tensors_sha256
@@ -69,7 +67,6 @@ class Config:
     case: str = "2.2"  # of AdaQTransform's Table 1: 1.1.1 | 1.1.2 (AdaRound) | 1.2 (LSQ) | 2.1 | 2.2 | 2.3
     offset: bool = True  # biases learn too: with case 2.2 this is AdaQTransform
     input_steps: bool = True  # the steps of inputs learn, in the cases that have them
-    by_block: bool = True  # one block after another; else all layers at once, with `iterations` in all
     drop: float = 0.0  # probability of each input element not to round while learning; QDrop: 0.5
     iterations: int = 100  # per block
     batch: int = 16  # images per iteration
@@ -106,7 +103,7 @@ class Config:
         return Schedule(self.iterations, self.batch, rounding_rate, step_rate, self.regulariser, self.drop)
 
 
-def least_squares_sites(model: QuantModel) -> dict[str, QParams]:
+def least_squares_quantizers(model: QuantModel) -> dict[str, QParams]:
     """A `:weight` quantizer for every layer to be quantized, of the steps that learning starts from."""
     return {
         f"{name}:weight": least_squares_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
@@ -126,12 +123,9 @@ def units(model: QuantModel) -> dict[str, list[str]]:
 def tasks(
     model: QuantModel, start: QuantModel, images: Tensor, held_out: Tensor, config: Config
 ) -> Iterator[tuple[int, Task]]:
-    """(how many there are, task), each to be learned before the next is asked for. `start`: `model`, rounded."""
+    """Yield (number of tasks, task) block by block, each to be learned before the next. `start`: `model`, rounded."""
     running = quantized_net(start)
     to_nearest = not any(ROUNDING in phase.learned for phase in config.phases())
-    if not config.by_block:
-        yield 1, network_task(running, model, start, model.layers, images, held_out, to_nearest)
-        return
     by_unit = units(model)
     for unit, layers in by_unit.items():
         yield len(by_unit), block_task(running, model, start, unit, layers, images, held_out, to_nearest)
@@ -194,39 +188,30 @@ def _description(
     }
 
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
-    """`model` with its rounding learned on all of `folds` but the last, if the last says that it helps.
+def candidates(
+    model: QuantModel, plain: Candidate, halves: Sequence[Half], config: Config, watch: Watch = UNWATCHED,  # noqa: ARG001 - the interface of all methods
+) -> Offer:  # fmt: skip
+    """Offer `model` with its rounding learned on the first half, block by block.
 
-    `folds` are parts of the calibration set without a common photograph. Interrupted, the same call goes on from the
-    checkpoint of `watch`, to the same numbers as without the interruption.
+    Interrupted, the same call goes on from the checkpoint of `watch`, to the same numbers as without the interruption.
     """
-    start = time.perf_counter()
-    plain = nearest(model, folds)
-    training = folds[:-1] or folds
-    images = torch.cat([spread_images(batches, max(1, config.images // len(training))) for batches in training])
-    held_out = spread_images(folds[-1], HELD_OUT)
-    start_here, *_ = corrected(model.with_quantizers(least_squares_sites(model)), folds)
-    checkpoint = watch.checkpoint("adaround", lambda: _description(model, start_here, images, held_out, config))
+    images = spread_images(halves[0], config.images)
+    held_out = spread_images(halves[1].choose, HELD_OUT)
+    begun = model.with_quantizers(least_squares_quantizers(model))
+    start = rtn.with_corrected_biases(begun, rtn.mean_inputs(begun, halves[:1])[0])
+    checkpoint = watch.checkpoint("adaround", lambda: _description(model, start, images, held_out, config))
     course = Course(checkpoint, watch, sum(steps_of(phase, config.iterations) for phase in config.phases()))
     found: dict[str, LearnedLayer] = {}
     better = count = 0
-    for layers, before, after in learned_layers(model, start_here, images, held_out, config, course):
+    for layers, before, after in learned_layers(model, start, images, held_out, config, course):
         found |= layers
         better, count = better + (after < before), count + 1
     checkpoint.remove()
     inputs = {f"{name}:input": layer.reads.grid for name, layer in found.items()}
     tuned = with_layers(model.with_quantizers(inputs), {name: layer.rounded() for name, layer in found.items()})
-    before, after = sqnr_db(folds[-1:], [plain], [tuned])
-    note = f"network output {after:.2f} dB against {before:.2f} dB on photographs that did not train"
-    kept = after >= before + MARGIN_DB  # false, too, where a difference is not a number
     notes = (
-        note if kept else f"dropped: {note}",
-        f"{better} of {count} {'blocks' if config.by_block else 'networks'} learned, {config.iterations} iterations of "
-        f"{min(config.batch, len(images))} of {len(images)} images each; the others round with the least squared error",
+        f"{better} of {count} blocks learned, {config.iterations} iterations of {min(config.batch, len(images))} of "
+        f"{len(images)} images each; the others round with the least squared error",
         *checkpoint.notes,
     )
-    result = tuned if kept else plain
-    seconds = time.perf_counter() - start
-    return result.with_record(
-        StageRecord("adaround", asdict(config), seconds, before, after if kept else before, notes)
-    )
+    return Offer([Candidate(f"case {config.case}", (tuned, None), tuned)], notes)

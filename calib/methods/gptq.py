@@ -8,25 +8,23 @@ order):
 
 The row j of H_F^-1, over the root of its diagonal, is row j of the upper Cholesky factor U of H^-1 (section 3.3, step 3), so
 nothing is inverted on the way: w_F <- w_F - e_j U_jF with e_j = (w_j - q_j) / U_jj. Columns beyond a block of 128 are
-updated once per block (step 2). The grid is the one of rounding to nearest and biases stay, as in the paper. As with every
-method here, a layer rounds to nearest where that has less error across photographs, and the whole is dropped if the
-network's output on other photographs says so.
+updated once per block (step 2). The grid is the one of rounding to nearest and biases stay, as in the paper. A layer rounds
+to nearest where that has less error on images it was not fitted on.
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from calib.images.batches import Batches
-from calib.judge.held_out import adopt_if_better
-from calib.layerwise.layer_fits import fitted_layers
-from calib.layerwise.layer_sums import LayerSums, error_across, pooled
-from calib.methods.rtn import nearest
-from calib.network.rounded_layer import RoundedLayer
-from calib.quant_model import QuantModel, StageRecord
+from calib.images.batches import Half
+from calib.judge.held_out import Candidate, Offer
+from calib.judge.subsets import layer_candidates
+from calib.layerwise.layer_fits import best_fit, fitted_layers
+from calib.layerwise.layer_sums import LayerSums
+from calib.network.rounded_layer import RoundedLayer, augmented_weight, rounded_layers
+from calib.quant_model import QuantModel
 from calib.quantizer import QParams
 from calib.store.watch import UNWATCHED, Watch
 
@@ -75,25 +73,20 @@ def fit(sums: LayerSums, params: QParams, damping: float) -> RoundedLayer:
     return RoundedLayer(integers, params, sums.weight[..., -1].float())
 
 
-def fits_that_help(plain: RoundedLayer, folds: Sequence[LayerSums], damping: float) -> tuple[RoundedLayer, ...]:
-    """The layer fitted on each fold, then on all of them; empty if `plain` has less error across folds."""
-    fits = [fit(sums, plain.params, damping) for sums in folds]
-    if error_across(fits, folds) >= error_across([plain] * len(folds), folds):
-        return ()
-    return (*fits, fit(pooled(folds), plain.params, damping))
+def candidates(
+    model: QuantModel, plain: Candidate, halves: Sequence[Half], config: Config, watch: Watch = UNWATCHED
+) -> Offer:
+    """Offer `plain` with layers whose rounding errors cancel as far as their columns allow."""
+    rounded = rounded_layers(plain.whole)
 
+    def best(name: str, choose: Sequence[LayerSums], sums: Sequence[LayerSums]) -> Sequence[RoundedLayer]:
+        params = rounded[name].params
+        damping = (config.damping,)
+        return best_fit(rounded[name], damping, lambda one, value: fit(one, params, value), choose, sums)
 
-def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
-    """`model` with weights whose rounding errors cancel as far as the columns of a layer allow.
+    def new_sums(name: str) -> LayerSums:
+        return LayerSums(augmented_weight(model.net.get_submodule(name)))
 
-    `folds` are parts of the calibration set without a common photograph; what one suggests is judged on another.
-    """
-    start = time.perf_counter()
-    plain = nearest(model, folds)
-    found = fitted_layers(
-        model, plain, folds, config.rows, lambda layer, sums: fits_that_help(layer, sums, config.damping), watch
-    )
-    adopted, before, after, note = adopt_if_better(plain, found, folds)
-    notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest", note)
-    record = StageRecord("gptq", asdict(config), time.perf_counter() - start, before, after, notes)
-    return adopted.with_record(record)
+    found = fitted_layers(model, halves, config.rows, new_sums, best, watch)
+    notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest",)
+    return Offer(layer_candidates(plain, found, halves), notes)

@@ -47,6 +47,14 @@ def rounded_layer(layer: nn.Module, params: QParams | None = None) -> RoundedLay
     return RoundedLayer(integers, params, augmented_weight(layer)[..., -1].float())
 
 
+def rounded_layers(model: QuantModel) -> dict[str, RoundedLayer]:
+    """Return the quantized layers of `model`, their weights on the grids of their `:weight` quantizers."""
+    return {
+        name: rounded_layer(model.net.get_submodule(name), model.qparams(f"{name}:weight"))
+        for name in model.quantized_layers
+    }
+
+
 def corrected(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
     """`layer` with its scales times |gain|, its bias plus `offset`, both (G, N), and its rows' signs those of `gain`.
 

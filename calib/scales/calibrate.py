@@ -14,18 +14,17 @@ from torch import nn
 from calib.errors import UserError
 from calib.grids import GELU_LEAST, Grid, Unrounded, input_grid, sides_of, twin_gelu
 from calib.hooks import input_hooks
-from calib.images.batches import Batches, spread_images
+from calib.images.batches import Batches, Half, spread_with_sources
 from calib.network.layer_rows import Extremes
 from calib.precision import UNROUNDED
 from calib.quant_model import QuantModel, StageRecord
 from calib.scales.channel_scale import FoldScale, fold_scale
-from calib.scales.equalise import EQUALISED
-from calib.scales.threshold_search import Judge, candidates, search
+from calib.scales.threshold_search import RoundedInputs, candidates, search
 from calib.statistics.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.statistics.signed_ranges import REPQ, SignedHistogram, grid_from_histogram
 
-JUDGE_IMAGES = 8  # per fold
-FOLD_THRESHOLDS = "fold_thresholds"  # in the record's details: what each fold alone would give, by layer
+CHOOSE_IMAGES = 8  # per half
+JUDGE_IMAGES = 32  # per half
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,10 @@ def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, ranged: Se
 
 def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
     """How the fold alone would have equalised, by layer."""
-    details = (record.details for record in model.history if record.stage == "equalise")
-    equalised = next(details, {}).get(EQUALISED, {})
     found = {}
     for name, low in fold.low.items():
         moved = [each for each in model.moved if each.consumer == name]
-        exponent, centred = equalised.get(name, (0.0, False))
+        exponent, centred = model.equalised.get(name, (0.0, False))
         found[name] = fold_scale(low, fold.high[name], moved, exponent, centred, model.precision.zero_points)
     return found
 
@@ -107,12 +104,12 @@ def _open_layers(model: QuantModel) -> list[str]:
     return [name for name in model.layers if f"{name}:input" not in model.quantizers]
 
 
-def _with_asymmetric_inputs(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
-    """`model` with an asymmetric `:input` quantizer for every layer that has none yet, from all folds together."""
+def _with_asymmetric_inputs(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
+    """`model` with an asymmetric `:input` quantizer for every layer that has none yet, from all images together."""
     start = time.perf_counter()
     histograms = {name: SignedHistogram() for name in _open_layers(model)}
     with input_hooks(model.net, histograms, lambda name, _layer, x: histograms[name].update(x)), torch.inference_mode():
-        for batch in itertools.chain(*folds):
+        for batch in itertools.chain(*halves):
             model.net(batch)
 
     def grid(name: str) -> Grid:
@@ -127,54 +124,61 @@ def _with_asymmetric_inputs(model: QuantModel, folds: Sequence[Batches], config:
     return model.with_quantizers(quantizers).with_record(record)
 
 
-def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
-    """`model` with an `:input` quantizer for every layer to be quantized.
-
-    `folds` are parts of the calibration set without a common photograph; all of them together give the scales, and
-    `observer = "search"` chooses how by judging each fold's thresholds on another. What the others mean for inputs with zero
-    points is in calib/statistics/signed_ranges.py. Raises UserError where [precision] asks for the grid of GELU
-    outputs and a layer reads something else, and for an observer that does not know ranges of the kind asked for.
-    """
-    start = time.perf_counter()
-    config = replace(config, percentile=config.percentile or model.family.percentile)
-    if model.precision.zero_points and config.observer != "search":
-        return _with_asymmetric_inputs(model, folds, config)
-    if config.observer == REPQ:
-        raise UserError(
-            f"[calibrate] observer '{REPQ}' is for inputs that round with zero points: set them in [precision]"
-        )
-    layers = _open_layers(model)
-    behind_gelu = _behind_gelu(model)
-    ranged = layers if config.observer == "search" else behind_gelu
-    observed = [_observe(model.net, layers, batches, ranged) for batches in folds]
-    _check_gelu(behind_gelu, observed)
-    whole = {
-        name: functools.reduce(Histogram.merge, (fold.histograms[name] for fold in observed))
+def _whole(observed: Sequence[Observed]) -> Observed:
+    """Return what all halves showed together."""
+    histograms = {
+        name: functools.reduce(Histogram.merge, (half.histograms[name] for half in observed))
         for name in observed[0].histograms
     }
-    by_fold = [fold.histograms for fold in observed]
-    if config.observer == "search":
-        offers = [
-            {name: candidates(each, model.bits(name).input, model.precision.inputs < 8) for name, each in found.items()}
-            for found in (*by_fold, whole)
-        ]
-        images = [spread_images(folds[index - 1], JUDGE_IMAGES) for index in range(len(folds))]
-        judge = Judge(model, [_fold_scales(model, fold.extremes) for fold in observed], images)
-        picks, how = search(judge, offers[:-1])
-        chosen = [
-            {name: offer[pick] for (name, pick), offer in zip(picks.items(), of.values(), strict=True)} for of in offers
-        ]
-    else:
-        how = f"by '{config.observer}'"
-        chosen = [
-            {
-                name: amax_from_histogram(each, config.observer, config.percentile, model.bits(name).input)
-                for name, each in found.items()
-            }
-            for found in (*by_fold, whole)
-        ]
-    thresholds = chosen.pop()
-    extremes = functools.reduce(Extremes.merge, (fold.extremes for fold in observed))
+    return Observed(histograms, functools.reduce(Extremes.merge, (half.extremes for half in observed)))
+
+
+def _searched(
+    model: QuantModel, halves: Sequence[Half], observed: Sequence[Observed]
+) -> tuple[list[dict[str, float]], str]:
+    """Return (thresholds by layer, of each half and then of all images; how they were chosen)."""
+    offers = [
+        {
+            name: candidates(histogram, model.bits(name).input, model.precision.inputs < 8)
+            for name, histogram in found.histograms.items()
+        }
+        for found in (*observed, _whole(observed))
+    ]
+    others = [halves[index - 1] for index in range(len(halves))]
+    inputs = RoundedInputs(
+        model,
+        [_fold_scales(model, half.extremes) for half in observed],
+        [spread_with_sources(half.choose, CHOOSE_IMAGES) for half in others],
+        [spread_with_sources(half.judge, JUDGE_IMAGES) for half in others],
+    )
+    picks, _, how = search(inputs, offers[:-1])
+    return [{name: offer[picks[name]] for name, offer in of.items()} for of in offers], how
+
+
+def _by_observer(model: QuantModel, observed: Sequence[Observed], config: Config) -> tuple[list[dict[str, float]], str]:
+    """Return (thresholds by layer, of each half and then of all images; how they were chosen)."""
+    found = [
+        {
+            name: amax_from_histogram(histogram, config.observer, config.percentile, model.bits(name).input)
+            for name, histogram in half.histograms.items()
+        }
+        for half in (*observed, _whole(observed))
+    ]
+    return found, f"by '{config.observer}'"
+
+
+def _with_symmetric_inputs(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
+    """Return `model` with an `:input` quantizer from a clipping threshold for every layer that has none yet."""
+    start = time.perf_counter()
+    behind_gelu = _behind_gelu(model)
+    layers = _open_layers(model)
+    ranged = layers if config.observer == "search" else behind_gelu
+    observed = [_observe(model.net, layers, half, ranged) for half in halves]
+    _check_gelu(behind_gelu, observed)
+    search_here = config.observer == "search"
+    found, how = _searched(model, halves, observed) if search_here else _by_observer(model, observed, config)
+    *by_half, thresholds = found
+    extremes = _whole(observed).extremes
 
     def grid(name: str, amax: float) -> Grid:
         bits = model.bits(name).input
@@ -185,7 +189,24 @@ def calibrate(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qu
 
     quantizers = {f"{name}:input": grid(name, amax) for name, amax in thresholds.items()}
     notes = (f"{len(quantizers)} activation scales {how}",)
-    details = {name: [found[name] for found in chosen] for name in whole}
-    seconds = time.perf_counter() - start
-    record = StageRecord("calibrate", asdict(config), seconds, notes=notes, details={FOLD_THRESHOLDS: details})
-    return model.with_quantizers(quantizers).with_record(record)
+    record = StageRecord("calibrate", asdict(config), time.perf_counter() - start, notes=notes)
+    half_thresholds = {name: tuple(found[name] for found in by_half) for name in thresholds}
+    return replace(model.with_quantizers(quantizers), half_thresholds=half_thresholds).with_record(record)
+
+
+def calibrate(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
+    """Return `model` with an `:input` quantizer for every layer to be quantized.
+
+    All calibration images together give the scales; `observer = "search"` chooses how, by trying the thresholds of each half
+    on the other (calib/scales/threshold_search.py). What the other observers mean for inputs with zero points is in
+    calib/statistics/signed_ranges.py. Raises UserError where [precision] asks for the grid of GELU outputs and a layer reads
+    something else, and for an observer that does not know ranges of the kind asked for.
+    """
+    config = replace(config, percentile=config.percentile or model.family.percentile)
+    if model.precision.zero_points and config.observer != "search":
+        return _with_asymmetric_inputs(model, halves, config)
+    if config.observer == REPQ:
+        raise UserError(
+            f"[calibrate] observer '{REPQ}' is for inputs that round with zero points: set them in [precision]"
+        )
+    return _with_symmetric_inputs(model, halves, config)

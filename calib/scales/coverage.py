@@ -24,7 +24,6 @@ from calib.hooks import input_hooks
 from calib.network.qdq import attention_factors
 from calib.quant_model import QuantModel
 from calib.quantizer import QMAX
-from calib.scales.calibrate import FOLD_THRESHOLDS
 
 MAX_SPREAD = 1.25  # between halves, in the middle of all layers: 1 dB of rounding noise is down to luck
 MAX_OUTSIDE = 0.005  # of the elements a layer reads
@@ -129,5 +128,4 @@ def outside(model: QuantModel, batches: Iterable[Tensor]) -> tuple[tuple[Outside
 
 def coverage(model: QuantModel, batches: Iterable[Tensor]) -> Coverage:
     """How well the calibration set serves: its halves against each other, and against other images (`batches`)."""
-    (record,) = (record for record in model.history if record.stage == "calibrate")
-    return Coverage(spread(record.details[FOLD_THRESHOLDS]), *outside(model, batches))
+    return Coverage(spread(model.half_thresholds), *outside(model, batches))

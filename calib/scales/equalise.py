@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from calib.errors import UserError
 from calib.grids import input_grid, sides_of
 from calib.hooks import input_hooks
-from calib.images.batches import Batches, spread_images
+from calib.images.batches import Half, spread_images
 from calib.judge.first_order import output_gradients, output_noise
 from calib.network.layer_rows import Extremes, Means, along_inputs, channel_axis, look_at_inputs
 from calib.precision import UNROUNDED, LayerBits
@@ -40,13 +40,12 @@ from calib.scales.channel_scale import FoldScale, channel_scale
 from calib.scales.repq import Reparametrised, channel_ranges, reparametrised
 from calib.structure.moves import Move, Moved, Norm
 
-EQUALISED = "equalised"  # in the record's details: [exponent, centred] by layer
 RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
 # clipping thresholds tried, of the range; the final one is calibrate's business
 THRESHOLDS = (0.6, 0.8, 1.0, 1.25, 1.6)
 FEW_BITS = (0.25, 0.4)  # where levels are few, clipping pays
-JUDGE_IMAGES = 6  # per fold
+CHOOSE_IMAGES = 6  # per half
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,15 @@ class Trial:
         }
 
 
-def _judged(
+def _chosen(
     model: QuantModel,
     shifts: Mapping[str, bool],
-    folds: Sequence[Batches],
+    halves: Sequence[Half],
     ranges: Sequence[Extremes],
     means: Sequence[Means],
     config: Config,
 ) -> dict[str, Candidate]:
-    """(exponent, centred) by layer, the least noise across folds; ties go to the first, which changes least.
+    """Return (exponent, centred) by layer: the least noise on the images that choose; ties go to the one that changes least.
 
     `shifts`: by layer, whether it can be centred.
     """
@@ -144,7 +143,7 @@ def _judged(
             )
             for name in shifts
         }
-        images = spread_images(folds[index - 1], JUDGE_IMAGES)
+        images = spread_images(halves[index - 1].choose, CHOOSE_IMAGES)
         around = {name: mean.of(name) for name in shifts}
         for seen in output_gradients(model.net, list(shifts), images, weights_around=around):
             with torch.no_grad():
@@ -185,13 +184,13 @@ def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
     return replace(model, net=net, exact_net=net, moved=(*model.moved, *moved))
 
 
-def _repq(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
     """`model` with RepQ-ViT's channel scales and shifts moved, and `:input` quantizers for the layers that read them."""
     if not model.precision.zero_points or model.precision.inputs == UNROUNDED:
         raise UserError("[equalise] rule 'repq' is for inputs that round with zero points: set them in [precision]")
     start = time.perf_counter()
     places = {consumer: producer for move, producer, consumer in placed_moves(model) if isinstance(move, Norm)}
-    images = torch.cat([spread_images(batches, math.ceil(REPQ_IMAGES / len(folds))) for batches in folds])
+    images = torch.cat([spread_images(half, math.ceil(REPQ_IMAGES / len(halves))) for half in halves])
     found: dict[str, Reparametrised] = {}
 
     def look(name: str, _layer: nn.Module, x: Tensor) -> None:
@@ -207,21 +206,21 @@ def _repq(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantM
     return apply_moves(model, moved).with_quantizers(quantizers).with_record(record)
 
 
-def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> QuantModel:
+def equalise(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
     """`model` with channel scales (and shifts) moved; its float function is unchanged up to float rounding.
 
-    `folds` are parts of the calibration set without a common photograph.
+    Raises UserError where `rule = "repq"` meets inputs that round without zero points.
     """
     if config.rule == "repq":
-        return _repq(model, folds, config)
+        return _repq(model, halves, config)
     start = time.perf_counter()
     places = list(placed_moves(model))
     shifts = {consumer: move.shifts(model.net, producer, consumer) for move, producer, consumer in places}
-    ranges, means = [Extremes() for _ in folds], [Means() for _ in folds]
-    for batches, extremes, mean in zip(folds, ranges, means, strict=True):
-        look_at_inputs(model.net, shifts, batches, extremes, mean)
+    ranges, means = [Extremes() for _ in halves], [Means() for _ in halves]
+    for half, extremes, mean in zip(halves, ranges, means, strict=True):
+        look_at_inputs(model.net, shifts, half, extremes, mean)
     whole = functools.reduce(Extremes.merge, ranges)
-    chosen = _judged(model, shifts, folds, ranges, means, config)
+    chosen = _chosen(model, shifts, halves, ranges, means, config)
     moved = []
     for _, producer, consumer in places:
         if any(chosen[consumer]):
@@ -232,6 +231,5 @@ def equalise(model: QuantModel, folds: Sequence[Batches], config: Config) -> Qua
         f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(c for _, c in chosen.values())} centred; "
         "exponents " + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
     )
-    details = {EQUALISED: chosen}
-    record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes, details=details)
-    return apply_moves(model, moved).with_record(record)
+    record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
+    return replace(apply_moves(model, moved), equalised=chosen).with_record(record)

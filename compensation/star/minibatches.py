@@ -3,8 +3,8 @@
 The order is a function of the seed alone, so a run that stopped goes on in the same order without a saved random state.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,15 +12,8 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
-class Minibatch(NamedTuple):
-    """Images (B, 3, H, W) and, where there are any, their classes (B,) int64."""
-
-    images: Tensor
-    labels: Tensor | None
-
-
 def shuffled(items: Iterable[Item], window: int, seed: int) -> Iterator[Item]:
-    """Every item once; the next is drawn from `window` that wait, and the order is uniform if no more ever do."""
+    """Yield every item once; the next is drawn from `window` that wait, and the order is uniform if no more ever do."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(waiting: list[Item]) -> Item:
@@ -35,21 +28,14 @@ def shuffled(items: Iterable[Item], window: int, seed: int) -> Iterator[Item]:
         yield draw(waiting)
 
 
-def minibatches(
-    images: Iterable[Tensor], labels: Sequence[int] | None, size: int, window: int, seed: int
-) -> Iterator[Minibatch]:
-    """The images of `images` (batches of any size), `size` at a time in random order; the last may be smaller."""
+def minibatches(images: Iterable[Tensor], size: int, window: int, seed: int) -> Iterator[Tensor]:
+    """Yield the images of `images` (batches of any size), `size` at a time in random order; the last may be smaller."""
     single = (image.clone() for batch in images for image in batch)  # a view would keep its whole batch in memory
-    group: list[tuple[int, Tensor]] = []
-
-    def stacked() -> Minibatch:
-        of_group = None if labels is None else torch.tensor([labels[index] for index, _ in group])
-        return Minibatch(torch.stack([image for _, image in group]), of_group)
-
-    for item in shuffled(enumerate(single), window, seed):
-        group.append(item)
+    group: list[Tensor] = []
+    for image in shuffled(single, window, seed):
+        group.append(image)
         if len(group) == size:
-            yield stacked()
+            yield torch.stack(group)
             group.clear()
     if group:
-        yield stacked()
+        yield torch.stack(group)

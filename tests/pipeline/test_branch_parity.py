@@ -26,7 +26,7 @@ def calibrated():
     loaded = load_net(resolve_model("dinov2_s"), "auto", 0)
     calibration, evaluation = image_sets(None, None, preprocessing_from_config(loaded.data_config), 16, seed=0)
     folds = [[torch.from_numpy(batch.copy()) for batch in part.batches(4)] for part in calibration.folds()]
-    model = QuantModel("dinov2_s", loaded.net, loaded.net, family_of(loaded.net))
+    model = QuantModel.of("dinov2_s", loaded.net, family_of(loaded.net))
     model = rtn.reduce_error(calibrate(model, folds, CalibrateConfig("percentile", 99.99)), folds, rtn.Config())
     return model, folds, next(evaluation.subset(0, 2).batches(2)).copy()
 

@@ -47,7 +47,7 @@ from compensation.qwt import Config, compensate
 
 # 256 tokens of 192 channels: a block reads 0.2 MB per image, four times the image
 net = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=4, depth=2).eval()
-model = QuantModel("vit", net, net, family_of(net))
+model = QuantModel.of("vit", net, family_of(net))
 folds = [Lazy(int(sys.argv[1]) // 2, seed, 64) for seed in (1, 2)]
 model = calibrate(model, [Lazy(16, 3, 64)], CalibrateConfig("max"))
 model = rtn.reduce_error(model, [], rtn.Config())

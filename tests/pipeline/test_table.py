@@ -98,7 +98,7 @@ def test_a_row_is_what_the_stages_give_by_hand(paper):
     calibration, evaluation = image_sets(None, None, preprocessing_from_config(CONFIG), 16, 8)
     folds = [[torch.from_numpy(batch) for batch in fold.batches(16)] for fold in calibration.folds()]
     tiny = tiny_model("vit", seed=len("vit_s"))
-    model = QuantModel("tiny", tiny.net, tiny.net, tiny.family, precision=Precision(4, 4, 8))
+    model = QuantModel.of("tiny", tiny.net, tiny.family, Precision(4, 4, 8))
     model = calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max"))
     model = rtn.reduce_error(model, folds, rtn.Config())
     (images,) = evaluation.batches(8)

@@ -100,7 +100,7 @@ def planted(d=5, blocks=2):
     exact = nn.Sequential(*(Plain(d) for _ in range(blocks))).eval()
     maps = [((0.2 * torch.randn(d, d)).half().float(), torch.randn(d).half().float()) for _ in range(blocks)]
     net = nn.Sequential(*(Shifted(exact[i], *maps[i]) for i in range(blocks))).eval()
-    return QuantModel("chain", exact, net, CHAIN, exact_net=exact), maps
+    return QuantModel("chain", exact, net, exact, CHAIN), maps
 
 
 def tokens(count=3, seed=0, d=5):

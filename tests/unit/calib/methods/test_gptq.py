@@ -86,7 +86,7 @@ def test_a_channel_that_is_never_active_rounds_to_nearest_and_breaks_nothing():
 def calibrated(family, bits):
     folds = [tiny_batches(8, seed=1), tiny_batches(8, seed=2)]
     tiny = tiny_model(family)
-    model = QuantModel(family, tiny.net, tiny.net, tiny.family, precision=Precision(weights=bits, first_last=8))
+    model = QuantModel.of(family, tiny.net, tiny.family, precision=Precision(weights=bits, first_last=8))
     return calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max")), folds
 
 

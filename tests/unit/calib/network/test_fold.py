@@ -59,7 +59,7 @@ def test_a_layer_scale_becomes_part_of_the_layer_it_follows(bias):
     net[2].gamma.data.normal_()
     x = torch.randn(7, 6, dtype=torch.float64)
     expected = net[2].gamma * (x @ net[0].weight.T + (net[0].bias if bias else 0))
-    model = QuantModel("tiny", net, net, tiny_model("vit").family)
+    model = QuantModel.of("tiny", net, tiny_model("vit").family)
     folded = fold_affine(model, x[:1])
     assert not any(isinstance(module, LayerScale) for module in folded.net.modules())
     assert folded.history[-1].notes == ("1 of 1 LayerScales folded",)
@@ -69,7 +69,7 @@ def test_a_layer_scale_becomes_part_of_the_layer_it_follows(bias):
 
 def test_a_layer_scale_stays_where_the_folded_weights_would_have_no_fp16_scale():
     net = nn.Sequential(nn.Linear(6, 5), LayerScale(5, init_values=1e-6)).eval()
-    model = QuantModel("tiny", net, net, tiny_model("vit").family)
+    model = QuantModel.of("tiny", net, tiny_model("vit").family)
     assert isinstance(fold_affine(model, torch.randn(1, 6)).net[1], LayerScale)
     net[1].gamma.data[2] = 0.5  # beside this row the others do not count
     assert not isinstance(fold_affine(model, torch.randn(1, 6)).net[1], LayerScale)

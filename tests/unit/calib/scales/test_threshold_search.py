@@ -94,7 +94,7 @@ def test_a_layer_clips_an_outlier_that_carries_nothing_and_keeps_one_that_does()
     torch.manual_seed(0)
     net = Lone().requires_grad_(False)
     net.first.weight.data[0] *= 100
-    model = QuantModel("lone", net, net, family_of(tiny_net("vit")))
+    model = QuantModel.of("lone", net, family_of(tiny_net("vit")))
     folds = [[torch.randn(64, 8)], [torch.randn(64, 8)]]
     for carries in (False, True):
         net.second.weight.data[:, 0] = float(carries)

@@ -50,7 +50,7 @@ def features_model():
     """A coarse ViT without a classifier."""
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", **TINY["vit"][1], num_classes=0).eval()
-    model = calibrate(QuantModel("features", net, net, family_of(net)), [tiny_batches()], CalibrateConfig("max"))
+    model = calibrate(QuantModel.of("features", net, family_of(net)), [tiny_batches()], CalibrateConfig("max"))
     return coarse(rtn.reduce_error(model, [], rtn.Config()))
 
 

@@ -28,7 +28,7 @@ def model_with(blocks, *records):
     branch = DenseBranch(Fit(torch.zeros(1, 1), torch.zeros(1)))
     net = nn.Identity()
     family = Family("none", frozenset(), frozenset(), "", (), 99.99)
-    return QuantModel("m", net, net, family, history=records, branches=dict.fromkeys(blocks, branch))
+    return QuantModel("m", net, net, net, family, history=records, branches=dict.fromkeys(blocks, branch))
 
 
 def shown(branches, *records):
