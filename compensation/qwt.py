@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from calib.grids import obstacle
 from calib.hooks import input_hooks
-from calib.images.batches import Half
+from calib.images.batches import ROTATIONS, Half
 from calib.judge.held_out import Candidate, Offer
 from calib.network.fp16_range import FP16_MAX
 from calib.network.qdq import quantized_net
@@ -79,7 +79,7 @@ class Config:
 class BlockSums:
     """What is remembered of one block's samples: sums per part of the images and group, and those of the official R2.
 
-    Parts come in pairs, one pair per half: the images that choose, then the others.
+    Parts come in pairs, one pair per half.
     """
 
     def __init__(self, place: Place, parts: int) -> None:
@@ -111,15 +111,16 @@ class BlockSums:
         pairs = zip(self.parts[::2], self.parts[1::2], strict=True)
         return [[pooled(group) for group in zip(*pair, strict=True)] for pair in pairs]
 
-    def held_out_r2(self, branches: Sequence[BlockBranch]) -> float:
-        """Return the R2 of branches fitted on each half, on the images of the other half that choose."""
-        choose = self.parts[::2]
-        error = sum(
-            group.sse(fit.weight, fit.bias)
-            for index, branch in enumerate(branches)
-            for group, fit in zip(choose[index - 1], branch.fits(), strict=True)
-        )
-        total = sum(pooled(group).total() for group in zip(*choose, strict=True))
+    def held_out_r2(self, branches: Sequence[BlockBranch], parts: Sequence[int]) -> float:
+        """Return the R2 of branches fitted on each half, on `parts` of the other half."""
+        error = total = 0.0
+        tried: list[list[Moments]] = []
+        for index, branch in enumerate(branches):
+            other = (index - 1) % len(branches)
+            for groups in (self.parts[2 * other + part] for part in parts):
+                tried.append(groups)
+                error += sum(group.sse(fit.weight, fit.bias) for group, fit in zip(groups, branch.fits(), strict=True))
+        total = sum(pooled(group).total() for group in zip(*tried, strict=True))
         return 1 - error / total if total > 0 else 0.0
 
     def official_r2(self, error: float, groups: Sequence[Moments]) -> float:
@@ -143,30 +144,43 @@ def fp16_bound(branch: BlockBranch, reach: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A form at one block: branches fitted on each half, with the ridge that some parts of the images choose.
+
+    `r2`: on these parts, of branches fitted on the other half.
+    """
+
+    by_half: tuple[BlockBranch, ...]
+    ridge: float
+    r2: float
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """A branch of one form at one block: fitted on all images, and on each half. `found`: plain values."""
+    """A branch of one form at one block, fitted on all images, and its trials by rotation. `found`: plain values."""
 
     branch: BlockBranch
-    by_half: tuple[BlockBranch, ...]
+    trials: tuple[Tried, ...]
     found: dict[str, Any]
 
 
-def _best_ridge(
-    form: str, sums: BlockSums, place: Place, ridges: Sequence[float]
-) -> tuple[float, float, tuple[BlockBranch, ...]]:
-    """Return (R2 on held-out images, ridge, branches by half) of the best ridge. Raises NoFitError if none gives a fit."""
-    found: list[tuple[float, float, tuple[BlockBranch, ...]]] = []
+def _trials(form: str, sums: BlockSums, place: Place, ridges: Sequence[float]) -> tuple[tuple[Tried, ...], Tried]:
+    """Return what each rotation chooses, and both. Raises NoFitError if no ridge gives a fit."""
+    by_ridge: dict[float, tuple[BlockBranch, ...]] = {}
     refusal = ""
     for ridge in ridges:
         try:
-            by_half = tuple(FORMS[form].fit(half, place, ridge) for half in sums.halves())
+            by_ridge[ridge] = tuple(FORMS[form].fit(half, place, ridge) for half in sums.halves())
         except (NoFitError, torch.linalg.LinAlgError) as reason:
             refusal = refusal or str(reason)
-            continue
-        found.append((sums.held_out_r2(by_half), ridge, by_half))
-    if not found:
+    if not by_ridge:
         raise NoFitError(refusal)
-    return max(found, key=lambda one: one[0])
+
+    def best(parts: Sequence[int]) -> Tried:
+        found = [Tried(each, ridge, sums.held_out_r2(each, parts)) for ridge, each in by_ridge.items()]
+        return max(found, key=lambda one: one.r2)
+
+    return tuple(best([part]) for part, _ in ROTATIONS), best([part for part, _ in ROTATIONS])
 
 
 def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tuple[Fitted | None, dict[str, Any]]:
@@ -177,16 +191,16 @@ def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tupl
     if total <= LOSSLESS * samples:
         return None, found | {"kept": False, "reason": "rounding changes nothing here"}
     try:
-        r2_cv, ridge, by_half = _best_ridge(form, sums, place, config.ridges)
-        branch = FORMS[form].fit(groups, place, ridge)
+        trials, together = _trials(form, sums, place, config.ridges)
+        branch = FORMS[form].fit(groups, place, together.ridge)
     except (NoFitError, torch.linalg.LinAlgError) as reason:
         return None, found | {"kept": False, "reason": str(reason)}
     fits = branch.fits()
     error = sum(group.sse(fit.weight, fit.bias) for group, fit in zip(groups, fits, strict=True))
     found |= {
         "r2": r2(groups, fits),
-        "r2_cv": r2_cv,
-        "ridge": ridge,
+        "r2_cv": together.r2,
+        "ridge": together.ridge,
         "r2_official": sums.official_r2(error, groups),
         "largest_weight": max(float(fit.weight.abs().max()) for fit in fits),
         "error_before": sum(float(group.q.sum()) for group in groups) / samples,  # squared, per sample
@@ -197,10 +211,10 @@ def fit_branch(form: str, sums: BlockSums, place: Place, config: Config) -> tupl
     }
     if (bound := fp16_bound(branch, sums.reach)) > FP16_MAX:
         return None, found | {"kept": False, "reason": f"outputs up to {bound:.0f} overflow FP16"}
-    if not r2_cv > 0:
-        return None, found | {"kept": False, "reason": f"R2 {r2_cv:.3f} on held-out images is not above 0"}
-    found |= {"kept": True, "reason": f"R2 {r2_cv:.3f} on held-out images"}
-    return Fitted(branch, by_half, found), found
+    if not together.r2 > 0:
+        return None, found | {"kept": False, "reason": f"R2 {together.r2:.3f} on held-out images is not above 0"}
+    found |= {"kept": True, "reason": f"R2 {together.r2:.3f} on held-out images"}
+    return Fitted(branch, trials, found), found
 
 
 def option(block: str, found: Mapping[str, Any]) -> Option:
@@ -214,7 +228,7 @@ class Joined:
     """The halves as one set of batches; `part_of[index]` says which part, as `BlockSums` numbers them, a batch is from."""
 
     def __init__(self, halves: Sequence[Half]) -> None:
-        self.parts = [part for half in halves for part in (half.choose, half.judge)]
+        self.parts = [part for half in halves for part in half.parts]
         self.part_of = [index for index, part in enumerate(self.parts) for _ in range(len(part))]
         self.halves = len(halves)
 
@@ -329,26 +343,38 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
     details = {"tried": tried, "front": points}
     if not kept:
         return Offer([], notes, details)
-    every = _candidate(model, kept, list(kept))
-    kernels = [one.found["kernels"] for one in kept.values()]
-    few = worth_keeping(every.by_half, halves, kernels, config.min_r2_per_kernel)
+    helpful = [_helpful(kept, config, rotation) for rotation in range(len(ROTATIONS))]
+    every = _candidate(model, kept, list(kept), helpful)
+    kernels = {name: one.found["kernels"] for name, one in kept.items()}
+    few, by_rotation = worth_keeping(every, halves, kernels, config.min_r2_per_kernel)
     if not 0 < len(few) < len(kept):
         return Offer([every], notes, details)
-    return Offer([_candidate(model, kept, few), every], notes, details)
+    return Offer([_candidate(model, kept, few, by_rotation), every], notes, details)
 
 
-def _candidate(model: QuantModel, kept: Mapping[str, Fitted], blocks: Sequence[str]) -> Candidate:
-    """Return `model` with the branches of `kept` at `blocks`."""
+def _helpful(kept: Mapping[str, Fitted], config: Config, rotation: int) -> list[str]:
+    """Return the blocks of `kept` that would get their branch by the images that choose in `rotation` alone."""
+    options = [
+        replace(option(name, one.found), gain=one.trials[rotation].r2 * one.found["variance"])
+        for name, one in kept.items()
+    ]
+    return list(select(options, config.min_r2_per_kernel, *config.limits))
+
+
+def _candidate(
+    model: QuantModel, kept: Mapping[str, Fitted], blocks: Sequence[str], by_rotation: Sequence[Sequence[str]]
+) -> Candidate:
+    """Return `model` with the branches of `kept` at `blocks`, in the trials of rotation r at `by_rotation[r]`."""
 
     def with_branches(branches: dict[str, Branch]) -> QuantModel:
-        return replace(model, branches=branches, branch_figures={name: kept[name].found for name in blocks})
+        return replace(model, branches=branches, branch_figures={name: kept[name].found for name in branches})
 
-    by_half = zip(*(kept[name].by_half for name in blocks), strict=True)
-    return Candidate(
-        f"branches at {len(blocks)} of {len(kept)} blocks",
-        tuple(with_branches(dict(zip(blocks, branches, strict=True))) for branches in by_half),
-        with_branches({name: kept[name].branch for name in blocks}),
+    trials = tuple(
+        tuple(with_branches({name: kept[name].trials[rotation].by_half[half] for name in names}) for half in range(2))
+        for rotation, names in enumerate(by_rotation)
     )
+    title = f"branches at {len(blocks)} of {len(kept)} blocks"
+    return Candidate(title, trials, with_branches({name: kept[name].branch for name in blocks}))
 
 
 def _notes(

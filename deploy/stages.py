@@ -40,7 +40,9 @@ class CalibrationImages:
 
 def halves_of(images: ImageSet, batches: Callable[[ImageSet], Batches]) -> tuple[Half, Half]:
     """Return the halves of `images` with their roles; `batches` makes a set of images readable for the stages."""
-    first, second = (Half(*(Part(batches(part), part.sources) for part in half)) for half in images.halves())
+    first, second = (
+        Half((Part(batches(one), one.sources), Part(batches(other), other.sources))) for one, other in images.halves()
+    )
     return first, second
 
 

@@ -18,7 +18,7 @@ The stage comes last, when everything else is rounded. A block without INT8 atte
 import copy
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import UserError
-from calib.images.batches import Batches, Half, Part, spread_images
+from calib.images.batches import ROTATIONS, Batches, Half, spread_images
 from calib.judge.first_order import output_gradients
-from calib.judge.held_out import CHOOSE, JUDGE, Candidate, errors_on
+from calib.judge.held_out import Candidate, Errors, add_errors
 from calib.network.qdq import attention_factors, quantize_dequantize
 from calib.network.rounded_layer import rounded_layer, with_biases
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
@@ -150,17 +150,19 @@ class Fit(NamedTuple):
     narrowing: float  # |o - m| over |o|, at most
 
 
-def best_threshold(choose: Sequence[AttentionSums], halves: Sequence[AttentionSums]) -> tuple[float, int, bool]:
-    """Return (squared output error on the images that choose, index of P's threshold, whether values are shifted).
+def best_threshold(sums: Sequence[Sequence[AttentionSums]], parts: Sequence[int]) -> tuple[float, int, bool]:
+    """Return (squared output error, index of P's threshold, whether values are shifted) of the best choice.
 
-    `choose` and `halves`: by half. m comes from one half, the images it is measured on from the other.
+    `sums[i][p]`: those over part p of half i. m comes from one half, the images it is measured on are `parts` of the other.
     """
+    halves = [merged(of_half) for of_half in sums]
     found: list[tuple[float, int, bool]] = []
     for which in range(len(SOFTMAX_THRESHOLDS)):
         for shifted in (False, True):
             noise = sum(
-                choose[index - 1].lost[which].noise(half.lost[which].shift() * shifted)
+                sums[index - 1][part].lost[which].noise(half.lost[which].shift() * shifted)
                 for index, half in enumerate(halves)
+                for part in parts
             )
             found.append((noise, which, shifted))
     return min(found)
@@ -195,8 +197,10 @@ def _observe(
     return {name: merged(parts) for name, parts in seen.items() if parts}, refused
 
 
-def with_attention(model: QuantModel, fits: dict[str, Fit]) -> QuantModel:
+def with_attention(model: QuantModel, fits: Mapping[str, Fit]) -> QuantModel:
     """Return `model`, whose weights are rounded, with these attentions in INT8 and their values shifted."""
+    if not fits:
+        return model
     moved = [
         Moved(f"{name}.qkv", f"{name}.proj", torch.ones(each.shift.numel()), each.shift.flatten())
         for name, each in fits.items()
@@ -218,87 +222,115 @@ def with_attention(model: QuantModel, fits: dict[str, Fit]) -> QuantModel:
     return replace(exact, net=net).with_quantizers(quantizers)
 
 
-@dataclass(frozen=True)
-class Offered:
-    """The attentions that can compute in INT8, by name: fits of each half and of all images, and the cost of each.
+class Choice(NamedTuple):
+    """What some parts of the images choose: fits by half and of all images, and the cost of each attention, by name.
 
-    The cost is the squared error of the network's output, to first order, on the images that choose.
+    The cost is the squared error of the network's output, to first order.
     """
 
     by_half: tuple[dict[str, Fit], ...]
     whole: dict[str, Fit]
     cost: dict[str, float]
-    refused: dict[str, str]
 
-    def candidate(self, model: QuantModel, names: Sequence[str]) -> Candidate:
-        """Return `model` with the attentions `names` in INT8."""
-        *by_half, whole = (
-            with_attention(model, {name: fits[name] for name in names}) for fits in (*self.by_half, self.whole)
+
+def chosen(sums: Mapping[str, Sequence[Sequence[AttentionSums]]], parts: Sequence[int]) -> Choice:
+    """Return what `parts` of either half choose; `sums[name][i][p]`: those over part p of half i."""
+    choice = Choice(({}, {}), {}, {})
+    for name, of_name in sums.items():
+        choice.cost[name], which, shifted = best_threshold(of_name, parts)
+        halves = [merged(of_half) for of_half in of_name]
+        for fits, half in zip(choice.by_half, halves, strict=True):
+            fits[name] = fit(half, which, shifted)
+        choice.whole[name] = fit(merged(halves), which, shifted)
+    return choice
+
+
+class Attentions:
+    """The attentions of a network whose layers are rounded, and what each would need and cost in INT8.
+
+    Raises UserError if the network has none.
+    """
+
+    def __init__(self, model: QuantModel, halves: Sequence[Half]) -> None:
+        names = model.family.attentions(model.net)
+        if not names:
+            raise UserError(
+                f"INT8 attention was asked for, but family '{model.family.name}' has none: use another RECIPE"
+            )
+        self.model, self.halves = model, halves
+        seen = [[_observe(model, names, part) for part in half.parts] for half in halves]
+        self.refused = seen[0][0][1]
+        sums = {name: [[found[name] for found, _ in of_half] for of_half in seen] for name in seen[0][0][0]}
+        self.choices = [chosen(sums, [part]) for part, _ in ROTATIONS]
+        self.together = chosen(sums, [part for part, _ in ROTATIONS])
+
+    def candidate(self, by_rotation: Sequence[Sequence[str]], names: Sequence[str]) -> Candidate:
+        """Return the network with attention in INT8: in `names`, in the trials of rotation r in `by_rotation[r]`."""
+
+        def with_names(fits: Mapping[str, Fit], names: Sequence[str]) -> QuantModel:
+            return with_attention(self.model, {name: fits[name] for name in names})
+
+        trials = tuple(
+            tuple(with_names(fits, of_rotation) for fits in choice.by_half)
+            for choice, of_rotation in zip(self.choices, by_rotation, strict=True)
         )
-        return Candidate(f"INT8 attention in {len(names)} of {len(self.whole)} blocks", tuple(by_half), whole)
+        title = f"INT8 attention in {len(names)} of {len(self.together.whole)} blocks"
+        return Candidate(title, trials, with_names(self.together.whole, names))
+
+    def errors(self, candidate: Candidate, role: int, rotations: Sequence[int]) -> Errors:
+        """Return the errors without INT8 attention and of `candidate`, on the parts with a role (0 chooses, 1 judges)."""
+        plain, errors = Candidate.unfitted("", self.model), Errors(2)
+        for rotation in rotations:
+            add_errors(errors, [plain, candidate], rotation, ROTATIONS[rotation][role], self.halves)
+        return errors
+
+    def within_budget(self, max_loss_db: float, rotations: Sequence[int], cost: Mapping[str, float]) -> list[str]:
+        """Return the cheapest attentions that lose at most `max_loss_db` together, on the images that choose.
+
+        Costs add up to first order; then the network is measured, and the dearest returns to FP16 while it loses more.
+        """
+
+        def measured(names: Sequence[str]) -> Errors:
+            return self.errors(self.candidate([names] * len(ROTATIONS), names), 0, rotations)
+
+        order = sorted(cost, key=lambda name: cost[name])
+        limit = measured([]).noise[0] * (10 ** (max_loss_db / 10) - 1)
+        spent = itertools.accumulate(cost[name] for name in order)
+        names = [name for name, total in zip(order, spent, strict=True) if total <= limit]
+        while names and loss_db(measured(names)) > max_loss_db:
+            names = names[:-1]
+        return names
 
 
-def offered(model: QuantModel, halves: Sequence[Half]) -> Offered:
-    """Return what every attention of `model` would need and cost in INT8. Raises UserError if there is no attention."""
-    names = model.family.attentions(model.net)
-    if not names:
-        raise UserError(f"INT8 attention was asked for, but family '{model.family.name}' has none: use another RECIPE")
-    found = [(_observe(model, names, half.choose), _observe(model, names, half.judge)) for half in halves]
-    refused = found[0][0][1]
-    by_half: list[dict[str, Fit]] = [{} for _ in halves]
-    whole: dict[str, Fit] = {}
-    cost: dict[str, float] = {}
-    for name in found[0][0][0]:
-        choose = [seen[name] for (seen, _), _ in found]
-        sums = [merged([one[name], other[name]]) for (one, _), (other, _) in found]
-        cost[name], which, shifted = best_threshold(choose, sums)
-        for fits, of_half in zip(by_half, sums, strict=True):
-            fits[name] = fit(of_half, which, shifted)
-        whole[name] = fit(merged(sums), which, shifted)
-    return Offered(tuple(by_half), whole, cost, refused)
-
-
-def _db(
-    model: QuantModel, candidate: Candidate, halves: Sequence[Half], part: Callable[[Half], Part]
-) -> tuple[float, float]:
-    """Return (SQNR in dB of `model`, of `candidate`) on the images of a part."""
-    errors = errors_on(part, [Candidate.unfitted("", model), candidate], halves)
-    return errors.db(0), errors.db(1)
-
-
-def _within_budget(model: QuantModel, found: Offered, halves: Sequence[Half], config: Config) -> list[str]:
-    """Return the cheapest attentions whose cost together is within the budget, on the images that choose."""
-    order = sorted(found.cost, key=lambda name: found.cost[name])
-    errors = errors_on(CHOOSE, [Candidate.unfitted("", model)], halves)
-    limit = 10 ** (config.max_loss_db / 10) - 1
-    spent = itertools.accumulate(found.cost[name] / errors.noise[0] for name in order)
-    names = [name for name, total in zip(order, spent, strict=True) if total <= limit]
-    while names:
-        before, after = _db(model, found.candidate(model, names), halves, CHOOSE)
-        if before - after <= config.max_loss_db:
-            break
-        names = names[:-1]
-    return names
+def loss_db(errors: Errors) -> float:
+    """Return how much lower the SQNR (dB) of the second network is than that of the first."""
+    return errors.db(0) - errors.db(1)
 
 
 def int8_attention(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
     """Return `model`, all of whose layers are rounded, with attention in INT8 where the budget allows it.
 
-    The costs of single blocks are measured to first order and add up. Then the network is measured, and the dearest block
-    returns to FP16 as long as the images that choose show a loss over the budget. If the images that judge show one, none
-    stays. Raises UserError if the network has no attention.
+    Where the images that judge show a loss over the budget, none stays, and the network is what it was. Raises UserError if
+    the network has no attention.
     """
     start = time.perf_counter()
-    found = offered(model, halves)
-    names = list(found.cost) if config.int8 == "all" else _within_budget(model, found, halves, config)
-    candidate = found.candidate(model, names)
-    before, after = _db(model, candidate, halves, JUDGE)
-    note = f"{candidate.name}: output SQNR {after:.2f} dB against {before:.2f} dB in FP16, on held-out images"
-    kept = config.int8 == "all" or (bool(names) and before - after <= config.max_loss_db)
+    found = Attentions(model, halves)
+    rotations = range(len(ROTATIONS))
+    names = list(found.together.whole)
+    by_rotation = [names] * len(ROTATIONS)
+    if config.int8 == "budget":
+        names = found.within_budget(config.max_loss_db, rotations, found.together.cost)
+        by_rotation = [found.within_budget(config.max_loss_db, [r], found.choices[r].cost) for r in rotations]
+    candidate = found.candidate(by_rotation, names)
+    errors = found.errors(candidate, 1, rotations)
+    kept = config.int8 == "all" or (bool(names) and loss_db(errors) <= config.max_loss_db)
+    note = (
+        f"{candidate.name}: output SQNR {errors.db(1):.2f} dB against {errors.db(0):.2f} dB in FP16, on held-out images"
+    )
     notes = (
         note if kept else f"dropped, no INT8 attention: {note}",
         *(f"{name}: {reason}" for name, reason in found.refused.items()),
     )
-    config_json, seconds = asdict(config), time.perf_counter() - start
-    record = StageRecord("attention", config_json, seconds, before, after if kept else before, notes)
+    options, seconds = asdict(config), time.perf_counter() - start
+    record = StageRecord("attention", options, seconds, errors.db(0), errors.db(1 if kept else 0), notes)
     return (candidate.whole if kept else model).with_record(record)

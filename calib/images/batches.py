@@ -1,8 +1,8 @@
-"""Images as the stages read them, and what each part of the calibration images is for.
+"""Images as the stages read them, and which part of the calibration images each image belongs to.
 
-Calibration images are split into two halves so that all crops of one source image lie in the same half. What is fitted on
-one half is tried on the other, of which one part chooses among the candidates and the other part judges what was chosen.
-No image chooses and judges, and no image judges what was fitted on it.
+Calibration images are split into two halves, each half into two parts, so that all crops of one source image lie in the same
+part. What is fitted on one half is tried on the other: one part of it chooses among candidates, the other judges the choice.
+Then the parts change roles, so that every source image judges once (calib/judge/held_out.py).
 """
 
 import itertools
@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+ROTATIONS = ((0, 1), (1, 0))  # (part that chooses, part that judges), of either half
 
 
 class Batches(Protocol):
@@ -38,16 +40,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Half:
-    """One half of the calibration images: all of it to fit on, and its two parts for what was fitted on the other half."""
+    """One half of the calibration images: all of it to fit on, its two parts to try what was fitted on the other half."""
 
-    choose: Part
-    judge: Part
+    parts: tuple[Part, Part]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return itertools.chain(self.choose, self.judge)
+        return itertools.chain(*self.parts)
 
     def __len__(self) -> int:
-        return len(self.choose) + len(self.judge)
+        return sum(len(part) for part in self.parts)
 
 
 def _spread(batches: Batches, count: int) -> tuple[Tensor, list[int]]:

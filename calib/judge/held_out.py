@@ -1,47 +1,59 @@
 """The one judge: does a change to a network bring its output nearer to the float network's on held-out images?
 
-A layer's own error does not tell: in a transformer a few huge activations decide it. So candidates are whole networks, each
-fitted on either half of the calibration images and on all of them. Half of the other half chooses among candidates, the rest
-judges the choice, once (calib/images/batches.py). Gains are counted per source image, because crops of one source image
-are no independent evidence: a candidate has to gain more than the standard error of its gain over source images, and at
-least `MARGIN_DB` on all of them together. Otherwise the plainer candidate stays.
+A layer's own error does not tell: in a transformer a few huge activations decide it. So candidates are whole networks. Each
+is fitted on either half of the calibration images and tried on the other, whose two parts (calib/images/batches.py) choose
+among candidates and judge the choice, first one way round, then the other. In each of these rotations the images that fit,
+choose and judge have no source image in common, and over both of them every source image judges once. What stays is fitted
+on all images, with the choice that both parts together make.
+
+Gains are counted per source image, because crops of one source image are no independent evidence: a candidate has to gain
+more than the standard error of its gain over source images, and at least `MARGIN_DB` on all of them together. Otherwise the
+plainer candidate stays.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from calib.images.batches import Half, Part, spread_with_sources
+from calib.images.batches import ROTATIONS, Half, spread_with_sources
 from calib.judge.decibels import decibels
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
 
-IMAGES = 32  # per half that choose, and as many that judge
+IMAGES = 16  # per part that choose or judge
 BATCH = 16
 MARGIN_DB = 0.1  # a smaller gain is not worth a more complicated network
 LARGEST_DB = 100.0  # stands for the gain over a source image where one of two networks has no error at all
 
-CHOOSE, JUDGE = attrgetter("choose"), attrgetter("judge")
+Trials = tuple[tuple[QuantModel | None, ...], ...]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to quantize a network: `by_half[i]` fitted on half i alone (None where not tried), `whole` on all images."""
+    """One way to quantize a network, fitted on all images (`whole`) and for each rotation and half.
+
+    `trials[r][i]` is fitted on half i; part `ROTATIONS[r][0]` of the other half made its choices. None where that was not
+    tried.
+    """
 
     name: str
-    by_half: tuple[QuantModel | None, ...]
+    trials: Trials
     whole: QuantModel
 
     @classmethod
     def unfitted(cls, name: str, model: QuantModel) -> "Candidate":
-        """Return a candidate that takes nothing from the images, so that both halves give the same."""
-        return cls(name, (model, model), model)
+        """Return a candidate that takes nothing from the images, so that all trials are the same network."""
+        return cls(name, ((model, model),) * len(ROTATIONS), model)
+
+    @classmethod
+    def unchosen(cls, name: str, by_half: Sequence[QuantModel | None], whole: QuantModel) -> "Candidate":
+        """Return a candidate in which nothing is chosen, so that both rotations are the same: `by_half[i]`, fitted on half i."""
+        return cls(name, (tuple(by_half),) * len(ROTATIONS), whole)
 
 
 class Offer(NamedTuple):
@@ -74,6 +86,8 @@ class Gain(NamedTuple):
         )
 
 
+Source = tuple[int, int, int]  # half, part, number within the part
+
 Net = Callable[[Tensor], Tensor]
 
 
@@ -83,10 +97,10 @@ class Errors:
     def __init__(self, count: int) -> None:
         self.signal = 0.0
         self.noise = [0.0] * count
-        self.by_source: dict[tuple[int, int], list[float]] = {}
+        self.by_source: dict[Source, list[float]] = {}
 
     @torch.inference_mode()
-    def add(self, exact: Net, nets: Sequence[Net], images: Tensor, sources: Sequence[tuple[int, int]]) -> None:
+    def add(self, exact: Net, nets: Sequence[Net], images: Tensor, sources: Sequence[Source]) -> None:
         """Run `nets` and the `exact` one on `images` (B, 3, H, W) of these source images."""
         for batch, of_batch in zip(images.split(BATCH), _split(sources, BATCH), strict=True):
             wanted = exact(batch).double()
@@ -96,6 +110,14 @@ class Errors:
                 self.noise[which] += sum(lost)
                 for source, one in zip(of_batch, lost, strict=True):
                     self.by_source.setdefault(source, [0.0] * len(nets))[which] += one
+
+    def merge(self, other: "Errors") -> None:
+        """Add the errors of `other`, of the same networks on other images or in another rotation."""
+        self.signal += other.signal
+        self.noise = [one + more for one, more in zip(self.noise, other.noise, strict=True)]
+        for source, more in other.by_source.items():
+            own = self.by_source.setdefault(source, [0.0] * len(self.noise))
+            self.by_source[source] = [one + another for one, another in zip(own, more, strict=True)]
 
     def db(self, which: int) -> float:
         """Return the output SQNR (dB) of a network over all images."""
@@ -116,37 +138,63 @@ def _gain_db(before: float, after: float) -> float:
     return decibels(before, after)
 
 
-def _split(values: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
+def _split(values: Sequence[Source], size: int) -> list[Sequence[Source]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
-def errors_on(
-    part: Callable[[Half], Part], candidates: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES
-) -> Errors:
-    """Return the errors of `candidates` on a part of the half that they were not fitted on.
+def add_errors(
+    errors: Errors,
+    candidates: Sequence[Candidate],
+    rotation: int,
+    part: int,
+    halves: Sequence[Half],
+    images: int = IMAGES,
+) -> None:
+    """Add the errors of the trials of one rotation on a `part` of the half that each was not fitted on.
 
-    A half on which some candidate was not fitted is left out. `images` of each part are looked at.
+    A half on which some candidate was not tried is left out.
     """
-    errors = Errors(len(candidates))
-    for index in range(len(halves)):
-        models = [each for each in (candidate.by_half[index] for candidate in candidates) if each is not None]
+    for half in range(len(halves)):
+        models = [each for each in (candidate.trials[rotation][half] for candidate in candidates) if each is not None]
         if len(models) < len(candidates):
             continue
-        taken, sources = spread_with_sources(part(halves[index - 1]), images)
-        nets = [quantized_net(model) for model in models]
-        errors.add(models[0].float_net, nets, taken, [(index, source) for source in sources])
-    return errors
+        other = (half - 1) % len(halves)
+        taken, numbers = spread_with_sources(halves[other].parts[part], images)
+        nets = {id(model): quantized_net(model) for model in models}
+        in_order = [nets[id(model)] for model in models]
+        errors.add(models[0].float_net, in_order, taken, [(other, part, number) for number in numbers])
 
 
-def choose(candidates: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES) -> Candidate:
-    """Return the best candidate, the plainest first, on the images that choose; a tie goes to the plainer one."""
-    if len(candidates) == 1:
-        return candidates[0]
-    errors, best = errors_on(CHOOSE, candidates, halves, images), 0
-    for index in range(1, len(candidates)):
+def plainest_best(errors: Errors) -> int:
+    """Return the number of the best network, the plainest first: a later one has to hold its gain over it."""
+    best = 0
+    for index in range(1, len(errors.noise)):
         if errors.gain(best, index).holds:
             best = index
-    return candidates[best]
+    return best
+
+
+def choose(candidates: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES) -> tuple[list[int], int]:
+    """Return (the number of the best candidate in each rotation, and over both), on the images that choose."""
+    if len(candidates) == 1:
+        return [0] * len(ROTATIONS), 0
+    together, by_rotation = Errors(len(candidates)), []
+    for rotation, (part, _) in enumerate(ROTATIONS):
+        errors = Errors(len(candidates))
+        add_errors(errors, candidates, rotation, part, halves, images)
+        together.merge(errors)
+        by_rotation.append(plainest_best(errors) if errors.by_source else 0)
+    return by_rotation, plainest_best(together)
+
+
+def held_out_gain(
+    incumbent: Candidate, chosen: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES
+) -> Gain:
+    """Return the gain of `chosen[r]`, for every rotation r, over `incumbent` on the images that judge."""
+    errors = Errors(2)
+    for rotation, (_, part) in enumerate(ROTATIONS):
+        add_errors(errors, [incumbent, chosen[rotation]], rotation, part, halves, images)
+    return errors.gain(0, 1)
 
 
 def challenge(
@@ -154,17 +202,18 @@ def challenge(
 ) -> tuple[Candidate, Gain | None, str]:
     """Return (the candidate that stays, its gain over `incumbent`, what happened); no gain without challengers.
 
-    The best of `challengers` is chosen, then judged against `incumbent` on images that neither fitted nor chose it. Fitted
-    on all images it must not be worse than `incumbent` either, which its halves do not promise.
+    In each rotation the best of `challengers` is chosen, then judged against `incumbent` on images that neither fitted nor
+    chose it. Fitted on all images the choice must not be worse than `incumbent` either, which its trials do not promise.
     """
     if not challengers:
         return incumbent, None, ""
-    chosen = choose(challengers, halves, images)
-    gain = errors_on(JUDGE, [incumbent, chosen], halves, images).gain(0, 1)
+    by_rotation, best = choose(challengers, halves, images)
+    chosen = challengers[best]
+    gain = held_out_gain(incumbent, [challengers[index] for index in by_rotation], halves, images)
     if not gain.holds:
         return incumbent, gain._replace(after_db=gain.before_db), f"dropped: {chosen.name}: {gain.text()}"
     whole = [Candidate.unfitted(each.name, each.whole) for each in (incumbent, chosen)]
-    fitted = errors_on(JUDGE, whole, halves, images).gain(0, 1)
+    fitted = held_out_gain(whole[0], [whole[1]] * len(ROTATIONS), halves, images)
     if not fitted.after_db >= fitted.before_db:
         note = f"dropped: {chosen.name}: {gain.text()}, but fitted on all images {fitted.after_db:.2f} dB"
         return incumbent, gain._replace(after_db=gain.before_db), note

@@ -1,11 +1,11 @@
 """Fitting a network's layers one by one, from sums over their inputs, as many at a time as memory allows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 from torch import Tensor
 
-from calib.images.batches import Half
+from calib.images.batches import ROTATIONS, Half
 from calib.layerwise.layer_sums import LayerSums, add_inputs, pooled
 from calib.network.layer_rows import weight_matrix
 from calib.network.rounded_layer import RoundedLayer
@@ -13,7 +13,7 @@ from calib.quant_model import QuantModel
 from calib.store.watch import Watch
 
 MEMORY = 4 << 30  # bytes of sums held at a time; more layers take more passes over the images
-PARTS = 4  # sets of sums of each layer: the images of either half that choose, and the others
+PARTS = 4  # of the calibration images, each with sums of its own
 
 
 S = TypeVar("S", bound="Sums")
@@ -29,19 +29,33 @@ class Sums(Protocol):
         """Return the sums over the rows of both operands."""
 
 
-def parts(model: QuantModel) -> Iterator[list[str]]:
+def groups_of_layers(model: QuantModel) -> Iterator[list[str]]:
     """Yield the layers to be quantized, as many at a time as can share passes over the images within `MEMORY`."""
-    part: list[str] = []
+    group: list[str] = []
     held = 0
     for name in model.layers:
         groups, outputs, columns = weight_matrix(model.net.get_submodule(name)).shape
         size = 8 * PARTS * groups * (columns + 1) * (columns + 1 + outputs)
-        if part and held + size > MEMORY:
-            yield part
-            part, held = [], 0
-        part.append(name)
+        if group and held + size > MEMORY:
+            yield group
+            group, held = [], 0
+        group.append(name)
         held += size
-    yield part
+    yield group
+
+
+class LayerTrials(NamedTuple):
+    """One layer fitted for each rotation and half (calib/judge/held_out.py), and on all images; None: `plain` is better."""
+
+    trials: tuple[Sequence[RoundedLayer] | None, ...]
+    whole: RoundedLayer | None
+
+
+class FittedLayers(NamedTuple):
+    """Fitted layers by name: `trials[r][i]` of rotation r and half i, `whole` of all images."""
+
+    trials: list[list[dict[str, RoundedLayer]]]
+    whole: dict[str, RoundedLayer]
 
 
 def fitted_layers(
@@ -49,28 +63,28 @@ def fitted_layers(
     halves: Sequence[Half],
     rows: int,
     new_sums: Callable[[str], S],
-    fit: Callable[[str, Sequence[S], Sequence[S]], Sequence[RoundedLayer]],
+    fit: Callable[[str, Sequence[Sequence[S]]], LayerTrials],
     watch: Watch,
-) -> list[dict[str, RoundedLayer]]:
-    """Return the layers that `fit` finds: on each half, then on all images; a layer without fits is left out.
+) -> FittedLayers:
+    """Return the layers that `fit(name, sums)` finds; `sums[i][p]` are those over part p of half i.
 
-    `fit(name, choose, halves)` gets the sums of the images that choose, by half, and those of all images of each half.
     `rows` of a layer's input over all images are enough.
     """
     share = max(1, rows // sum(len(half) for half in halves))
-    found: list[dict[str, RoundedLayer]] = [{} for _ in range(len(halves) + 1)]
+    found = FittedLayers([[{} for _ in halves] for _ in ROTATIONS], {})
     done = 0
-    for part in parts(model):
-        sums = [[{name: new_sums(name) for name in part} for _ in range(2)] for _ in halves]
+    for group in groups_of_layers(model):
+        sums = [[{name: new_sums(name) for name in group} for _ in half.parts] for half in halves]
         for of_half, half in zip(sums, halves, strict=True):
-            for of_role, images in zip(of_half, (half.choose, half.judge), strict=True):
-                add_inputs(of_role, model, images, share)
-        for name in part:
-            choose, judge = ([of_half[role].pop(name) for of_half in sums] for role in range(2))
-            whole = [one.merge(other) for one, other in zip(choose, judge, strict=True)]
-            for layers, one in zip(found, fit(name, choose, whole) or (None,) * len(found), strict=True):
-                if one is not None:
-                    layers[name] = one
+            for of_part, part in zip(of_half, half.parts, strict=True):
+                add_inputs(of_part, model, part, share)
+        for name in group:
+            trials, whole = fit(name, [[of_part.pop(name) for of_part in of_half] for of_half in sums])
+            for of_rotation, layers in zip(found.trials, trials, strict=True):
+                for of_half_layers, layer in zip(of_rotation, layers or (), strict=False):
+                    of_half_layers[name] = layer
+            if whole is not None:
+                found.whole[name] = whole
             done += 1
             watch.at(done, len(model.layers))
     return found
@@ -80,19 +94,25 @@ def best_fit(
     plain: RoundedLayer,
     options: Sequence[float],
     fit: Callable[[LayerSums, float], RoundedLayer],
-    choose: Sequence[LayerSums],
-    halves: Sequence[LayerSums],
-) -> tuple[RoundedLayer, ...]:
-    """Return the layer fitted with the best of `options` on each half and on all images; empty if `plain` is better.
+    sums: Sequence[Sequence[LayerSums]],
+) -> LayerTrials:
+    """Return the layer fitted with the best of `options`, by its squared output error on images that it was not fitted on.
 
-    An option is measured by the layer's squared output error on the images of the other half that choose.
+    In each rotation one part of the other half chooses the option; both parts choose that of the layer fitted on all images.
     """
+    halves = [pooled(of_half) for of_half in sums]
+    tried = {option: [fit(of_half, option) for of_half in halves] for option in options}
 
-    def error(layers: Sequence[RoundedLayer]) -> float:
-        return sum(choose[index - 1].error(one) for index, one in enumerate(layers))
+    def error(layers: Sequence[RoundedLayer], parts: Sequence[int]) -> float:
+        return sum(sums[index - 1][part].error(one) for index, one in enumerate(layers) for part in parts)
 
-    tried = {option: [fit(sums, option) for sums in halves] for option in options}
-    best = min(tried, key=lambda option: error(tried[option]))
-    if error(tried[best]) >= error([plain] * len(halves)):
-        return ()
-    return (*tried[best], fit(pooled(halves), best))
+    def best(parts: Sequence[int]) -> float | None:
+        option = min(tried, key=lambda each: error(tried[each], parts))
+        return option if error(tried[option], parts) < error([plain] * len(halves), parts) else None
+
+    chosen = [best([part]) for part, _ in ROTATIONS]
+    of_all = best([part for part, _ in ROTATIONS])
+    return LayerTrials(
+        tuple(None if option is None else tried[option] for option in chosen),
+        None if of_all is None else fit(pooled(halves), of_all),
+    )

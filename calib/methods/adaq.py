@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calib.images.batches import Half
+from calib.images.batches import ROTATIONS, Half
 from calib.judge.held_out import Candidate, Offer
-from calib.judge.subsets import layer_candidates
-from calib.layerwise.layer_fits import fitted_layers
+from calib.layerwise.layer_fits import LayerTrials, fitted_layers
+from calib.layerwise.subsets import layer_candidates
 from calib.network.layer_rows import product
 from calib.network.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layers
 from calib.quant_model import QuantModel
@@ -90,14 +90,25 @@ def correction(sums: ChannelSums) -> tuple[Tensor, Tensor]:
     return gain, sums.offset(gain)
 
 
-def best_correction(choose: Sequence[ChannelSums], halves: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:
-    """Return the layer corrected by each half, then by all images; empty if that has no less error on the other half."""
-    found = [correction(sums) for sums in halves]
-    before = sum(float(sums.sums[5].sum()) for sums in choose)
-    if sum(choose[index - 1].error(*one) for index, one in enumerate(found)) >= before:
-        return ()
-    found.append(correction(functools.reduce(ChannelSums.merge, halves)))
-    return tuple(corrected(halves[0].rounded, *one) for one in found)
+def best_correction(sums: Sequence[Sequence[ChannelSums]]) -> LayerTrials:
+    """Return the corrected layer where the correction lowers its error on images that it was not fitted on.
+
+    `sums[i][p]`: those over part p of half i.
+    """
+    rounded = sums[0][0].rounded
+    halves = [functools.reduce(ChannelSums.merge, of_half) for of_half in sums]
+    found = [correction(of_half) for of_half in halves]
+
+    def helps(parts: Sequence[int]) -> bool:
+        others = [(sums[index - 1][part], one) for index, one in enumerate(found) for part in parts]
+        return sum(part.error(*one) for part, one in others) < sum(float(part.sums[5].sum()) for part, _ in others)
+
+    layers = [corrected(rounded, *one) for one in found]
+    whole = corrected(rounded, *correction(functools.reduce(ChannelSums.merge, halves)))
+    return LayerTrials(
+        tuple(layers if helps([part]) else None for part, _ in ROTATIONS),
+        whole if helps([part for part, _ in ROTATIONS]) else None,
+    )
 
 
 def candidates(
@@ -109,9 +120,6 @@ def candidates(
     def new_sums(name: str) -> ChannelSums:
         return ChannelSums(augmented_weight(model.net.get_submodule(name)), rounded[name])
 
-    def best(_name: str, choose: Sequence[ChannelSums], sums: Sequence[ChannelSums]) -> Sequence[RoundedLayer]:
-        return best_correction(choose, sums)
-
-    found = fitted_layers(model, halves, config.rows, new_sums, best, watch)
-    notes = (f"{len(found[-1])} of {len(rounded)} layers corrected",)
+    found = fitted_layers(model, halves, config.rows, new_sums, lambda _name, sums: best_correction(sums), watch)
+    notes = (f"{len(found.whole)} of {len(rounded)} layers corrected",)
     return Offer(layer_candidates(plain, found, halves), notes)

@@ -9,8 +9,8 @@ it folds into integers, scales and biases: an engine runs the same kernels.
 Which steps learn is the paper's Table 1, here `CASES`. Its authors published no code. Chosen here: xi, eta and the steps
 learn relative to their size, and all rates are raised where there are fewer than the published 20 000 iterations.
 
-One half of the calibration images trains. Images of the other half choose the best of ten moments of each block's training,
-further images of it judge the network's output in the end.
+One half of the calibration images trains. One part of the other half chooses the best of ten moments of each block's
+training, its other part judges the network's output in the end. There is no second rotation: training is long.
 """
 
 import time
@@ -196,7 +196,7 @@ def candidates(
     Interrupted, the same call goes on from the checkpoint of `watch`, to the same numbers as without the interruption.
     """
     images = spread_images(halves[0], config.images)
-    held_out = spread_images(halves[1].choose, HELD_OUT)
+    held_out = spread_images(halves[1].parts[0], HELD_OUT)
     begun = model.with_quantizers(least_squares_quantizers(model))
     start = rtn.with_corrected_biases(begun, rtn.mean_inputs(begun, halves[:1])[0])
     checkpoint = watch.checkpoint("adaround", lambda: _description(model, start, images, held_out, config))
@@ -214,4 +214,4 @@ def candidates(
         f"{len(images)} images each; the others round with the least squared error",
         *checkpoint.notes,
     )
-    return Offer([Candidate(f"case {config.case}", (tuned, None), tuned)], notes)
+    return Offer([Candidate(f"case {config.case}", ((tuned, None), (None, None)), tuned)], notes)

@@ -9,7 +9,7 @@ x~ = [x^, 1] the rounded input, W~ = [W, b] and y = W x + b of the input that is
 
 Together they lower E|y - W~^ x~|^2 + ridge |W~^ - W~|^2 over integer weights. The paper has one ridge for all layers; here
 each layer takes the one with the least error on images that it was not fitted on, or rounds to nearest. Layers that gain by
-themselves can harm the output together, so subsets of them are offered too (calib/judge/subsets.py).
+themselves can harm the output together, so subsets of them are offered too (calib/layerwise/subsets.py).
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from calib.images.batches import Half
 from calib.judge.held_out import Candidate, Offer
-from calib.judge.subsets import layer_candidates
 from calib.layerwise.erq_rounding import round_with_compensation
-from calib.layerwise.layer_fits import best_fit, fitted_layers
+from calib.layerwise.layer_fits import LayerTrials, best_fit, fitted_layers
 from calib.layerwise.layer_sums import LayerSums
+from calib.layerwise.subsets import layer_candidates
 from calib.network.rounded_layer import RoundedLayer, augmented_weight, rounded_layers
 from calib.quant_model import QuantModel
 from calib.quantizer import channel_qparams
@@ -65,13 +65,13 @@ def candidates(
     """Offer `plain` with layers whose weights and biases compensate for the rounding of inputs and weights."""
     rounded = rounded_layers(plain.whole)
 
-    def best(name: str, choose: Sequence[LayerSums], sums: Sequence[LayerSums]) -> Sequence[RoundedLayer]:
+    def best(name: str, sums: Sequence[Sequence[LayerSums]]) -> LayerTrials:
         bits = rounded[name].params.bits
-        return best_fit(rounded[name], config.ridges, lambda one, ridge: fit(one, ridge, bits), choose, sums)
+        return best_fit(rounded[name], config.ridges, lambda one, ridge: fit(one, ridge, bits), sums)
 
     def new_sums(name: str) -> LayerSums:
         return LayerSums(augmented_weight(model.net.get_submodule(name)))
 
     found = fitted_layers(model, halves, config.rows, new_sums, best, watch)
-    notes = (f"{len(found[-1])} of {len(model.layers)} layers fitted; the others have less error rounded to nearest",)
+    notes = (f"{len(found.whole)} of {len(model.layers)} layers fitted; the others have less error rounded to nearest",)
     return Offer(layer_candidates(plain, found, halves), notes)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from calib.images.batches import Half
 from calib.judge.held_out import Candidate, Offer
-from calib.judge.subsets import layer_candidates
-from calib.layerwise.layer_fits import best_fit, fitted_layers
+from calib.layerwise.layer_fits import LayerTrials, best_fit, fitted_layers
 from calib.layerwise.layer_sums import LayerSums
+from calib.layerwise.subsets import layer_candidates
 from calib.network.rounded_layer import RoundedLayer, augmented_weight, rounded_layers
 from calib.quant_model import QuantModel
 from calib.quantizer import QParams
@@ -79,14 +79,13 @@ def candidates(
     """Offer `plain` with layers whose rounding errors cancel as far as their columns allow."""
     rounded = rounded_layers(plain.whole)
 
-    def best(name: str, choose: Sequence[LayerSums], sums: Sequence[LayerSums]) -> Sequence[RoundedLayer]:
+    def best(name: str, sums: Sequence[Sequence[LayerSums]]) -> LayerTrials:
         params = rounded[name].params
-        damping = (config.damping,)
-        return best_fit(rounded[name], damping, lambda one, value: fit(one, params, value), choose, sums)
+        return best_fit(rounded[name], (config.damping,), lambda one, value: fit(one, params, value), sums)
 
     def new_sums(name: str) -> LayerSums:
         return LayerSums(augmented_weight(model.net.get_submodule(name)))
 
     found = fitted_layers(model, halves, config.rows, new_sums, best, watch)
-    notes = (f"{len(found[-1])} of {len(model.layers)} weights rounded column by column, the others to nearest",)
+    notes = (f"{len(found.whole)} of {len(model.layers)} weights rounded column by column, the others to nearest",)
     return Offer(layer_candidates(plain, found, halves), notes)

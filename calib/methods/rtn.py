@@ -70,7 +70,7 @@ def with_corrected_biases(model: QuantModel, means: Mapping[str, Tensor]) -> Qua
 def bias_corrected(model: QuantModel, halves: Sequence[Half]) -> Candidate:
     """Return `model`, which has `:weight` quantizers, with corrected biases."""
     *by_half, whole = (with_corrected_biases(model, means) for means in mean_inputs(model, halves))
-    return Candidate("bias correction", tuple(by_half), whole)
+    return Candidate.unchosen("bias correction", by_half, whole)
 
 
 def nearest(model: QuantModel) -> Candidate:

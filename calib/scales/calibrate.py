@@ -23,8 +23,8 @@ from calib.scales.threshold_search import RoundedInputs, candidates, search
 from calib.statistics.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.statistics.signed_ranges import REPQ, SignedHistogram, grid_from_histogram
 
-CHOOSE_IMAGES = 8  # per half
-JUDGE_IMAGES = 32  # per half
+CHOOSE_IMAGES = 4  # per part
+JUDGE_IMAGES = 16  # per part
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def _searched(
     inputs = RoundedInputs(
         model,
         [_fold_scales(model, half.extremes) for half in observed],
-        [spread_with_sources(half.choose, CHOOSE_IMAGES) for half in others],
-        [spread_with_sources(half.judge, JUDGE_IMAGES) for half in others],
+        [[spread_with_sources(part, CHOOSE_IMAGES) for part in half.parts] for half in others],
+        [[spread_with_sources(part, JUDGE_IMAGES) for part in half.parts] for half in others],
     )
     picks, _, how = search(inputs, offers[:-1])
     return [{name: offer[picks[name]] for name, offer in of.items()} for of in offers], how

@@ -143,7 +143,7 @@ def _chosen(
             )
             for name in shifts
         }
-        images = spread_images(halves[index - 1].choose, CHOOSE_IMAGES)
+        images = spread_images(halves[index - 1], CHOOSE_IMAGES)
         around = {name: mean.of(name) for name in shifts}
         for seen in output_gradients(model.net, list(shifts), images, weights_around=around):
             with torch.no_grad():

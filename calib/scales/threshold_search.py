@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
+from calib.images.batches import ROTATIONS
 from calib.judge.first_order import output_gradients, output_noise
 from calib.judge.held_out import Errors, Gain
 from calib.network.layer_rows import channel_axis
@@ -52,20 +53,23 @@ def rounded_inputs(net: nn.Module, rounded: Mapping[str, Callable[[Tensor], Tens
 
 
 Images = tuple[Tensor, list[int]]  # (B, 3, H, W), and the number of the source image of each
+Noise = dict[str, dict[str, float]]  # by layer and candidate
+Picks = dict[str, str]  # candidate by layer
 
 
 class RoundedInputs:
     """The network with its inputs rounded: thresholds and channel scales of one half, run on images of the other.
 
-    `scales`: by half and layer. Of `choose` and `judge`, each by half, entry i holds images that half i was not fitted on.
+    `scales`: by half and layer. `choose[i][p]` and `judge[i][p]` hold images of part p of the half that half i was not
+    fitted on.
     """
 
     def __init__(
         self,
         model: QuantModel,
         scales: Sequence[Mapping[str, FoldScale]],
-        choose: Sequence[Images],
-        judge: Sequence[Images],
+        choose: Sequence[Sequence[Images]],
+        judge: Sequence[Sequence[Images]],
     ) -> None:
         self.model, self.scales, self.choose, self.judge = model, scales, choose, judge
 
@@ -83,61 +87,93 @@ class RoundedInputs:
 
         return run
 
-    def errors(self, images: Sequence[Images], alternatives: Sequence[Sequence[Thresholds]]) -> Errors:
-        """Return the output errors of `alternatives`, each with its thresholds by half."""
+    def errors(
+        self, images: Sequence[Sequence[Images]], parts: Sequence[int], alternatives: Sequence[Sequence[Thresholds]]
+    ) -> Errors:
+        """Return the output errors of `alternatives`, each with its thresholds by half, on `parts` of `images`."""
         errors = Errors(len(alternatives))
-        for half, (batch, sources) in enumerate(images):
+        for half, of_half in enumerate(images):
             nets = [self._net(half, thresholds[half]) for thresholds in alternatives]
-            errors.add(self.model.float_net, nets, batch, [(half, source) for source in sources])
+            for part in parts:
+                batch, numbers = of_half[part]
+                errors.add(self.model.float_net, nets, batch, [(half, part, number) for number in numbers])
         return errors
 
-    def alone(self, offers: Sequence[Offers]) -> dict[str, dict[str, float]]:
-        """Return the squared output error, to first order, by layer and candidate, if that layer alone rounds."""
+    def alone(self, offers: Sequence[Offers]) -> list[Noise]:
+        """Return, by part, the squared output error, to first order, if a layer alone rounds at a candidate's threshold."""
         layers = list(offers[0])
-        noise = {layer: dict.fromkeys(offers[0][layer], 0.0) for layer in layers}
-        for half, (images, _) in enumerate(self.choose):
-            for seen in output_gradients(self.model.net, layers, images):
-                for layer, x in seen.inputs.items():
-                    for candidate, amax in offers[half][layer].items():
-                        error = self._rounding(half, layer, amax)(x) - x
-                        noise[layer][candidate] += output_noise(seen.gradients[layer], error)
-        return noise
+        found: list[Noise] = [{layer: dict.fromkeys(offers[0][layer], 0.0) for layer in layers} for _ in ROTATIONS]
+        for half, of_half in enumerate(self.choose):
+            for noise, (images, _) in zip(found, of_half, strict=True):
+                for seen in output_gradients(self.model.net, layers, images):
+                    for layer, x in seen.inputs.items():
+                        for candidate, amax in offers[half][layer].items():
+                            error = self._rounding(half, layer, amax)(x) - x
+                            noise[layer][candidate] += output_noise(seen.gradients[layer], error)
+        return found
 
 
-def _no_narrower(offers: Sequence[Offers], layer: str, rule: str) -> list[str]:
-    """Return the candidates of `layer` that clip no more than `rule` does, in any half."""
-    return [each for each in offers[0][layer] if all(of[layer][each] >= of[layer][rule] for of in offers)]
+def _added(parts: Sequence[Noise]) -> Noise:
+    return {
+        layer: {candidate: sum(part[layer][candidate] for part in parts) for candidate in of_layer}
+        for layer, of_layer in parts[0].items()
+    }
 
 
-def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[dict[str, str], Gain, str]:
+def _alternatives(noise: Noise, offers: Sequence[Offers], rule: str) -> dict[str, Picks]:
+    """Return what may replace `rule`: the best candidate of every layer that clips no more than it does, or any."""
+
+    def no_narrower(layer: str) -> list[str]:
+        return [each for each in noise[layer] if all(of[layer][each] >= of[layer][rule] for of in offers)]
+
+    return {
+        f"{PER_LAYER}, no narrower than {rule}": {
+            layer: min(no_narrower(layer), key=lambda each: of_layer[each]) for layer, of_layer in noise.items()
+        },
+        PER_LAYER: {layer: min(of_layer, key=lambda each: of_layer[each]) for layer, of_layer in noise.items()},
+    }
+
+
+class Search:
+    """The choice of thresholds by some parts of the images; `offers`: by half, the same candidates for every layer."""
+
+    def __init__(self, inputs: RoundedInputs, offers: Sequence[Offers], noise: Noise, parts: Sequence[int]) -> None:
+        self.inputs, self.offers, self.parts = inputs, offers, parts
+        rules = [rule for rule in next(iter(noise.values())) if rule not in NOT_FOR_ALL]
+        foretold = {rule: sum(of_layer[rule] for of_layer in noise.values()) for rule in rules}
+        measured = sorted(rules, key=lambda rule: foretold[rule])[:MEASURED_RULES]
+        self.rule = self._best({rule: dict.fromkeys(noise, rule) for rule in measured})
+        self.plain: Picks = dict.fromkeys(noise, self.rule)
+        alternatives = _alternatives(noise, offers, self.rule)
+        self.name = self._best(alternatives)
+        self.picks = alternatives[self.name]
+
+    def thresholds(self, picks: Picks) -> list[Thresholds]:
+        """Return the thresholds of `picks` by half."""
+        return [{layer: of_half[layer][pick] for layer, pick in picks.items()} for of_half in self.offers]
+
+    def _best(self, choices: Mapping[str, Picks]) -> str:
+        thresholds = [self.thresholds(picks) for picks in choices.values()]
+        errors = self.inputs.errors(self.inputs.choose, self.parts, thresholds)
+        return max(zip(choices, range(len(choices)), strict=True), key=lambda each: errors.db(each[1]))[0]
+
+
+def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[Picks, Gain, str]:
     """Return (candidate by layer, gain over the best rule, what was found).
 
     `offers`: by half, the same candidates for every layer.
     """
     alone = inputs.alone(offers)
-    offered = list(next(iter(offers[0].values())))
-    rules = [each for each in offered if each not in NOT_FOR_ALL]
-    foretold = {rule: sum(noise[rule] for noise in alone.values()) for rule in rules}
-
-    def thresholds(picks: Mapping[str, str]) -> list[Thresholds]:
-        return [{layer: of_half[layer][pick] for layer, pick in picks.items()} for of_half in offers]
-
-    def best(choices: Mapping[str, Mapping[str, str]]) -> str:
-        errors = inputs.errors(inputs.choose, [thresholds(picks) for picks in choices.values()])
-        return max(zip(choices, range(len(choices)), strict=True), key=lambda each: errors.db(each[1]))[0]
-
-    measured = sorted(rules, key=lambda rule: foretold[rule])[:MEASURED_RULES]
-    rule = best({rule: dict.fromkeys(alone, rule) for rule in measured})
-    by_layer = {
-        PER_LAYER: {layer: min(noise, key=lambda each: noise[each]) for layer, noise in alone.items()},
-        f"{PER_LAYER}, no narrower than {rule}": {
-            layer: min(_no_narrower(offers, layer, rule), key=lambda each: noise[each])
-            for layer, noise in alone.items()
-        },
-    }
-    name = best(by_layer)
-    plain = dict.fromkeys(alone, rule)
-    gain = inputs.errors(inputs.judge, [thresholds(plain), thresholds(by_layer[name])]).gain(0, 1)
+    errors = Errors(2)
+    for choose, judge in ROTATIONS:
+        here = Search(inputs, offers, alone[choose], [choose])
+        errors.merge(inputs.errors(inputs.judge, [judge], [here.thresholds(here.plain), here.thresholds(here.picks)]))
+    found = Search(inputs, offers, _added(alone), [choose for choose, _ in ROTATIONS])
+    gain = errors.gain(0, 1)
     if gain.holds:
-        return by_layer[name], gain, f"'{name}' over '{rule}': {gain.text()}"
-    return plain, gain._replace(after_db=gain.before_db), f"'{rule}'; dropped: '{name}': {gain.text()}"
+        return found.picks, gain, f"'{found.name}' over '{found.rule}': {gain.text()}"
+    return (
+        found.plain,
+        gain._replace(after_db=gain.before_db),
+        f"'{found.rule}'; dropped: '{found.name}': {gain.text()}",
+    )

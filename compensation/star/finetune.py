@@ -10,7 +10,7 @@ What differs from the paper: calibration images have no labels here, so its cros
 does not train. What the paper leaves open, and what is done here: the squares are summed over features and averaged over the
 batch; the rate falls along a cosine; images are not augmented.
 
-The first half of the calibration images and those of the second half that choose train; the rest judges.
+The first half of the calibration images and one part of the second half train; the other part judges.
 """
 
 import itertools
@@ -67,7 +67,7 @@ class Training:
     """The images that train, in batches, and how many there are."""
 
     def __init__(self, halves: Sequence[Half]) -> None:
-        self.parts = [halves[0].choose, halves[0].judge, halves[1].choose]
+        self.parts = [*halves[0].parts, halves[1].parts[0]]
         self.count = sum(len(batch) for batch in self)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -180,4 +180,4 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config, watch:
         *resumed,
     )
     tuned = with_values(model, values)
-    return Offer([Candidate("trained branches", (tuned, None), tuned)], notes)
+    return Offer([Candidate("trained branches", ((tuned, None), (None, None)), tuned)], notes)

@@ -24,7 +24,8 @@ ORDER = (
     ("families",),
     ("quant_model",),
     ("network",),
-    ("judge", "layerwise", "learned"),
+    ("judge",),
+    ("layerwise", "learned"),
     ("scales", "methods"),
     ("attention", "cache"),
 )
