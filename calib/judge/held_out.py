@@ -52,7 +52,7 @@ class Candidate:
 
     @classmethod
     def unchosen(cls, name: str, by_half: Sequence[QuantModel | None], whole: QuantModel) -> "Candidate":
-        """Return a candidate in which nothing is chosen, so that both rotations are the same: `by_half[i]`, fitted on half i."""
+        """Return a candidate in which nothing is chosen: both rotations have `by_half[i]`, fitted on half i."""
         return cls(name, (tuple(by_half),) * len(ROTATIONS), whole)
 
 
