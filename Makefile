@@ -11,6 +11,8 @@ BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
 CACHE ?= on
+FROM ?=
+UNTIL ?=
 PAPER ?= qwt
 IMAGENET ?=
 MODELS ?=
@@ -42,10 +44,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 
 setup: $(VENV)/.ready ## Create the virtual environment (done by the other targets)
 
-engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT= CACHE=
+engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" \
-	  --out "$(OUT)" --cache "$(CACHE)"
+	  --out "$(OUT)" --cache "$(CACHE)" $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
 verify: $(VENV)/.ready ## Check a finished package again: MODEL= RECIPE= OUT=
 	@$(RUN) -m deploy verify "$(OUT)/$(MODEL)/$(RECIPE)"

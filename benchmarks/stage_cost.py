@@ -25,11 +25,11 @@ from calib.weights.load import load_net
 from calib.weights.zoo import resolve_model
 from deploy import host
 from deploy.options import Options
-from deploy.pipeline import Batches
 from deploy.progress import Progress
 from deploy.recipe import load_recipe
 from deploy.report.evidence import peak_rss_mb, tool_commit
 from deploy.stages import CalibrationImages, halves_of, stages
+from deploy.steps import Batches
 
 RESULTS = Path(__file__).parent / "results"
 USAGE = "usage: python -m benchmarks.stage_cost MODEL RECIPE"

@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", choices=("on", "off"), default="on", help="off: calibrate anew though nothing changed (default on)"
     )
     engine.add_argument(
+        "--from",
+        dest="begin",
+        metavar="STAGE",
+        help="run anew from this stage (see `list`); before it, take kept states",
+    )
+    engine.add_argument("--until", metavar="STAGE", help="stop after this stage; nothing is written to OUT")
+    engine.add_argument(
         "--max-extra-kernels", type=_limit, help="kernels that QwT branches may add (default: the recipe's)"
     )
     engine.add_argument(
@@ -73,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     verify.add_argument("folder", type=Path)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
-    verbs.add_parser("list", help="models, recipes, methods, families and backends")
+    verbs.add_parser("list", help="models, recipes, methods, families, backends and stages")
     explain = verbs.add_parser("explain", help="print a recipe with every option resolved")
     explain.add_argument("recipe")
     return parser
@@ -85,7 +92,7 @@ def _engine(args: argparse.Namespace) -> int:
     from deploy.pipeline import engine
     from deploy.report.terminal import print_report
 
-    folder, report = engine(
+    done = engine(
         Options(
             model=args.model,
             weights=args.weights,
@@ -101,8 +108,14 @@ def _engine(args: argparse.Namespace) -> int:
             max_extra_kernels=args.max_extra_kernels,
             max_extra_bytes=args.max_extra_bytes,
             cache=args.cache == "on",
+            begin=args.begin or None,
+            until=args.until or None,
         )
     )
+    if isinstance(done, str):
+        print(done, file=sys.stderr if args.json else sys.stdout)
+        return 0
+    folder, report = done
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -136,6 +149,7 @@ def _list(_args: argparse.Namespace) -> int:
     from calib.families import families
     from calib.weights.zoo import ZOO
     from deploy.engine.backends import backends
+    from deploy.pipeline import stage_names
     from deploy.recipe import recipe_names
 
     width = max(map(len, ZOO))
@@ -150,6 +164,9 @@ def _list(_args: argparse.Namespace) -> int:
         ("backends", backends()),
     ):
         print(f"{title}: {', '.join(sorted(names))}")
+    print("stages, in order (--from, --until); in brackets those that not every recipe has, rtn or another method:")
+    for half, names in stage_names().items():
+        print(f"  {half}: {', '.join(names)}")
     return 0
 
 

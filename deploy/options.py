@@ -22,4 +22,6 @@ class Options:
     seed: int = 0
     max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
     max_extra_bytes: int | None = None
-    cache: bool = True  # reuse scales kept for exactly the same input; keep unfinished training
+    cache: bool = True  # take states kept for exactly the same input, and keep new ones; keep unfinished training
+    begin: str | None = None  # stage to run anew from; what comes before is taken from kept states. None: what is kept
+    until: str | None = None  # stage to stop after. None: the last

@@ -1,208 +1,111 @@
-"""The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first, then simulation.py.
+"""The spine: from a model name to a verified INT8 engine, stage by stage. Read this file first, then calib/network/qdq.py.
 
-torch half:   load -> fold -> equalise -> calibrate -> range -> reduce error -> coverage
+torch half:   load -> images -> fold -> equalise -> calibrate -> range -> round weights -> coverage
 bridge:       export -> parity
 engine half:  check -> build -> audit -> verify -> benchmark -> package
+
+A stage is a function (deploy/steps.py) of the `Run` (deploy/run.py), whose fields it reads and writes. What a stage of the
+torch half decided is kept (deploy/kept_states.py), so that a run can stop after any stage (`--until`) and go on at any
+(`--from`).
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import torch
-from torch import nn
-
-from calib.cache import Cache
-from calib.families import family_of
-from calib.images.image_set import ImageSet, image_sets
-from calib.images.preprocess import preprocessing_from_config
-from calib.network.fp16_range import fp16_range
-from calib.network.qdq import quantized_net
-from calib.quant_model import QuantModel
-from calib.scales.coverage import coverage
+from calib.errors import UserError
 from calib.store.user_cache import cache_folder
-from calib.store.watch import Watch
-from calib.weights.load import load_net
 from calib.weights.zoo import resolve_model
-from deploy.bridge.export import export_float, export_fp16, export_pair
-from deploy.bridge.parity import compare_with_onnx
-from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy import steps
 from deploy.engine.backends import choose_backend
-from deploy.errors import ContractError
-from deploy.graph.check import require_strongly_typed
+from deploy.kept_states import KeptStates
 from deploy.options import Options
-from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, staging, write_json
+from deploy.package import staging
+from deploy.plan import BRIDGE, ENGINE, TORCH, Stage, planned
 from deploy.progress import Progress
-from deploy.recipe import load_recipe
-from deploy.report.evidence import Evidence, report_json
-from deploy.report.manifest import manifest_json
-from deploy.stages import FOLD, CalibrationImages, Stage, halves_of, repair_stages, scale_stages
-from deploy.verify import cpu_speed, verify_fidelity
+from deploy.recipe import Recipe, load_recipe, recipe_from_tables
+from deploy.run import Run
+from deploy.stages import Stage as ModelStage
+from deploy.stages import repair_stages, scale_stages
 
-BATCH = 16  # images per forward pass on the CPU
-GOLDEN_IMAGES = 8
-RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
-COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
+MEASURED = ("loaded", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned", "built", "plain",
+            "audit", "verdict", "speed", "float_model")  # fmt: skip
 
 
-class Batches:
-    """The images of a set as re-iterable arrays (B, 3, H, W), with a progress bar on each pass."""
-
-    def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
-        self.images, self.progress, self.convert = images, progress, convert
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.progress.bar(self.images.batches(BATCH), len(self)):
-            yield self.convert(batch)
-
-    def __len__(self) -> int:
-        return -(-self.images.count // BATCH)
+def _deciding(stages: Iterator[ModelStage]) -> Iterator[Stage]:
+    """Stages that change the model, as stages of a run."""
+    for stage in stages:
+        reads, writes = ("model", "images", "key"), ("model", "key")
+        yield Stage(stage.name, TORCH, reads, writes, partial(steps.decide, stage=stage))
 
 
-def _first_images(images: ImageSet, count: int) -> np.ndarray:
-    return next(images.subset(0, count).batches(count))
+def spine(recipe: Recipe) -> tuple[Stage, ...]:
+    """All stages in order: name, half, what it reads, what it writes, what it runs."""
+    return (
+        Stage("load", TORCH, (), ("loaded", "model"), steps.load),
+        Stage("images", TORCH, ("loaded",), ("calibration", "evaluation", "golden", "images", "key"), steps.read_images),
+        Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
+        *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
+        Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
+        *_deciding(repair_stages(recipe)),  # the method that rounds weights, (attention), (compensate), (finetune)
+        Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
+        Stage("export", BRIDGE, ("model", "calibration"), ("simulation", "fp16", "fp32", "float_model"), steps.export),
+        Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
+        Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
+        Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain"), steps.build),
+        Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
+        Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "model"), ("verdict",), steps.verify),
+        Stage("benchmark", ENGINE, ("float_model", "golden"), ("speed",), steps.benchmark),
+        Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
+    )  # fmt: skip
 
 
-def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return net(torch.from_numpy(images)).numpy()
+def stage_names() -> dict[str, tuple[str, ...]]:
+    """The names of all stages in order, by half; in brackets those that not every recipe has."""
+    every: dict[str, Any] = {key: {} for key in ("equalise", "attention", "compensate", "finetune")}
+    most, least = (spine(recipe_from_tables("", tables, "")) for tables in (every, {}))
+    always = {stage.name for stage in least}
+    return {
+        half: tuple(stage.name if stage.name in always else f"[{stage.name}]" for stage in most if stage.half == half)
+        for half in (TORCH, BRIDGE, ENGINE)
+    }
 
 
-def _step(progress: Progress, stage: Stage, model: QuantModel, images: CalibrationImages) -> QuantModel:
-    """What `stage` makes of `model`, with its notes shown."""
-    with progress.stage(stage.name) as note, progress.steps() as at:
-        model = stage.run(model, replace(images, watch=replace(images.watch, at=at)))
-        note(*model.history[-1].notes)
-    return model
+@contextmanager
+def _folder(final: Path, whole: bool) -> Iterator[Path]:
+    """Where the files of the package go: what becomes `final`, or for a run that stops early what vanishes."""
+    with staging(final) if whole else tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
-def _hold(contract: Any) -> None:
-    if reason := contract.failure():
-        raise ContractError(reason)
-
-
-def engine(options: Options) -> tuple[Path, dict[str, Any]]:
-    """Run every stage. Returns the package's folder and the report.
+def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
+    """Run the stages. Returns the package's folder and the report, or where a run that was to stop early can go on.
 
     Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
     """
     spec = resolve_model(options.model)
     recipe = load_recipe(options.recipe).for_engine().limited(options.max_extra_kernels, options.max_extra_bytes)
+    stages = spine(recipe)
+    plan = planned(stages, options.begin, options.until)
+    if options.begin and not options.cache:
+        raise UserError("--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from")
     backend, why = choose_backend(options.target)
     name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
     final = Path(options.out) / name / recipe.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
-
-    with staging(final) as folder, tempfile.TemporaryDirectory() as scratch:
-        with progress.stage("load") as note:
-            loaded = load_net(spec, options.weights, options.seed)
-            family = family_of(loaded.net)
-            note(loaded.source)
-        with progress.stage("images") as note:
-            preprocessing = preprocessing_from_config(loaded.data_config)
-            calibration, evaluation = image_sets(
-                options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
-            )
-            golden = _first_images(evaluation, GOLDEN_IMAGES)
-            note(f"{calibration.count} to calibrate, {evaluation.count} to judge; {calibration.source}")
-
-        halves = halves_of(calibration, lambda part: Batches(part, progress, torch.from_numpy))
-        watch = Watch(folder=cache_folder("unfinished") if options.cache else None)
-        images = CalibrationImages(torch.from_numpy(golden[:1]), halves, watch)
-        model = QuantModel.of(name, loaded.net, family, recipe.precision)
-        model = _step(progress, FOLD, model, images)
-        cache = Cache(
-            {
-                "network": [spec.tag, spec.img_size, loaded.sha256],
-                "images": calibration.sha256,
-                "batch": BATCH, "seed": options.seed, "precision": asdict(recipe.precision),
-                "equalise": recipe.equalise and asdict(recipe.equalise),
-                "attention": recipe.attention and asdict(recipe.attention), "calibrate": asdict(recipe.calibrate),
-            },
-            cache_folder("calibration") if options.cache else None,
-        )  # fmt: skip
-        with progress.stage("cache") as note:
-            cached, said = cache.replayed(model)
-            note(said)
-        if cached:
-            model = cached
-        else:
-            for stage in scale_stages(recipe):
-                model = _step(progress, stage, model, images)
-            with progress.stage("keep") as note:
-                note(cache.save(model))
-        with progress.stage("range") as note:
-            few = Batches(calibration.subset(0, RANGE_IMAGES), progress, torch.from_numpy)
-            in_fp16 = fp16_range(model.net, few)
-            note(f"fits FP16 {in_fp16.headroom:.0f} times over: {in_fp16.largest:.4g} in {in_fp16.module}")
-            note(*in_fp16.warnings())
-        for stage in repair_stages(recipe):
-            model = _step(progress, stage, model, images)
-        with progress.stage("coverage") as note:
-            others = Batches(evaluation.subset(0, COVERAGE_IMAGES), progress, torch.from_numpy)
-            covered = coverage(model, others)
-            note(covered.summary(), *covered.warnings())
-
-        with progress.stage("export") as note:
-            simulation = quantized_net(model)
-            size = (preprocessing.height, preprocessing.width)
-            fp16, fp32 = export_pair(simulation, size)
-            onnx.save(fp16, folder / MODEL)
-            onnx.save(fp32, folder / MODEL_FP32)
-            float_model = Path(scratch) / "float.onnx"
-            onnx.save(export_float(model.float_net, size), float_model)
-            note(
-                f"{MODEL} {(folder / MODEL).stat().st_size / 1e6:.1f} MB, float {float_model.stat().st_size / 1e6:.1f} MB"
-            )
-        with progress.stage("parity") as note:
-            parity = compare_with_onnx(simulation, fp32, golden)
-            _hold(parity)
-            note(f"simulation and ONNX agree to {parity.rel_l2:.0e}")
-
-        with progress.stage("check") as note:
-            require_strongly_typed(fp16)
-            planned = planned_layers(fp16)
-            products = planned_attention(fp16)
-            note(f"strongly typed FP16; {len(planned)} INT8 layers, {len(products) // 2} INT8 attentions planned")
-        with progress.stage("build") as note:
-            built = backend.build(fp16, options.profile, options.sms)
-            (folder / ENGINE).write_bytes(built.plan)
-            note(f"{len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}", *built.notes)
-            plain = None
-            if model.branches:
-                plain_graph = export_fp16(quantized_net(replace(model, branches={})), size)
-                plain = backend.build(plain_graph, options.profile, options.sms)
-                note(f"{len(built.kernels)} kernels with branches, {len(plain.kernels)} without")
-        with progress.stage("audit") as note:
-            audited = audit(built.kernels, planned, products)
-            require_int8(audited)
-            note(audited.summary())
-        with progress.stage("verify") as note:
-            verdict = verify_fidelity(
-                folder, float_model, Batches(evaluation, progress, np.asarray), golden, model.is_classifier,
-                None if evaluation.labels is None else np.array(evaluation.labels),
-            )  # fmt: skip
-            _hold(verdict)
-            note(f"{verdict.fidelity.sqnr_db:.1f} dB SQNR on {verdict.fidelity.count} images")
-        with progress.stage("benchmark") as note:
-            speed = cpu_speed(folder, float_model, golden)
-            note(f"{speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU")
-
-        evidence = Evidence(
-            options, recipe, loaded, calibration, evaluation, model, cache.key if cached else None, in_fp16, covered,
-            parity, planned, built, plain, audited, verdict, speed, float_model.stat().st_size, progress.seconds,
-        )  # fmt: skip
-        np.savez(
-            folder / GOLDEN,
-            images=golden,
-            float_output=_float_outputs(model.float_net, golden),
-            simulated_output=_float_outputs(simulation, golden),
-        )
-        report = report_json(evidence, folder)
-        write_json(folder / REPORT, report)
-        write_json(folder / MANIFEST, manifest_json(evidence, folder))
-    return final, report
+    kept = KeptStates(cache_folder("stages") if options.cache else None)
+    last = stages.index(plan[-1])
+    with _folder(final, plan[-1] is stages[-1]) as folder, tempfile.TemporaryDirectory() as scratch:
+        run = Run(name, options, spec, recipe, backend, folder, Path(scratch), progress, kept)
+        for stage in plan:
+            run.anew = run.anew or stage.name == options.begin
+            with progress.stage(stage.name) as note:
+                note(*stage.run(run))
+    if plan[-1] is stages[-1]:
+        return final, run.report
+    after = stages[last + 1].name
+    go_on = f"go on with --from '{after}' (FROM='{after}')" if options.cache else "the cache is off: nothing was kept"
+    return f"stopped after '{options.until}': nothing was written to {options.out}; {go_on}"

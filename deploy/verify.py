@@ -1,6 +1,6 @@
 """Does the exported network still do its job? Judged with ONNX Runtime on images it was not calibrated on. No torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,14 @@ def verify_fidelity(
     golden: np.ndarray,
     classifier: bool,
     labels: np.ndarray | None = None,
+    sources: Sequence[int] | None = None,
 ) -> Verdict:
     """Compare the graphs in `folder` with `float_model` on `batches` (re-iterable) and on the `golden` images."""
     reference_runner, runner = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
     reference, output = _outputs(reference_runner, batches), _outputs(runner, batches)
     golden_reference = reference_runner(golden)
     return Verdict(
-        fidelity=fidelity(reference, output, classifier, labels),
+        fidelity=fidelity(reference, output, classifier, labels, sources),
         fp32_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL_FP32, fused=False)(golden)),
         # unfused: ONNX Runtime's CPU fusions mistreat FP16 scales of convolutions
         fp16_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL, fused=False)(golden)),

@@ -146,7 +146,7 @@ class Bench:
         labels = self.evaluation.labels
         found = fidelity(
             self._reference, _outputs(quantized_net(simulated), self.evaluation), self.model.is_classifier,
-            None if labels is None else np.array(labels),
+            None if labels is None else np.array(labels), self.evaluation.sources,
         )  # fmt: skip
         return {
             "fidelity": found.to_json(),

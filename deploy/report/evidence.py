@@ -1,9 +1,8 @@
-"""What the stages found out, and report.json: the figures."""
+"""report.json: the figures that the stages of a run found out."""
 
 import resource
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,68 +12,37 @@ from deploy.package import ENGINE, MODEL, MODEL_FP32
 
 if TYPE_CHECKING:
     from calib.images.image_set import ImageSet
-    from calib.network.fp16_range import Fp16Range
     from calib.quant_model import QuantModel
-    from calib.scales.coverage import Coverage
-    from calib.weights.load import LoadedNet
-    from deploy.bridge.parity import Parity
-    from deploy.engine.audit import Audit
-    from deploy.engine.backends import Built
-    from deploy.options import Options
-    from deploy.recipe import Recipe
-    from deploy.verify import CpuSpeed, Verdict
+    from deploy.run import Run
 
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Everything the stages found out."""
-
-    options: "Options"
-    recipe: "Recipe"
-    loaded: "LoadedNet"
-    calibration: "ImageSet"
-    evaluation: "ImageSet"
-    model: "QuantModel"
-    cache_key: str | None  # equalise and calibrate were taken from the cache under this key
-    fp16_range: "Fp16Range"
-    coverage: "Coverage"
-    parity: "Parity"
-    planned: tuple[str, ...]
-    built: "Built"
-    plain: "Built | None"  # the engine without branches, if there are any
-    audit: "Audit"
-    verdict: "Verdict"
-    speed: "CpuSpeed"
-    float_bytes: int
-    seconds: dict[str, float]
-
-    def warnings(self) -> list[str]:
-        """What must be said wherever this package is shown."""
-        found = [RANDOM_WARNING] if self.loaded.random else []
-        if self.calibration.sample:
-            found.append(SAMPLE_WARNING)
-        elif self.calibration.count < FEW_IMAGES:
-            found.append(f"only {self.calibration.count} calibration images: expected {FEW_IMAGES} or more")
-        if self.calibration.skipped:
-            shown = ", ".join(self.calibration.skipped[:3])
-            found.append(f"{len(self.calibration.skipped)} unreadable images skipped: {shown}")
-        if self.evaluation.overlap:
-            found.append(f"{self.evaluation.overlap} evaluation images left out: they are calibration images")
-        if self.speed.integer_layers < len(self.planned):
-            found.append(
-                f"ONNX Runtime computes {self.speed.integer_layers} of the {len(self.planned)} INT8 layers in integers on "
-                f"this CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
-            )
-        if not host.int8_instructions():
-            found.append(
-                "this processor has no instructions for INT8 products (VNNI): what ONNX Runtime gains by INT8 here says "
-                "nothing about other machines"
-            )
-        return [*found, *self.fp16_range.warnings(), *self.coverage.warnings(), *self.built.notes]
+def warnings(run: "Run") -> list[str]:
+    """What must be said wherever this package is shown."""
+    found = [RANDOM_WARNING] if run.loaded.random else []
+    if run.calibration.sample:
+        found.append(SAMPLE_WARNING)
+    elif run.calibration.count < FEW_IMAGES:
+        found.append(f"only {run.calibration.count} calibration images: expected {FEW_IMAGES} or more")
+    if run.calibration.skipped:
+        shown = ", ".join(run.calibration.skipped[:3])
+        found.append(f"{len(run.calibration.skipped)} unreadable images skipped: {shown}")
+    if run.evaluation.overlap:
+        found.append(f"{run.evaluation.overlap} evaluation images left out: they are calibration images")
+    if run.speed.integer_layers < len(run.planned):
+        found.append(
+            f"ONNX Runtime computes {run.speed.integer_layers} of the {len(run.planned)} INT8 layers in integers on "
+            f"this CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
+        )
+    if not host.int8_instructions():
+        found.append(
+            "this processor has no instructions for INT8 products (VNNI): what ONNX Runtime gains by INT8 here says "
+            "nothing about other machines"
+        )
+    return [*found, *run.fp16_range.warnings(), *run.coverage.warnings(), *run.built.notes]
 
 
 def peak_rss_mb() -> float:
@@ -134,58 +102,55 @@ def waterfall(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def branch_figures(model: "QuantModel") -> dict[str, dict[str, Any]]:
-    """Block -> what is known of its branch: form, R2 (of the paper, across photographs), error before and after, bytes."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in model.history:
-        found |= record.details.get("kept", {})
-    return {block: found[block] for block in model.branches}
+    """Return by block what is known of its branch: form, R2 (fitted, held out), error before and after, bytes."""
+    return {block: model.branch_figures[block] for block in model.branches}
 
 
-def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
-    """The figures."""
-    built, verdict = evidence.built, evidence.verdict
-    history = [record.to_json() for record in evidence.model.history]
+def report_json(run: "Run") -> dict[str, Any]:
+    """The figures, as plain values."""
+    built, verdict = run.built, run.verdict
+    history = [record.to_json() for record in run.model.history]
     return {
-        "model": evidence.model.name,
-        "recipe": evidence.recipe.name,
-        "weights_source": evidence.loaded.source,
-        "warnings": evidence.warnings(),
-        "calibration": images_json(evidence.calibration),
-        "evaluation": images_json(evidence.evaluation),
-        "coverage": evidence.coverage.to_json(),
-        "fp16_range": evidence.fp16_range.to_json(),
+        "model": run.model.name,
+        "recipe": run.recipe.name,
+        "weights_source": run.loaded.source,
+        "warnings": warnings(run),
+        "calibration": images_json(run.calibration),
+        "evaluation": images_json(run.evaluation),
+        "coverage": run.coverage.to_json(),
+        "fp16_range": run.fp16_range.to_json(),
         "fidelity": verdict.fidelity.to_json(),
         "parity": {
-            "torch_vs_ort_rel_l2": evidence.parity.rel_l2,
-            **{key: value for key, value in evidence.parity.to_json().items() if key != "rel_l2"},
+            "torch_vs_ort_rel_l2": run.parity.rel_l2,
+            **{key: value for key, value in run.parity.to_json().items() if key != "rel_l2"},
             "golden_fp32_sqnr_db": verdict.fp32_sqnr_db,
             "golden_fp16_sqnr_db": verdict.fp16_sqnr_db,
         },
         "speed": {
-            "ort_cpu_ratio": evidence.speed.comparison.ratio,
-            "ort_cpu": evidence.speed.comparison.to_json(),
-            "ort_int8_layers": evidence.speed.integer_layers,
+            "ort_cpu_ratio": run.speed.comparison.ratio,
+            "ort_cpu": run.speed.comparison.to_json(),
+            "ort_int8_layers": run.speed.integer_layers,
             "threads": THREADS,
         },
         "bytes": {
-            "float_onnx": evidence.float_bytes,
-            **{name: (folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},
+            "float_onnx": run.float_model.stat().st_size,
+            **{name: (run.folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},
         },
         "engine": {
             "backend": built.backend,
             "version": built.version,
             "targets": list(built.targets),
             "bytes": len(built.plan),
-            **evidence.audit.to_json(),
-            "kernels_without_branches": None if evidence.plain is None else len(evidence.plain.kernels),
-            "bytes_without_branches": None if evidence.plain is None else len(evidence.plain.plan),
+            **run.audit.to_json(),
+            "kernels_without_branches": None if run.plain is None else len(run.plain.kernels),
+            "bytes_without_branches": None if run.plain is None else len(run.plain.plan),
         },
-        "branches": branch_figures(evidence.model),
+        "branches": branch_figures(run.model),
         "history": history,
         "waterfall": waterfall(history),
-        "float_layers": evidence.model.float_layers,
-        "int8_attention": list(evidence.model.int8_attention),
-        "seconds": {**evidence.seconds, "total": round(sum(evidence.seconds.values()), 3)},
+        "float_layers": run.model.float_layers,
+        "int8_attention": list(run.model.int8_attention),
+        "seconds": {**run.progress.seconds, "total": round(sum(run.progress.seconds.values()), 3)},
         "peak_rss_mb": peak_rss_mb(),
         "machine": {key: value for key, value in host.describe().items() if key != "packages"},
         "commit": tool_commit(),

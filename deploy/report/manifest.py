@@ -2,41 +2,44 @@
 
 import os
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy import host
 from deploy.package import FILES, MANIFEST, file_sha256
-from deploy.report.evidence import Evidence, images_json, tool_commit
+from deploy.report.evidence import images_json, tool_commit, warnings
+
+if TYPE_CHECKING:
+    from deploy.run import Run
 
 
-def manifest_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
+def manifest_json(run: "Run") -> dict[str, Any]:
     """Provenance: what a loader must compare before it trusts the engine."""
     files = [name for name in FILES if name != MANIFEST]
     return {
-        "model": evidence.model.name,
-        "warnings": evidence.warnings(),
-        "servable": not evidence.loaded.random,
+        "model": run.model.name,
+        "warnings": warnings(run),
+        "servable": not run.loaded.random,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": {
-            name: {"sha256": file_sha256(folder / name), "bytes": os.path.getsize(folder / name)} for name in files
+            name: {"sha256": file_sha256(run.folder / name), "bytes": os.path.getsize(run.folder / name)}
+            for name in files
         },
         "weights": {
-            "source": evidence.loaded.source,
-            "sha256": evidence.loaded.sha256,
-            "random": evidence.loaded.random,
+            "source": run.loaded.source,
+            "sha256": run.loaded.sha256,
+            "random": run.loaded.random,
         },
-        "calibration": images_json(evidence.calibration),
-        "preprocessing": evidence.calibration.preprocessing.to_json(),
-        "recipe": evidence.recipe.to_json(),
-        "calibration_cache": evidence.cache_key,
-        "planned_int8_layers": list(evidence.planned),
+        "calibration": images_json(run.calibration),
+        "preprocessing": run.calibration.preprocessing.to_json(),
+        "recipe": run.recipe.to_json(),
+        "calibration_cache": run.taken.get("calibrate"),
+        "planned_int8_layers": list(run.planned),
         "engine": {
-            "backend": evidence.built.backend,
-            "version": evidence.built.version,
-            "targets": list(evidence.built.targets),
-            "settings": evidence.built.settings,
-            "audit": evidence.audit.to_json(),
+            "backend": run.built.backend,
+            "version": run.built.version,
+            "targets": list(run.built.targets),
+            "settings": run.built.settings,
+            "audit": run.audit.to_json(),
         },
         "io": {"input": "FP16 (batch, 3, height, width), normalised", "output": "FP16 (batch, outputs)"},
         "host": host.describe(),

@@ -25,7 +25,7 @@ def _shown_branches(branches: dict[str, dict[str, Any]], engine: dict[str, Any])
     forms = [found["form"] for found in branches.values()]
     counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms))
     scores = [found["r2_cv"] for found in branches.values() if "r2_cv" in found]
-    mended = f", R2 {min(scores):.2f} to {max(scores):.2f} on other photographs" if scores else ""
+    mended = f", R2 {min(scores):.2f} to {max(scores):.2f} on held-out images" if scores else ""
     kernels = engine["kernels"] - engine["kernels_without_branches"]
     size = (engine["bytes"] - engine["bytes_without_branches"]) / 1e6
     return f"{counts}{mended}; {kernels:+d} kernels, {size:+.2f} MB"
@@ -34,8 +34,15 @@ def _shown_branches(branches: dict[str, dict[str, Any]], engine: dict[str, Any])
 def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What every stage that measured itself did to the output, and what branches cost."""
     steps, branches = waterfall(report["history"]), report["branches"]
-    rows = [("repairs, on other photographs", _shown_steps(steps))] if steps else []
+    rows = [("stages, on held-out images", _shown_steps(steps))] if steps else []
     return [*rows, ("branches", _shown_branches(branches, report["engine"]))] if branches else rows
+
+
+def _interval(fidelity: dict[str, Any]) -> str:
+    if fidelity["sqnr_interval_db"] is None:
+        return ""
+    low, high = fidelity["sqnr_interval_db"]
+    return f" (95 %: {low:.1f} to {high:.1f}, {fidelity['sources']} source images)"
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -44,7 +51,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", report["weights_source"]),
         ("calibrated on", f"{report['calibration']['count']} images: {report['calibration']['source']}"),
         ("judged on", f"{fidelity['count']} images: {report['evaluation']['source']}"),
-        ("fidelity to float", f"SQNR {fidelity['sqnr_db']:.1f} dB, cosine {fidelity['cosine']:.4f}"),
+        (
+            "fidelity to float",
+            f"SQNR {fidelity['sqnr_db']:.1f} dB{_interval(fidelity)}, cosine {fidelity['cosine']:.4f}",
+        ),
         (f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"),
     ]
     if fidelity["kl"] is not None:

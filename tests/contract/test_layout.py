@@ -27,7 +27,7 @@ ORDER = (
     ("judge",),
     ("layerwise", "learned"),
     ("scales", "methods"),
-    ("attention", "cache"),
+    ("attention",),
 )
 FLOOR = {name: floor for floor, row in enumerate(ORDER) for name in row}
 HEAVY = ("tensorrt", "tensorrt_rtx", "pycuda", "onnxruntime", "matplotlib")

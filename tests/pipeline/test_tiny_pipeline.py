@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,32 +103,90 @@ def test_the_report_says_how_far_fp16_and_the_calibration_set_reach(package):
     assert len(report["coverage"]["outside"]) == 3
 
 
-def test_the_same_run_again_takes_calibration_from_the_cache_and_gives_the_same_graphs(
+def kept(cache: Path) -> dict[str, Path]:
+    """Stage -> its only state."""
+    files = list(cache.rglob("*.pt"))
+    found = {file.name.partition(".")[0]: file for file in files}
+    assert len(found) == len(files)
+    return found
+
+
+def test_the_same_run_again_takes_its_decisions_from_the_cache_and_gives_the_same_graphs(
     package, command, cache, tmp_path, capsys
 ):
-    (file,) = cache.rglob("*.safetensors")
-    key = file.stem
+    keys = {stage: file.name.split(".")[1] for stage, file in kept(cache).items()}
+    assert list(sorted(keys)) == ["calibrate", "equalise", "rtn"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
-    said = f"taken from cache {key[:12]}"
-    assert f"equalise and calibrate {said}" in capsys.readouterr().err
+    shown = capsys.readouterr().err
     again = tmp_path / "test_vit" / "int8"
     for name in ("model.onnx", "model.fp32.onnx"):
         assert (again / name).read_bytes() == (package / name).read_bytes()
     report, manifest = (json.loads((again / name).read_text()) for name in ("report.json", "manifest.json"))
-    assert [stage["stage"] for stage in report["history"] if said in stage["notes"]] == ["equalise", "calibrate"]
-    assert manifest["calibration_cache"] == key
+    for stage, key in keys.items():
+        said = f"taken from cache {key[:12]}"
+        assert said in shown
+        assert [each["stage"] for each in report["history"] if said in each["notes"]] == [stage]
+    assert manifest["calibration_cache"] == keys["calibrate"]
     assert json.loads((package / "manifest.json").read_text())["calibration_cache"] is None
 
 
-@pytest.mark.usefixtures("package")
-def test_another_seed_is_not_taken_from_the_cache(command, tmp_path, capsys, monkeypatch):
-    def stop(*_args):
-        raise ZeroDivisionError
+def stopped(*_args):
+    raise ZeroDivisionError
 
-    monkeypatch.setattr("deploy.stages.equalise", stop)
+
+@pytest.mark.usefixtures("package")
+def test_another_seed_is_not_taken_from_the_cache(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("deploy.stages.equalise", stopped)
     with pytest.raises(ZeroDivisionError):
         cli.main([*command, "--out", str(tmp_path), "--seed", "1"])
-    assert "nothing kept for exactly this input" in capsys.readouterr().err
+
+
+def stages_of(err: str) -> list[str]:
+    """The stages that have run, in order."""
+    return [line.split()[0] for line in err.splitlines() if re.match(r"  [a-z]+ +[0-9.]+ s  ", line)]
+
+
+def test_a_run_stops_where_it_is_told_and_another_goes_on_to_the_same_graphs(
+    package, command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = [*command, "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--until", "calibrate"]) == 0
+    shown = capsys.readouterr()
+    assert stages_of(shown.err) == ["load", "images", "fold", "equalise", "calibrate"]
+    assert shown.out == (
+        f"stopped after 'calibrate': nothing was written to {tmp_path / 'out'}; go on with --from 'range' (FROM='range')\n"
+    )
+    assert not (tmp_path / "out").exists()
+    states = kept(tmp_path / "cache")
+    assert states.keys() == {"equalise", "calibrate"}
+    monkeypatch.setattr("deploy.stages.equalise", stopped)
+    monkeypatch.setattr("deploy.stages.calibrate", stopped)
+    assert cli.main([*command, "--from", "rtn", "--until", "rtn"]) == 0
+    assert stages_of(capsys.readouterr().err) == ["load", "images", "fold", "equalise", "calibrate", "rtn"]
+    assert cli.main([*command, "--from", "range"]) == 0
+    assert (tmp_path / "out/test_vit/int8/model.onnx").read_bytes() == (package / "model.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("package")
+def test_what_lies_before_from_is_never_computed_and_the_missing_state_is_named(
+    command, cache, tmp_path, capsys, monkeypatch
+):
+    for stage in ("equalise", "calibrate"):
+        monkeypatch.setattr(f"deploy.stages.{stage}", stopped)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(cache, tmp_path / "cache")
+    kept(tmp_path / "cache")["calibrate"].unlink()
+    command = [*command, "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--from", "export"]) == cli.EXIT_USER_ERROR
+    assert re.search(
+        r"error: --from 'export' needs what 'calibrate' decided: nothing kept for exactly this input "
+        r"\([0-9a-f]{12}\); run without --from first$",
+        capsys.readouterr().err.strip(),
+    )
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*command, "--from", "equalise"])
+    assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_a_network_that_does_not_fit_fp16_is_one_line(tmp_path, monkeypatch, capsys):
@@ -142,7 +201,7 @@ def test_a_network_that_does_not_fit_fp16_is_one_line(tmp_path, monkeypatch, cap
             loaded.net.blocks[0].mlp.fc2.bias.fill_(65000.0)
         return loaded
 
-    monkeypatch.setattr("deploy.pipeline.load_net", load_large)
+    monkeypatch.setattr("deploy.steps.load_net", load_large)
     code = cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")])
     assert code == cli.EXIT_USER_ERROR
     last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -212,7 +271,7 @@ def test_a_lost_int8_layer_fails_the_build_by_name_and_leaves_nothing(tmp_path, 
     def blind(kernels, planned, attention):
         return replace(audit.audit(kernels, planned, attention), lost=("blocks.1.mlp.fc1/MatMul",))
 
-    monkeypatch.setattr("deploy.pipeline.audit", blind)
+    monkeypatch.setattr("deploy.steps.audit", blind)
     code = cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")])
     assert code == cli.EXIT_FAILED
     assert "blocks.1.mlp.fc1/MatMul" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -34,6 +34,18 @@ BAD = {
     "missing calibration folder": (
         ["engine", "--model", "test_vit", "--weights", "random", "--calib", "/nowhere"], r"'/nowhere' does not exist"
     ),
+    "no such stage to begin with": (
+        ["engine", "--model", "test_vit", "--weights", "random", "--from", "calibrat"],
+        r"--from 'calibrat': no such stage in this recipe; expected load, images, .*\. Did you mean 'calibrate'\?$",
+    ),
+    "no such stage to stop after": (
+        ["engine", "--model", "test_vit", "--weights", "random", "--until", "finetune"],
+        r"--until 'finetune': no such stage in this recipe; expected load, images, ",
+    ),
+    "kept states without a cache": (
+        ["engine", "--model", "test_vit", "--weights", "random", "--from", "range", "--cache", "off"],
+        r"--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from$",
+    ),
     "missing package": (["verify", "/nowhere"], r"/nowhere/manifest\.json"),
 }  # fmt: skip
 
@@ -87,7 +99,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_list_and_explain_show_what_exists(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
-    for word in ("vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_attention", "rtn", "tensorrt, tensorrt_rtx"):
+    for word in (
+        "vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_attention", "rtn", "tensorrt, tensorrt_rtx",
+        "bridge: export, parity",
+    ):  # fmt: skip
         assert word in out
     code, out, _ = run(capsys, "explain", "int8")
     assert json.loads(out)["calibrate"]["observer"] == "search"

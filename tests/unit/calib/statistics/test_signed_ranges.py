@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.cache import Cache
 from calib.errors import UserError
 from calib.grids import (
     LogSqrt2,
@@ -257,17 +256,6 @@ def test_calibrate_keeps_sites_that_are_there_and_rounds_no_input_of_32_bits(obs
     assert len(quantizers) == len(model.layers)
     assert quantizers["blocks.0.attn.qkv:input"] is given["blocks.0.attn.qkv:input"]
     assert all(isinstance(grid, Unrounded) for quantizer, grid in quantizers.items() if quantizer not in given)
-
-
-def test_the_cache_keeps_zero_points(tmp_path):
-    model = replace(tiny_model("vit"), precision=Precision(8, 4, zero_points=True))
-    found = calibrate(model, FOLDS, Config())
-    cache = Cache({}, tmp_path)
-    cache.save(found)
-    replayed, _ = cache.replayed(model)
-    assert replayed is not None
-    for quantizer in found.quantizers:
-        assert torch.equal(replayed.qparams(quantizer).zero_point, found.qparams(quantizer).zero_point)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])

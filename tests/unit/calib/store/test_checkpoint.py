@@ -1,9 +1,14 @@
+import hashlib
+import io
 import os
+from pathlib import Path
 
 import pytest
+import torch
 
+from calib.quantizer import QParams
 from calib.store import watch
-from calib.store.checkpoint import Checkpoint
+from calib.store.checkpoint import Checkpoint, UnusableError, read_state, write_state
 from calib.store.watch import UNWATCHED, Watch
 
 
@@ -68,3 +73,44 @@ def test_without_a_folder_nothing_is_kept_nor_described():
     nothing.remove()
     assert nothing.load() is None
     assert nothing.notes == ()
+
+
+class Trap:
+    """What an attacker keeps: reading it would make a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_code_in_a_file_never_runs(tmp_path):
+    kept = Checkpoint(tmp_path / "kept.pt")
+    write_state(kept.path, {"step": Trap(tmp_path / "trapped")})
+    assert kept.load() is None
+    (note,) = kept.notes
+    assert note.startswith(f"checkpoint '{kept.path}' is no state of this tool (")
+    assert note.endswith("begun anew")
+    with pytest.raises(UnusableError, match="no state of this tool"):
+        read_state(kept.path, [Path])
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_objects_come_back_if_their_class_is_named(tmp_path):
+    path = tmp_path / "kept.pt"
+    write_state(path, {"params": QParams(torch.ones(2), axis=0)})
+    params = read_state(path, [QParams])["params"]
+    assert (params.scale.tolist(), params.axis) == ([1.0, 1.0], 0)
+    with pytest.raises(UnusableError, match=r"no state of this tool \(it holds calib.quantizer.QParams\)"):
+        read_state(path)
+
+
+def test_a_file_that_holds_something_else_is_not_used(tmp_path):
+    buffer = io.BytesIO()
+    torch.save([1], buffer)
+    (tmp_path / "kept.pt").write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+    with pytest.raises(UnusableError, match="it holds list"):
+        read_state(tmp_path / "kept.pt")
+    with pytest.raises(UnusableError, match="damaged"):
+        read_state(tmp_path)

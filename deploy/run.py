@@ -1,0 +1,73 @@
+"""The state of one `make engine`: what was asked for, and what the stages have found out so far."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from torch import nn
+
+    from calib.images.image_set import ImageSet
+    from calib.network.fp16_range import Fp16Range
+    from calib.quant_model import QuantModel
+    from calib.scales.coverage import Coverage
+    from calib.weights.load import LoadedNet
+    from calib.weights.zoo import ModelSpec
+    from deploy.bridge.parity import Parity
+    from deploy.engine.audit import Audit
+    from deploy.engine.backends import Built
+    from deploy.kept_states import KeptStates
+    from deploy.options import Options
+    from deploy.progress import Progress
+    from deploy.recipe import Recipe
+    from deploy.stages import CalibrationImages
+    from deploy.verify import CpuSpeed, Verdict
+
+
+@dataclass
+class Run:
+    """Given at the start: what was asked for. The rest does not exist before the stage that writes it.
+
+    `folder` takes the files of the package, `scratch` those that go away; `kept`: the states of earlier runs.
+    """
+
+    name: str
+    options: "Options"
+    spec: "ModelSpec"
+    recipe: "Recipe"
+    backend: ModuleType
+    folder: Path
+    scratch: Path
+    progress: "Progress"
+    kept: "KeptStates"
+    anew: bool = False  # the stage that --from names has been reached: nothing is taken from `kept` any more
+    taken: dict[str, str] = field(default_factory=dict)  # stage -> key of the state it was taken from
+
+    loaded: "LoadedNet" = field(init=False)
+    model: "QuantModel" = field(init=False)
+    calibration: "ImageSet" = field(init=False)
+    evaluation: "ImageSet" = field(init=False)
+    golden: "np.ndarray" = field(init=False)  # a few evaluation images (B, 3, H, W), which go into the package
+    images: "CalibrationImages" = field(init=False)
+    key: str = field(init=False)  # of the state of `model`
+    fp16_range: "Fp16Range" = field(init=False)
+    coverage: "Coverage" = field(init=False)
+    simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch
+    fp16: "onnx.ModelProto" = field(init=False)
+    fp32: "onnx.ModelProto" = field(init=False)
+    float_model: Path = field(init=False)  # the network before quantization, as ONNX
+    parity: "Parity" = field(init=False)
+    planned: tuple[str, ...] = field(init=False)  # ONNX nodes of INT8 layers
+    planned_attention: tuple[str, ...] = field(init=False)  # ... and of products inside INT8 attentions
+    built: "Built" = field(init=False)
+    plain: "Built | None" = field(init=False)  # the engine without branches, if there are any
+    audit: "Audit" = field(init=False)
+    verdict: "Verdict" = field(init=False)
+    speed: "CpuSpeed" = field(init=False)
+    report: dict[str, Any] = field(init=False)
+
+
+GIVEN = tuple(each.name for each in fields(Run) if each.init)

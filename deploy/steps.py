@@ -1,0 +1,224 @@
+"""What the stages of `make engine` do, in order; deploy/pipeline.py lists them.
+
+A stage is a function of the `Run`: it reads and writes fields of it, and returns the lines that tell what came of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from calib.errors import UserError
+from calib.families import family_of
+from calib.images.image_set import ImageSet, image_sets
+from calib.images.preprocess import preprocessing_from_config
+from calib.network.fp16_range import fp16_range
+from calib.network.qdq import quantized_net
+from calib.quant_model import QuantModel
+from calib.scales.coverage import coverage
+from calib.store.user_cache import cache_folder
+from calib.store.watch import Watch
+from calib.weights.load import load_net
+from deploy.bridge.export import export_float, export_fp16, export_pair
+from deploy.bridge.parity import compare_with_onnx
+from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.errors import ContractError
+from deploy.graph.check import require_strongly_typed
+from deploy.package import ENGINE, FILES, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, write_json
+from deploy.progress import Progress
+from deploy.report.evidence import report_json
+from deploy.report.manifest import manifest_json
+from deploy.run import Run
+from deploy.stages import FOLD, CalibrationImages, Stage, halves_of
+from deploy.verify import cpu_speed, verify_fidelity
+
+BATCH = 16  # images per forward pass on the CPU
+GOLDEN_IMAGES = 8
+RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
+COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
+
+Lines = Sequence[str]  # what a stage tells
+
+
+class Batches:
+    """The images of a set as re-iterable arrays (B, 3, H, W), with a progress bar on each pass."""
+
+    def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
+        self.images, self.progress, self.convert = images, progress, convert
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.progress.bar(self.images.batches(BATCH), len(self)):
+            yield self.convert(batch)
+
+    def __len__(self) -> int:
+        return -(-self.images.count // BATCH)
+
+
+def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return net(torch.from_numpy(images)).numpy()
+
+
+def _hold(contract: Any) -> None:
+    if reason := contract.failure():
+        raise ContractError(reason)
+
+
+# The torch half.
+
+
+def load(run: Run) -> Lines:
+    """The float network, of a family that the tool knows."""
+    run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
+    net = run.loaded.net
+    run.model = QuantModel.of(run.name, net, family_of(net), run.recipe.precision)
+    return (run.loaded.source,)
+
+
+def read_images(run: Run) -> Lines:
+    """Images to calibrate on and to judge on; with the weights they are what every later state depends on."""
+    options, preprocessing = run.options, preprocessing_from_config(run.loaded.data_config)
+    run.calibration, run.evaluation = image_sets(
+        options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
+    )
+    run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
+    halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, torch.from_numpy))
+    watch = Watch(folder=cache_folder("unfinished") if options.cache else None)
+    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch)
+    run.key = run.kept.first_key(
+        {
+            "network": [run.spec.tag, run.spec.img_size, run.loaded.sha256],
+            "images": run.calibration.sha256,
+            "batch": BATCH, "seed": options.seed, "precision": asdict(run.recipe.precision),
+        }
+    )  # fmt: skip
+    found = f"{run.calibration.count} to calibrate, {run.evaluation.count} to judge; {run.calibration.source}"
+    return (found,)
+
+
+def fold(run: Run) -> Lines:
+    """BatchNorm and LayerScale become part of the layers before them."""
+    run.model = FOLD.run(run.model, run.images)
+    return run.model.history[-1].notes
+
+
+def decide(run: Run, stage: Stage) -> Lines:
+    """What `stage` makes of the model, or made of it before. Raises UserError if it lies before --from and is not kept."""
+    before = run.model
+    run.key = run.kept.key(run.key, stage.name, stage.options)
+    found, why = (None, "") if run.anew else run.kept.load(before, stage.name, run.key)
+    if found is not None:
+        run.model, run.taken[stage.name] = found, run.key
+        return found.history[-1].notes
+    if run.options.begin and not run.anew:
+        why = why or f"nothing kept for exactly this input ({run.key[:12]})"
+        raise UserError(
+            f"--from '{run.options.begin}' needs what '{stage.name}' decided: {why}; run without --from first"
+        )
+    with run.progress.steps() as at:
+        run.model = stage.run(before, replace(run.images, watch=replace(run.images.watch, at=at)))
+    said = run.kept.save(before, run.model, stage.name, run.key)
+    return (*run.model.history[-1].notes, *filter(None, (why, said)))
+
+
+def fits_fp16(run: Run) -> Lines:
+    """Whether the activations of the float network fit FP16. Raises UserError if they do not."""
+    few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, torch.from_numpy)
+    run.fp16_range = found = fp16_range(run.model.net, few)
+    return (f"fits FP16 {found.headroom:.0f} times over: {found.largest:.4g} in {found.module}", *found.warnings())
+
+
+def covers(run: Run) -> Lines:
+    """How far other images exceed the calibrated ranges."""
+    others = Batches(run.evaluation.subset(0, COVERAGE_IMAGES), run.progress, torch.from_numpy)
+    run.coverage = coverage(run.model, others)
+    return (run.coverage.summary(), *run.coverage.warnings())
+
+
+# The bridge.
+
+
+def export(run: Run) -> Lines:
+    """The rounded network as ONNX, with FP16 and with FP32 types, and the float network."""
+    run.simulation = quantized_net(run.model)
+    size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
+    run.fp16, run.fp32 = export_pair(run.simulation, size)
+    run.float_model = run.scratch / "float.onnx"
+    onnx.save(run.fp16, run.folder / MODEL)
+    onnx.save(run.fp32, run.folder / MODEL_FP32)
+    onnx.save(export_float(run.model.float_net, size), run.float_model)
+    mb, float_mb = (path.stat().st_size / 1e6 for path in (run.folder / MODEL, run.float_model))
+    return (f"{MODEL} {mb:.1f} MB, float {float_mb:.1f} MB",)
+
+
+def agrees(run: Run) -> Lines:
+    """Simulation and ONNX compute the same integers, or ContractError."""
+    run.parity = compare_with_onnx(run.simulation, run.fp32, run.golden)
+    _hold(run.parity)
+    return (f"simulation and ONNX agree to {run.parity.rel_l2:.0e}",)
+
+
+# The engine half.
+
+
+def check(run: Run) -> Lines:
+    """The graph is what a strongly typed engine wants; the layers it plans for INT8."""
+    require_strongly_typed(run.fp16)
+    run.planned, run.planned_attention = planned_layers(run.fp16), planned_attention(run.fp16)
+    attentions = len(run.planned_attention) // 2
+    return (f"strongly typed FP16; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",)
+
+
+def build(run: Run) -> Lines:
+    """The engine, and to tell what branches cost one without them."""
+    profile, sms = run.options.profile, run.options.sms
+    run.built, run.plain = run.backend.build(run.fp16, profile, sms), None
+    (run.folder / ENGINE).write_bytes(run.built.plan)
+    lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
+    if run.model.branches:
+        size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
+        run.plain = run.backend.build(export_fp16(quantized_net(replace(run.model, branches={})), size), profile, sms)
+        lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
+    return lines
+
+
+def prove(run: Run) -> Lines:
+    """Every planned layer runs in an INT8 kernel, or ContractError."""
+    run.audit = audit(run.built.kernels, run.planned, run.planned_attention)
+    require_int8(run.audit)
+    return (run.audit.summary(),)
+
+
+def verify(run: Run) -> Lines:
+    """How near the graphs come to the float network on images that did not calibrate; ContractError if FP16 overflows."""
+    labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
+    images = Batches(run.evaluation, run.progress, np.asarray)
+    run.verdict = verify_fidelity(
+        run.folder, run.float_model, images, run.golden, run.model.is_classifier, labels, run.evaluation.sources
+    )
+    _hold(run.verdict)
+    return (f"{run.verdict.fidelity.sqnr_db:.1f} dB SQNR on {run.verdict.fidelity.count} images",)
+
+
+def benchmark(run: Run) -> Lines:
+    """The speed of both in ONNX Runtime."""
+    run.speed = cpu_speed(run.folder, run.float_model, run.golden)
+    return (f"{run.speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU",)
+
+
+def package(run: Run) -> Lines:
+    """What ships beside the engine: golden images with their outputs, report and manifest."""
+    np.savez(
+        run.folder / GOLDEN,
+        images=run.golden,
+        float_output=_float_outputs(run.model.float_net, run.golden),
+        simulated_output=_float_outputs(run.simulation, run.golden),
+    )
+    run.report = report_json(run)
+    write_json(run.folder / REPORT, run.report)
+    write_json(run.folder / MANIFEST, manifest_json(run))
+    return (f"{len(FILES)} files",)
