@@ -287,7 +287,7 @@ class Attentions:
     def within_budget(self, max_loss_db: float, rotations: Sequence[int], cost: Mapping[str, float]) -> list[str]:
         """Return the cheapest attentions that lose at most `max_loss_db` together, on the images that choose.
 
-        Costs add up to first order; then the network is measured, and the dearest returns to FP16 while it loses more.
+        Costs add up to first order; then the network is measured, and the most costly returns to FP16 while it loses more.
         """
 
         def measured(names: Sequence[str]) -> Errors:

@@ -1,4 +1,4 @@
-"""Which of several changes to a network its output is better with: what a change does to its own layer does not tell.
+"""Which of several changes to a network lower its output error: the error of the changed layer alone does not tell.
 
 To first order in the changes d_l (B, ...) of what modules l return, with g_l = dr.y / d(output of l) and r ~ N(0, I) as in
 calib/judge/first_order.py, the output misses the exact one by
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from calib.hooks import input_hooks, output_hooks
 from calib.judge.first_order import leaf, projections
 
-IMAGES = 16  # per fold
+IMAGES = 16  # per part
 BATCH = 2  # images at a time
 
 Change = Callable[[str, Tensor, Tensor], Tensor]  # (module, what it reads, what it returns) -> d of the latter
@@ -50,8 +50,8 @@ def output_terms(
     return torch.cat(found).double()
 
 
-def least_error(terms: Tensor, prices: Tensor) -> list[bool]:
-    """Which of L changes to make: least sum over samples of t^2 plus `prices` (L,) of those made.
+def least_error(terms: Tensor, costs: Tensor) -> list[bool]:
+    """Return which of L changes to make: least sum over samples of t^2 plus `costs` (L,) of those made.
 
     `terms` (S, 1 + L) as of `output_terms`. One change at a time goes in or out, the one that gains most, from none and
     from all.
@@ -59,17 +59,17 @@ def least_error(terms: Tensor, prices: Tensor) -> list[bool]:
     missing, gains = terms[:, 0], terms[:, 1:]
 
     def cost(made: Tensor) -> float:
-        return float((missing + gains @ made).square().sum() + (prices * made).sum())
+        return float((missing + gains @ made).square().sum() + (costs * made).sum())
 
     ends = []
     for made in (gains.new_zeros(gains.shape[1]), gains.new_ones(gains.shape[1])):
         now = cost(made)
         while True:
             flipped = torch.where(torch.eye(len(made), dtype=torch.bool), 1 - made, made)
-            costs = [cost(each) for each in flipped]
-            best = min(range(len(costs)), key=lambda index: costs[index])
-            if costs[best] >= now:
+            found = [cost(each) for each in flipped]
+            best = min(range(len(found)), key=lambda index: found[index])
+            if found[best] >= now:
                 break
-            now, made = costs[best], flipped[best]
+            now, made = found[best], flipped[best]
         ends.append((now, made))
     return [bool(each) for each in min(ends, key=lambda end: end[0])[1]]

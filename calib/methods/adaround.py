@@ -70,7 +70,7 @@ class Config:
     drop: float = 0.0  # probability of each input element not to round while learning; QDrop: 0.5
     iterations: int = 100  # per block
     batch: int = 16  # images per iteration
-    images: int = 128  # that train, spread over the photographs; what blocks read and return of them stays in memory
+    images: int = 128  # that train, spread over the source images; what blocks read and return of them stays in memory
     regulariser: float = 0.01  # weight of the push to 0 or 1 (BRECQ: 0.01, MobileNet-v2 0.1, MnasNet 0.2)
     rounding_rate: float = 1e-3  # of Adam for alpha, more if iterations are few
     step_rate: float = 4e-5  # of Adam at the start for steps, gains and offsets; for 20 000 iterations, more for fewer

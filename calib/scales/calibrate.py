@@ -32,7 +32,7 @@ class Config:
     """How an activation histogram becomes a scale."""
 
     observer: str = (
-        "search"  # search | max | percentile | mse | entropy | repq; search = what serves the network's output best
+        "search"  # search | max | percentile | mse | entropy | repq; search = least error of the network's output
     )
     percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = the family's
 
@@ -53,7 +53,7 @@ def observed_inputs(net: nn.Module, layers: Iterable[str]) -> Iterator[dict[str,
 
 @dataclass(frozen=True)
 class Observed:
-    """What one fold showed of the layers' inputs."""
+    """What one half of the images showed of the layers' inputs."""
 
     histograms: dict[str, Histogram]
     extremes: Extremes
@@ -72,13 +72,13 @@ def _observe(net: nn.Module, layers: Sequence[str], batches: Batches, ranged: Se
     return Observed(histograms, extremes)
 
 
-def _fold_scales(model: QuantModel, fold: Extremes) -> dict[str, FoldScale]:
-    """How the fold alone would have equalised, by layer."""
+def _fold_scales(model: QuantModel, half: Extremes) -> dict[str, FoldScale]:
+    """Return how the half alone would have equalised, by layer."""
     found = {}
-    for name, low in fold.low.items():
-        moved = [each for each in model.moved if each.consumer == name]
+    for name, low in half.low.items():
+        moved = next((each for each in model.moved if each.consumer == name), None)
         exponent, centred = model.equalised.get(name, (0.0, False))
-        found[name] = fold_scale(low, fold.high[name], moved, exponent, centred, model.precision.zero_points)
+        found[name] = fold_scale(low, half.high[name], moved, exponent, centred, model.precision.zero_points)
     return found
 
 

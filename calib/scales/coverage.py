@@ -1,12 +1,12 @@
-"""Do the calibration images say enough? Two questions that need no labels.
+"""Calibration coverage: are the calibration images enough? Two figures that need no labels.
 
-Spread: had there been only one half of the photographs, or only the other, how different would the scales be? A threshold
+Spread: had there been only one half of the source images, or only the other, how different would the scales be? A threshold
 that is r times too large makes the step, hence the rounding noise, r times too large: 20 log10(r) dB. Where the halves
 differ by r, the whole set is expected to be off by sqrt(r). MobileNet-v2: 1.05-1.14 with 128 down to 2 images.
 
 Outside: how much of what a layer reads on images it was *not* calibrated on is clipped? A rule that clips calibration data
 clips at most 0.1 % of it (calibrate's lowest percentile), so several times that on other images means that they are
-different. MobileNet-v2's worst layer: below 0.1 % on other photographs, 1 % when their contrast is doubled.
+different. MobileNet-v2's worst layer: below 0.1 % on held-out images, 1 % when their contrast is doubled.
 
 Query, key and value of an INT8 attention count as layers; its softmax output does not: it is at most 1 everywhere, and
 clipped on purpose.
@@ -42,7 +42,7 @@ class Outside:
 
 @dataclass(frozen=True)
 class Coverage:
-    """`spread`: largest over smallest threshold among the folds, by layer (empty for one fold)."""
+    """`spread`: largest over smallest threshold of the two halves, by layer."""
 
     spread: dict[str, float]
     outside: tuple[Outside, ...]  # the worst first
@@ -127,5 +127,5 @@ def outside(model: QuantModel, batches: Iterable[Tensor]) -> tuple[tuple[Outside
 
 
 def coverage(model: QuantModel, batches: Iterable[Tensor]) -> Coverage:
-    """How well the calibration set serves: its halves against each other, and against other images (`batches`)."""
+    """Return how the halves of the calibration set compare with each other and with held-out images (`batches`)."""
     return Coverage(spread(model.half_thresholds), *outside(model, batches))

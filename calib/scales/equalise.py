@@ -1,18 +1,18 @@
-"""Channel equalisation: give every channel of a layer's input a fair share of the one scale it is rounded with.
+"""Cross-layer equalization: migrate per-channel scales between consecutive layers, so that channels have similar ranges.
 
-TensorRT rounds activations with one scale per tensor, so a channel with a small range next to one with a large range keeps
-few levels. For every `Move` of the family (calib/structure/moves.py) the range h_c of channel c becomes
+TensorRT quantizes activations with one scale per tensor, so a channel with a small range next to one with a large range
+keeps few levels. For every `Move` of the family (calib/structure/moves.py) the range h_c of channel c becomes
 
     r_c = (h_c / mean h)^a         x' = (x - m) / r         (mean: geometric, so that nothing grows as a whole)
 
 a = 1 is RepQ-ViT's scale reparametrisation in its symmetric form (eq. 8-10 with z = 0), a = 0.5 SmoothQuant's; in between,
 difficulty is shared between x and the weight. The exponent, and whether to centre (m), are chosen per layer by what rounding
 its input and weight does to the network's output, to first order (calib/judge/first_order.py), at the clipping
-threshold that suits them best. A layer's own error chooses worse: in a transformer it serves the few huge activations.
+threshold that suits them best. A layer's own error chooses worse: in a transformer a few huge activations decide it.
 
-Ranges come from one half of the calibration set, the images that judge from the other. Within one half a = 1 always looks
-good, because no value exceeds its own channel's range; on new photographs the channels that fire rarely exceed theirs
-several times over.
+Ranges come from one half of the calibration images, the images that choose from the other. Within one half a = 1 always
+looks good, because no value exceeds its own channel's range; on new images the channels that fire rarely exceed theirs
+several times over. The move itself keeps the function, so the judge sees its effect with the thresholds (calibrate).
 
 `rule = "repq"` is RepQ-ViT itself (calib/scales/repq.py), for comparison: LayerNorms alone, asymmetric, nothing is judged.
 """
@@ -70,7 +70,7 @@ def thresholds(bits: int) -> tuple[float, ...]:
 
 
 def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int) -> Tensor:
-    """What rounding `x` does to the output, to first order, at each of `thresholds`; see `output_noise`."""
+    """Return the squared output error of rounding `x`, to first order, at each of `thresholds`; see `output_noise`."""
     centre, factor = scale.along(x, axis)
     scaled, slopes = (x - centre) * factor, gradients / factor
     grids = [input_grid(amax * threshold, bits, scale.sides) for threshold in thresholds(bits)]
@@ -80,10 +80,10 @@ def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bit
 
 
 def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> float:
-    """What rounding the weight of `layer` does to the output when its input is divided by `scale` (C,).
+    """Return the squared output error of rounding the weight of `layer` when its input is divided by `scale` (C,).
 
-    `squares`: sum of (dr.y / dW)^2 around the mean input, as biases mend the rest (calib/methods/rtn.py). Every weight has
-    an error of its own, uniform within its channel's step.
+    `squares`: sum of (dr.y / dW)^2 around the mean input, as biases compensate for the rest (calib/methods/rtn.py).
+    Every weight has an error of its own, uniform within its channel's step.
     """
     along = along_inputs(layer, scale)
     step = channel_qparams(layer.get_parameter("weight") * along, bits).scale
@@ -91,7 +91,7 @@ def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) ->
 
 
 class Trial:
-    """Candidates for the scale of what one layer reads: ranges of one fold, judged by images of another."""
+    """Candidates for the scale of what one layer reads: ranges of one half, tried on images of the other."""
 
     def __init__(
         self, layer: nn.Module, low: Tensor, high: Tensor, candidates: Sequence[Candidate], zero_points: bool = False
@@ -105,7 +105,7 @@ class Trial:
             self.scales[candidate] = scale, fold, float(torch.maximum(-ends[0], ends[1]).max())
 
     def noise(self, x: Tensor, gradients: Tensor, squares: Tensor, bits: LayerBits) -> dict[Candidate, Tensor]:
-        """At each of `thresholds`, by candidate, of the images that read `x` (B, ...) here."""
+        """Return the squared output error at each of `thresholds` for every candidate; `x` is the layer's input."""
         return {
             candidate: input_noise(x, gradients, scale, reach, bits.input, self.axis)
             + weight_noise(self.layer, squares, factors, bits.weight)

@@ -25,7 +25,7 @@ from calib.scales.channel_scale import FoldScale
 from calib.statistics.observers import Histogram, amax_from_histogram
 
 SEARCHED = (("max", 0.0), *(("percentile", p) for p in (99.9999, 99.999, 99.99, 99.9)), ("mse", 0.0), ("entropy", 0.0))
-MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new photographs exceed it
+MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new images exceed it
 FEW_BITS = (0.8, 0.65, 0.5, 0.35, 0.25)  # of the maximum: where levels are few, clipping pays
 NOT_FOR_ALL = ("max x1.6", "max x2", "max x2.5")  # some layers need that much, never all of them: not tried as a rule
 MEASURED_RULES = 3  # whose output error is measured: those with the least error to first order

@@ -25,10 +25,10 @@ def _shown_branches(branches: dict[str, dict[str, Any]], engine: dict[str, Any])
     forms = [found["form"] for found in branches.values()]
     counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms))
     scores = [found["r2_cv"] for found in branches.values() if "r2_cv" in found]
-    mended = f", R2 {min(scores):.2f} to {max(scores):.2f} on held-out images" if scores else ""
+    removed = f", R2 {min(scores):.2f} to {max(scores):.2f} on held-out images" if scores else ""
     kernels = engine["kernels"] - engine["kernels_without_branches"]
     size = (engine["bytes"] - engine["bytes_without_branches"]) / 1e6
-    return f"{counts}{mended}; {kernels:+d} kernels, {size:+.2f} MB"
+    return f"{counts}{removed}; {kernels:+d} kernels, {size:+.2f} MB"
 
 
 def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
