@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from calib.store.digests import file_sha256
 from deploy import host
-from deploy.package import FILES, MANIFEST, file_sha256
+from deploy.package import FILES, MANIFEST
 from deploy.report.evidence import Evidence, images_json, tool_commit
 
 
