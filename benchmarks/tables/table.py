@@ -49,7 +49,7 @@ CODE = (ROOT / "compensation", ROOT / "deploy/stages.py", ROOT / "deploy/measure
 WITHOUT_IMAGENET = ("dinov2_s", "mobilenetv2")
 SAMPLE_IMAGES = 64  # to calibrate, and as many to judge: minutes per network
 IMAGENET_IMAGES = 512  # to calibrate, as QwT; all of val/ judges
-BATCH = 16
+TABLE_BATCH = 16
 WIDTH = 150  # characters, where there is no terminal to ask
 
 
@@ -106,14 +106,14 @@ def _images(options: TableOptions, preprocessing: Preprocessing) -> tuple[ImageS
 def _in_memory(images: ImageSet) -> CalibrationImages:
     """All of `images`, decoded once; folds and whole are views of one tensor."""
     folds = images.folds()
-    pixels = torch.cat([torch.from_numpy(batch) for fold in folds for batch in fold.batches(BATCH)])
+    pixels = torch.cat([torch.from_numpy(batch) for fold in folds for batch in fold.batches(TABLE_BATCH)])
     parts = pixels.split([fold.count for fold in folds])
-    return CalibrationImages(pixels[:1], [part.split(BATCH) for part in parts], pixels.split(BATCH))
+    return CalibrationImages(pixels[:1], [part.split(TABLE_BATCH) for part in parts], pixels.split(TABLE_BATCH))
 
 
 def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
     with torch.inference_mode():
-        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(BATCH)])
+        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(TABLE_BATCH)])
 
 
 class Bench:

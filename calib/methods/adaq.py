@@ -27,7 +27,7 @@ from calib.judge.held_out import adopt_if_better
 from calib.layerwise.layer_sums import add_inputs
 from calib.methods import erq, rtn
 from calib.network.layer_rows import product
-from calib.network.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layer
+from calib.network.rounded_layer import RoundedLayer, augmented_weight, rounded_layer, with_gain_and_offset
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import fp16_scale
 from calib.store.watch import UNWATCHED, Watch
@@ -107,7 +107,7 @@ def best_fits(folds: Sequence[ChannelSums]) -> tuple[RoundedLayer, ...]:
     if sum(folds[index - 1].error(*one) for index, one in enumerate(fits)) >= before:
         return ()
     fits.append(correction(functools.reduce(ChannelSums.merge, folds)))
-    return tuple(corrected(folds[0].rounded, *one) for one in fits)
+    return tuple(with_gain_and_offset(folds[0].rounded, *one) for one in fits)
 
 
 def reduce_error(model: QuantModel, folds: Sequence[Batches], config: Config, watch: Watch = UNWATCHED) -> QuantModel:
