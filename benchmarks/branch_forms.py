@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.modules import replace_module
-from calib.network.qdq import QuantLinear, dequantize
+from calib.network.qdq import QuantLinear, dequantize_weight
 from calib.quantizer import channel_qparams, qparams_from_amax
 from compensation.branch import DenseBranch
 from compensation.moments import Fit
@@ -66,7 +66,7 @@ class Int8WeightsOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return x @ dequantize(self.held.weight, self.held.weight_scale, 1) + self.held.bias
+        return x @ dequantize_weight(self.held.weight, self.held.weight_scale, 1) + self.held.bias
 
 
 def _dense(linear: nn.Linear) -> nn.Module:

@@ -12,7 +12,7 @@ class UserError(Exception):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'vit_b'?"` with up to three close names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     if not close:

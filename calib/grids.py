@@ -107,7 +107,7 @@ def input_grid(amax: float, bits: int, sides: Sides | None = None) -> Grid:
     return qparams_from_range(low, high, bits=bits)
 
 
-def obstacle(grid: Grid) -> str | None:
+def why_not_int8(grid: Grid) -> str | None:
     """Why TensorRT has no INT8 kernel that reads activations on this grid, or None."""
     if not isinstance(grid, QParams):
         return f"a {type(grid).__name__} grid"

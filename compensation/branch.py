@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.network.qdq import QuantLinear, dequantize
+from calib.network.qdq import QuantLinear, dequantize_weight
 from calib.quantizer import QParams, channel_qparams
 from compensation.carry import Call, call_of
 from compensation.moments import Fit
@@ -104,7 +104,7 @@ class SharedBranch(QuantLinear, BlockBranch):
 
     def fits(self) -> list[Fit]:
         """One map, of f rounded: what the integers stand for."""
-        weight = dequantize(self.get_buffer("weight"), self.get_buffer("weight_scale"), 1)
+        weight = dequantize_weight(self.get_buffer("weight"), self.get_buffer("weight_scale"), 1)
         assert self.bias is not None
         return [Fit(weight.t().double(), self.bias.double())]
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.grids import obstacle
+from calib.grids import why_not_int8
 from calib.hooks import input_hooks
 from calib.images.batches import ROTATIONS, Half
 from calib.judge.held_out import Candidate, Offer
@@ -246,7 +246,7 @@ def places(model: QuantModel, net: nn.Module, images: Tensor) -> dict[str, Place
         shared = {}
         for form, reader in model.family.shared.items():
             grid = model.quantizers.get(f"{name}.{reader}:input")
-            if isinstance(grid, QParams) and not obstacle(grid):  # an INT8 branch reads its integers
+            if isinstance(grid, QParams) and not why_not_int8(grid):  # an INT8 branch reads its integers
                 shared[form] = (reader, grid)
         found[name] = Place(layout, shared)
     return found

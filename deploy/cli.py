@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 from deploy.errors import ContractError
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -202,7 +202,7 @@ def answered(command: Callable[[], int]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
-        raise UserError(f"unknown command '{argv[0]}': expected {', '.join(VERBS)}.{nearest(argv[0], VERBS)}")
+        raise UserError(f"unknown command '{argv[0]}': expected {', '.join(VERBS)}.{suggestion(argv[0], VERBS)}")
     parser = _parser()
     args = parser.parse_args(argv)
     if args.verb is None:

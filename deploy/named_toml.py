@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 
 
 def stems(folder: Path) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ def named_path(name: str, folder: Path, option: str) -> Path:
     known = stems(folder)
     if name not in known:
         raise UserError(
-            f"unknown {option} '{name}': expected {', '.join(known)} or a .toml file.{nearest(name, known)}"
+            f"unknown {option} '{name}': expected {', '.join(known)} or a .toml file.{suggestion(name, known)}"
         )
     return folder / f"{name}.toml"
 

@@ -1,8 +1,10 @@
-"""The folder an engine ships in: written beside its final place, then renamed, so that it is whole or absent."""
+"""The package: the folder an engine ships in.
+
+It is written beside its final place and renamed when it is complete, so a package is whole or absent.
+"""
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -31,13 +33,13 @@ def _alive(pid: int) -> bool:
 
 
 def _leftovers(final: Path, kind: str) -> list[Path]:
-    """Folders of runs that were killed: `.int8.tmp-1234` whose process 1234 is gone."""
+    """Folders that killed runs left behind, as `.int8.tmp-1234` where no process 1234 exists any more."""
     found = final.parent.glob(f".{final.name}.{kind}-*")
     return [path for path in found if path.suffix and not _alive(int(path.name.rpartition("-")[2]))]
 
 
 def _recover(final: Path) -> None:
-    """Undo what a killed run left: drop half-written folders, put a displaced package back."""
+    """Clean up after a killed run: remove half-written folders, put a displaced package back."""
     for old in _leftovers(final, "old"):
         if final.exists():
             shutil.rmtree(old)
@@ -47,17 +49,32 @@ def _recover(final: Path) -> None:
         shutil.rmtree(half)
 
 
+def _require_replaceable(final: Path) -> None:
+    """Raise UserError if something other than a package of ours lies at `final`: only a package may be replaced."""
+    if not final.exists() and not final.is_symlink():
+        return
+    with contextlib.suppress(OSError, UserError):
+        if not final.is_symlink() and isinstance(read_json(final / MANIFEST).get("files"), dict):
+            return
+    raise UserError(
+        f"output folder '{final}' is not a package (no {MANIFEST} of ours in it) and is not replaced: move it away or "
+        f"choose another with OUT="
+    )
+
+
 @contextmanager
 def staging(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final` when the block ends well and vanishes when it does not.
+    """Yield a folder to write into. It becomes `final` when the block ends well and is removed when it does not.
 
-    A package already at `final` stays until the new one is complete. Raises UserError if the place cannot be written.
+    A package already at `final` stays until the new one is complete. Raises UserError if the place cannot be written,
+    or if what lies there is not a package.
     """
     temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
     old = final.parent / f".{final.name}.old-{os.getpid()}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _recover(final)
+        _require_replaceable(final)
         temporary.mkdir()
     except OSError as error:
         raise UserError(
@@ -65,6 +82,7 @@ def staging(final: Path) -> Iterator[Path]:
         ) from error
     try:
         yield temporary
+        _require_replaceable(final)
         if final.exists():
             final.rename(old)
         temporary.rename(final)
@@ -80,20 +98,17 @@ def staging(final: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON; refuses NaN and Inf, which other readers reject."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError if the file is missing or not JSON."""
+    """Read a JSON object. Raises UserError if the file is missing, not JSON, or holds something else than an object."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not a readable JSON file ({error}): build the package again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds a {type(content).__name__}, expected an object: build the package again")
+    return content

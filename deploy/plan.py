@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 from deploy.run import GIVEN, Run
 
 TORCH, BRIDGE, ENGINE = "torch", "bridge", "engine"  # the halves of the way
@@ -30,11 +30,11 @@ def require_order(stages: Sequence[Stage]) -> None:
 
 
 def _place(stages: Sequence[Stage], name: str, option: str) -> int:
-    """Where the stage called `name` stands. Raises UserError with the nearest names."""
+    """Where the stage called `name` stands. Raises UserError with the suggestion names."""
     names = [stage.name for stage in stages]
     if name not in names:
         raise UserError(
-            f"{option} '{name}': no such stage in this recipe; expected {', '.join(names)}.{nearest(name, names)}"
+            f"{option} '{name}': no such stage in this recipe; expected {', '.join(names)}.{suggestion(name, names)}"
         )
     return names.index(name)
 

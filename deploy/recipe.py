@@ -1,16 +1,18 @@
-"""A recipe: which method with which options, read from a TOML file in `deploy/recipes/` or from anywhere."""
+"""A recipe: which method with which options. It is read from a TOML file, in `deploy/recipes/` or anywhere else."""
 
 import dataclasses
 import importlib
+import math
 import pkgutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, get_args, get_origin
 
 import calib.methods
 from calib.attention import int8 as int8_attention
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 from calib.precision import INT8_ENGINE, Precision
 from calib.scales import calibrate, equalise
 from compensation import qwt
@@ -18,6 +20,7 @@ from compensation.star import finetune
 from deploy.named_toml import named_path, read_toml, stems
 
 FOLDER = Path(__file__).parent / "recipes"
+NAME = r"[\w.-]*\w"  # "." and ".." would lead out of the folder for this recipe's packages
 
 
 @dataclass(frozen=True)
@@ -69,48 +72,82 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def method_module(name: str) -> ModuleType:
-    """The file of a method in `calib/methods/`. Raises UserError naming what exists."""
+    """The module of a method in `calib/methods/`. Raises UserError with the names of those that exist."""
     known = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
     if name not in known:
-        raise UserError(f"unknown method '{name}': expected one of {', '.join(known)}.{nearest(name, known)}")
+        raise UserError(f"unknown method '{name}': expected one of {', '.join(known)}.{suggestion(name, known)}")
     return importlib.import_module(f"calib.methods.{name}")
 
 
-def _config(kind: type, values: Any, where: str) -> Any:
-    """`kind(**values)`, refusing keys that are not fields and values of another type."""
+def _has_type(value: Any, expected: Any) -> bool:
+    """Whether a value from a TOML file is of the type of a field: bool, int, float, str, or a tuple of one of these.
+
+    A whole number will do for a float, and a list stands for a tuple. True and False are numbers in Python, but not in a
+    recipe; NaN and infinity are refused, because no report or manifest can hold them.
+    """
+    if get_origin(expected) is tuple:
+        item = get_args(expected)[0]  # of tuple[item, ...]
+        return isinstance(value, list | tuple) and all(_has_type(each, item) for each in value)
+    if isinstance(expected, UnionType):
+        return any(_has_type(value, each) for each in get_args(expected))
+    if expected in (int, float):
+        allowed = (int, float) if expected is float else int
+        return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, expected)
+
+
+def _type_name(expected: Any) -> str:
+    if get_origin(expected) is tuple:
+        return f"a list of {_type_name(get_args(expected)[0])}"
+    return expected.__name__ if isinstance(expected, type) else str(expected)
+
+
+def _table(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a table of options, got {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    for key, value in values.items():
-        if key not in fields:
+    return values
+
+
+def _config(kind: type, values: Any, where: str) -> Any:
+    """`kind(**values)`. Raises UserError for keys that are not fields, and for values of another type or range."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    options = {}
+    for key, value in _table(values, where).items():
+        if key not in types:
             raise UserError(
-                f"{where}: unknown option '{key}'; expected {', '.join(fields) or 'none'}.{nearest(key, fields)}"
+                f"{where}: unknown option '{key}'; expected {', '.join(types) or 'none'}.{suggestion(key, types)}"
             )
-        allowed = fields[key].type
-        if isinstance(allowed, type) and not isinstance(value, int | float if allowed is float else allowed):
-            raise UserError(f"{where}: option '{key}' is {value!r}; expected {allowed.__name__}")
+        if not _has_type(value, types[key]):
+            raise UserError(f"{where}: option '{key}' is {value!r}; expected {_type_name(types[key])}")
+        options[key] = tuple(value) if isinstance(value, list) else value
     try:
-        return kind(**values)
+        return kind(**options)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe:
-    """The recipe that tables of options give; `where` they are from goes into the UserError for an unknown key."""
+    """The recipe that tables of options describe.
+
+    Raises UserError, which begins with `where` the tables come from, for an unknown key or a value of another type.
+    """
     known = ("description", "precision", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
     for key in content:
         if key not in known:
-            raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(known)}.{nearest(key, known)}")
+            raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(known)}.{suggestion(key, known)}")
 
     def optional(key: str, kind: type) -> Any:
         return _config(kind, content[key], f"{where}, [{key}]") if key in content else None
 
-    method = dict(content.get("method", {}))
+    method = dict(_table(content.get("method", {}), f"{where}, [method]"))
     method_name = method.pop("name", "rtn")
+    description = content.get("description", "")
+    for key, value in (("[method] name", method_name), ("description", description)):
+        if not isinstance(value, str):
+            raise UserError(f"{where}: option '{key}' is {value!r}; expected str")
     return Recipe(
         name=name,
-        description=str(content.get("description", "")),
+        description=description,
         precision=_config(Precision, content.get("precision", {}), f"{where}, [precision]"),
         equalise=optional("equalise", equalise.Config),
         attention=optional("attention", int8_attention.Config),
@@ -123,8 +160,16 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
 
 
 def recipe_from_toml(path: Path) -> Recipe:
-    """Read one recipe file. Raises UserError for a syntax error or an unknown key, naming the file."""
+    """Read one recipe file. Its name without `.toml` is the name of the recipe and of the folder that a package gets.
+
+    Raises UserError, naming the file, for a syntax error, an unknown key, a value of another type, or a name that is no
+    folder name.
+    """
     where = f"recipe '{path}'"
+    if not re.fullmatch(NAME, path.stem):
+        raise UserError(
+            f"{where} is named '{path.stem}': expected letters, digits, '_', '-' and '.', no '.' at the end"
+        )
     return recipe_from_tables(path.stem, read_toml(path, where), where)
 
 

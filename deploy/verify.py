@@ -1,16 +1,20 @@
 """Does the exported network still do its job? Judged with ONNX Runtime on images it was not calibrated on. No torch."""
 
+import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from calib.errors import UserError
+from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity, fidelity, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
 from deploy.measure.onnx_runner import OnnxRunner, integer_layers
-from deploy.package import GOLDEN, MANIFEST, MODEL, MODEL_FP32, file_sha256, read_json
+from deploy.package import FILES, GOLDEN, MANIFEST, MODEL, MODEL_FP32, read_json
 
 # FP16 moves values across rounding boundaries, as another processor does: the few golden images gained up to 2.7 dB by it
 # and lost up to 2.1. An overflow costs tens of dB.
@@ -20,6 +24,7 @@ FP16_NOISE_DB = 33.0
 # Another processor sums in another order, which flips ties, and the few golden images are a small sample.
 MAX_DRIFT_DB = 3.0
 SPEED_BATCH = 8
+PLAIN_NAME = r"\w[\w.-]*"  # of a file inside a package: no separators, no ".."
 
 
 def least_fp16_db(fp32_sqnr_db: float) -> float:
@@ -86,22 +91,66 @@ def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
     return CpuSpeed(compare(lambda: baseline(batch), lambda: candidate(batch)), integer_layers(folder / MODEL_FP32))
 
 
+def recorded_sha256(manifest: Path) -> dict[str, str]:
+    """File name -> recorded sha256 (hex) of all files that a manifest lists; the manifest may be of any origin.
+
+    Raises UserError if it has no such list, if a file of a package is not in it, or if a name leads out of the folder.
+    """
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"'{manifest}' has no table 'files': expected the manifest of a package; build it again")
+    found = {}
+    for name, recorded in files.items():
+        if not re.fullmatch(PLAIN_NAME, name):
+            raise UserError(f"'{manifest}' lists the file {name!r}: expected names without folders; build it again")
+        sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise UserError(f"'{manifest}' records no sha256 of '{name}': expected 64 hex digits; build it again")
+        found[name] = sha256
+    if missing := [name for name in FILES if name != MANIFEST and name not in found]:
+        raise UserError(f"'{manifest}' does not list {missing[0]}: expected all files of a package; build it again")
+    return found
+
+
+def golden_arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images (N, 3, H, W), float output (N, D), simulated output (N, D)) of a package, all floating point.
+
+    Raises UserError if the file is not an archive of such arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as golden:
+            arrays = tuple(golden[name] for name in ("images", "float_output", "simulated_output"))
+    # np.load also returns a bare array, which is no context manager: TypeError
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"'{path}' holds no golden images and outputs ({error}): build the package again") from error
+    images, reference, simulated = arrays
+    sound = (
+        all(np.issubdtype(array.dtype, np.floating) and array.size for array in arrays)
+        and (images.ndim, reference.ndim) == (4, 2)
+        and reference.shape == simulated.shape
+        and len(images) == len(reference)
+    )
+    if not sound:
+        found = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
+        raise UserError(f"'{path}' holds {found}: expected float (N, 3, H, W), (N, D), (N, D); build the package again")
+    return images, reference, simulated
+
+
 def verify_package(folder: Path) -> list[str]:
     """Everything wrong with a finished package: changed files, and INT8 outputs that lost fidelity. Empty if sound.
 
-    Needs only the folder: no torch, no images. Raises UserError if there is no manifest.
+    Needs only the folder: no torch, no images. The digests detect accidents, not an attacker, who can write a manifest
+    that fits: nothing is signed. Raises UserError if the manifest or the golden file is not one of a package.
     """
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
     wrong = []
-    for name, recorded in manifest["files"].items():
+    for name, sha256 in recorded_sha256(folder / MANIFEST).items():
         if not (folder / name).is_file():
             wrong.append(f"{name} is missing")
-        elif file_sha256(folder / name) != recorded["sha256"]:
+        elif file_sha256(folder / name) != sha256:
             wrong.append(f"{name} has changed since it was built (sha256 differs)")
     if wrong:
         return wrong
-    with np.load(folder / GOLDEN) as golden:
-        images, reference, simulated = golden["images"], golden["float_output"], golden["simulated_output"]
+    images, reference, simulated = golden_arrays(folder / GOLDEN)
     found, recorded_db = (
         mean_sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)),
         mean_sqnr_db(reference, simulated),

@@ -16,7 +16,7 @@ from deploy.measure.accuracy import fidelity
 from deploy.measure.latency import compare
 from deploy.measure.ort_options import ort_options
 
-BATCH = 16  # images per run when judging fidelity
+FIDELITY_BATCH = 16  # images per run when judging fidelity
 SPEED_BATCH, THREADS = 8, 2  # fixed, so that a figure does not depend on how many cores a machine has
 
 
@@ -45,7 +45,9 @@ class _Network:
         return self.session.run(None, {self.input: images})[0]
 
     def outputs(self, images: np.ndarray) -> np.ndarray:
-        return np.concatenate([self(images[start : start + BATCH]) for start in range(0, len(images), BATCH)])
+        return np.concatenate(
+            [self(images[start : start + FIDELITY_BATCH]) for start in range(0, len(images), FIDELITY_BATCH)]
+        )
 
 
 def judge(float_model: Path, quantized: Path, images: np.ndarray, classifier: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 from deploy.named_toml import named_path, read_toml, stems
 from deploy.recipe import Recipe, recipe_from_tables
 
@@ -96,7 +96,7 @@ def table_from_toml(path: Path) -> Table:
     content = read_toml(path, where)
     for key in content:
         if key not in KEYS:
-            raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(KEYS)}.{nearest(key, KEYS)}")
+            raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(KEYS)}.{suggestion(key, KEYS)}")
     if missing := [key for key in ("title", "models", "float", "ours") if key not in content]:
         raise UserError(f"{where} has no '{missing[0]}'; expected {', '.join(KEYS)}")
     models = content["models"]

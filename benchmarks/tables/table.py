@@ -49,7 +49,7 @@ CODE = (ROOT / "compensation", ROOT / "deploy/stages.py", ROOT / "deploy/measure
 WITHOUT_IMAGENET = ("dinov2_s", "mobilenetv2")
 SAMPLE_IMAGES = 64  # to calibrate, and as many to judge: minutes per network
 IMAGENET_IMAGES = 512  # to calibrate, as QwT; all of val/ judges
-BATCH = 16
+TABLE_BATCH = 16
 WIDTH = 150  # characters, where there is no terminal to ask
 
 
@@ -105,13 +105,13 @@ def _images(options: TableOptions, preprocessing: Preprocessing) -> tuple[ImageS
 
 def _in_memory(images: ImageSet) -> CalibrationImages:
     """Return all of `images`, decoded once."""
-    halves = halves_of(images, lambda part: [torch.from_numpy(batch) for batch in part.batches(BATCH)])
+    halves = halves_of(images, lambda part: [torch.from_numpy(batch) for batch in part.batches(TABLE_BATCH)])
     return CalibrationImages(next(iter(halves[0]))[:1], halves)
 
 
 def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
     with torch.inference_mode():
-        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(BATCH)])
+        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(TABLE_BATCH)])
 
 
 class Bench:

@@ -26,7 +26,7 @@ from calib.statistics.signed_ranges import (
     REPQ,
     SignedHistogram,
     grid_from_histogram,
-    least_error,
+    least_squares_grid,
     percentile_range,
 )
 
@@ -41,13 +41,13 @@ def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> 
     if bits == UNROUNDED:
         return Unrounded()
     if role == "softmax" and precision.attention == "log_sqrt2":
-        return least_error(histogram, [LogSqrt2(percentile_range(histogram, p)[1], bits) for p in PERCENTILES])
+        return least_squares_grid(histogram, [LogSqrt2(percentile_range(histogram, p)[1], bits) for p in PERCENTILES])
     if role == "softmax" and precision.attention == "twin":
-        return least_error(histogram, [twin_softmax(split, bits) for split in TWIN_SPLITS])
+        return least_squares_grid(histogram, [twin_softmax(split, bits) for split in TWIN_SPLITS])
     if precision.zero_points:
         return grid_from_histogram(histogram, REPQ, 0.0, bits)
     thresholds = MSE_FRACTIONS * max(-histogram.low, histogram.high)
-    return least_error(histogram, [qparams_from_amax(amax, bits=bits) for amax in thresholds])
+    return least_squares_grid(histogram, [qparams_from_amax(amax, bits=bits) for amax in thresholds])
 
 
 def calibrate_attention(model: QuantModel, halves: Sequence[Half]) -> QuantModel:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from calib.errors import UserError
-from calib.images.picture import Candidate, Picture
+from calib.images.picture import ImageCandidate, Picture
 from calib.images.preprocess import Preprocessing, array_from_image
 
 SUFFIXES = (".npy", ".npz")
@@ -78,6 +78,6 @@ def _examined(path: Path, array: np.ndarray, row: int) -> Picture:
     return Picture(f"row {row}", hashlib.sha256(values.data).hexdigest(), functools.partial(_read_row, array, row))
 
 
-def row_candidates(path: Path, array: np.ndarray) -> list[Candidate]:
+def row_candidates(path: Path, array: np.ndarray) -> list[ImageCandidate]:
     """One candidate per row of `array`; examining it raises `UserError` for NaN or infinity."""
     return [functools.partial(_examined, path, array, row) for row in range(len(array))]

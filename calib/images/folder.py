@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from calib.errors import UserError
-from calib.images.picture import Candidate, Picture, Unreadable
+from calib.images.picture import ImageCandidate, Picture, Unreadable
 from calib.images.preprocess import Preprocessing, array_from_image, rgb_image
 
 WNID = re.compile(r"n\d{8}")
@@ -40,7 +40,7 @@ def _examined(folder: Path, name: str) -> Picture | Unreadable:
     return Picture(name, hashlib.sha256(data).hexdigest(), functools.partial(_read_file, folder / name))
 
 
-def file_candidates(folder: Path, names: Sequence[str]) -> list[Candidate]:
+def file_candidates(folder: Path, names: Sequence[str]) -> list[ImageCandidate]:
     """One candidate per name; examining it reads and decodes the file once."""
     return [functools.partial(_examined, folder, name) for name in names]
 

@@ -16,7 +16,7 @@ import numpy as np
 from calib.errors import UserError
 from calib.images.arrays import SUFFIXES, array_from_file, row_candidates
 from calib.images.folder import file_candidates, image_names, labels_from_names
-from calib.images.picture import THREADS, Candidate, Chosen, Picture, choose, shuffled
+from calib.images.picture import THREADS, Chosen, ImageCandidate, Picture, choose_pictures, in_random_order
 from calib.images.preprocess import Preprocessing
 from calib.images.sample_photos import CALIBRATION_PHOTOS, EVALUATION_PHOTOS, random_crops
 
@@ -128,7 +128,9 @@ def _names(folder: Path, role: str) -> list[str]:
     return names
 
 
-def _candidates(path: Path, role: str, preprocessing: Preprocessing) -> tuple[list[Candidate], dict[str, int] | None]:
+def _candidates(
+    path: Path, role: str, preprocessing: Preprocessing
+) -> tuple[list[ImageCandidate], dict[str, int] | None]:
     """What `path` offers, and the labels its class folders give when it is for evaluation."""
     if not path.is_dir():
         return row_candidates(path, array_from_file(path, preprocessing)), None
@@ -153,7 +155,7 @@ def _calibration_set(
     """(calibration, held-out) pictures of one folder or array; the second is empty when `held_out` is 0."""
     path = _located(calib, "calibration")
     candidates, _ = _candidates(path, "calibration", preprocessing)
-    chosen = choose(shuffled(candidates, seed), count + held_out)
+    chosen = choose_pictures(in_random_order(candidates, seed), count + held_out)
     _check_any_readable(path, "calibration", chosen)
     found = len(chosen.pictures)
     if held_out and found < 2:
@@ -178,7 +180,7 @@ def _evaluation_set(
     path = _located(evaluation, "evaluation")
     candidates, labels = _candidates(path, "evaluation", preprocessing)
     excluded = {picture.content for picture in calibration.pictures}
-    chosen = choose(shuffled(candidates, seed), wanted or len(candidates), excluded)
+    chosen = choose_pictures(in_random_order(candidates, seed), wanted or len(candidates), excluded)
     _check_any_readable(path, "evaluation", chosen)
     if not chosen.pictures:
         raise UserError(

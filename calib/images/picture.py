@@ -30,24 +30,24 @@ class Unreadable:
     reason: str
 
 
-Candidate = Callable[[], Picture | Unreadable]
+ImageCandidate = Callable[[], Picture | Unreadable]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The outcome of `choose`."""
+    """The outcome of `choose_pictures`."""
 
     pictures: tuple[Picture, ...]
     unreadable: tuple[Unreadable, ...]
     overlap: int  # candidates left out because their content was excluded
 
 
-def shuffled(candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
+def in_random_order(candidates: Sequence[ImageCandidate], seed: int) -> list[ImageCandidate]:
     """`candidates` in the random order of `seed`."""
     return [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]
 
 
-def choose(candidates: Sequence[Candidate], wanted: int, excluded: Collection[str] = ()) -> Chosen:
+def choose_pictures(candidates: Sequence[ImageCandidate], wanted: int, excluded: Collection[str] = ()) -> Chosen:
     """The first `wanted` (1 or more) readable candidates of distinct content outside `excluded`, in order."""
     pictures: list[Picture] = []
     unreadable: list[Unreadable] = []

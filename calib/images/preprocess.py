@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 
 RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}
 CROP_MODES = ("center", "squash")
@@ -57,7 +57,7 @@ def _checked(name: str, value: str, known: Any) -> str:
     if value not in known:
         raise UserError(
             f"preprocessing {name} '{value}' is not supported: expected one of {', '.join(known)}; "
-            f"change the model's data config.{nearest(str(value), known)}"
+            f"change the model's data config.{suggestion(str(value), known)}"
         )
     return value
 

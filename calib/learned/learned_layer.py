@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from calib.grids import Grid, straight_through
 from calib.learned.soft_rounding import alpha_of, hard_rounding, soft_rounding
 from calib.network.layer_rows import weight_matrix
-from calib.network.rounded_layer import RoundedLayer, corrected
+from calib.network.rounded_layer import RoundedLayer, with_gain_and_offset
 from calib.quantizer import QParams, fp16_scale
 
-ROUNDING, STEP, QUANT_STEP, DEQUANT_STEP, OFFSET, INPUT_STEP = QUANTITIES = (
+ROUNDING, SCALE, QUANT_SCALE, DEQUANT_SCALE, OFFSET, INPUT_SCALE = QUANTITIES = (
     "rounding",  # alpha: which neighbour each weight takes
-    "step",  # s and s' as one number
-    "quant_step",  # s, which makes the integers
-    "dequant_step",  # s', which multiplies them: xi
+    "scale",  # s and s' as one number
+    "quant_scale",  # s, which makes the integers
+    "dequant_scale",  # s', which multiplies them: xi
     "offset",  # eta
-    "input_step",  # s_x
+    "input_scale",  # s_x
 )
 SMALLEST_GAIN = 0.01  # of xi and of the steps, all relative to where they start: a step stays positive
 
@@ -44,7 +44,7 @@ class Mode:
     generator: torch.Generator | None = None  # of what drops
 
 
-class _LearnedStep(torch.autograd.Function):
+class _LearnedScale(torch.autograd.Function):
     """x on the grid whose step is multiplied by `factor`, with LSQ's gradients (Esser et al., ICLR 2020, eq. 3 and 5)."""
 
     @staticmethod
@@ -72,7 +72,7 @@ class LearnedInput(nn.Module):
     def __init__(self, grid: Grid, mode: Mode) -> None:
         super().__init__()
         self.start, self.mode = grid, mode
-        self.step = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.scale_factor = nn.Parameter(torch.ones(()), requires_grad=False)
 
     @property
     def learnable(self) -> bool:
@@ -84,14 +84,14 @@ class LearnedInput(nn.Module):
         """The grid with the step learned so far."""
         if not isinstance(self.start, QParams):
             return self.start
-        return replace(self.start, scale=fp16_scale(self.start.scale * self.step.detach()))
+        return replace(self.start, scale=fp16_scale(self.start.scale * self.scale_factor.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, unchanged."""
         if self.mode.soft and self.mode.exact_inputs:
             return x
-        if self.step.requires_grad and torch.is_grad_enabled():
-            rounded = _LearnedStep.apply(x, self.step, self.start)
+        if self.scale_factor.requires_grad and torch.is_grad_enabled():
+            rounded = _LearnedScale.apply(x, self.scale_factor, self.start)
         else:
             rounded = straight_through(x, self.grid)
         if not (self.mode.soft and self.mode.drop):
@@ -117,7 +117,7 @@ class LearnedLayer(nn.Module):
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach()
         exact = weight / self._along(params.scale)
         self.alpha = nn.Parameter(alpha_of(exact - exact.floor()))
-        self.step, self.quant_step, self.dequant_step = (nn.Parameter(ones.clone()) for _ in range(3))
+        self.scale_factor, self.quant_factor, self.dequant_factor = (nn.Parameter(ones.clone()) for _ in range(3))
         self.offset = nn.Parameter(torch.zeros(len(weight)))
         self.learn(())
 
@@ -127,10 +127,10 @@ class LearnedLayer(nn.Module):
     def quantities(self) -> dict[str, nn.Parameter]:
         """What can be learned, by its name in `QUANTITIES`."""
         own = {
-            ROUNDING: self.alpha, STEP: self.step, QUANT_STEP: self.quant_step,
-            DEQUANT_STEP: self.dequant_step, OFFSET: self.offset,
+            ROUNDING: self.alpha, SCALE: self.scale_factor, QUANT_SCALE: self.quant_factor,
+            DEQUANT_SCALE: self.dequant_factor, OFFSET: self.offset,
         }  # fmt: skip
-        return own | ({INPUT_STEP: self.reads.step} if self.reads.learnable else {})
+        return own | ({INPUT_SCALE: self.reads.scale_factor} if self.reads.learnable else {})
 
     def learn(self, names: tuple[str, ...]) -> None:
         """Let the quantities called `names` have gradients, and no others."""
@@ -150,7 +150,7 @@ class LearnedLayer(nn.Module):
 
     def integers(self) -> Tensor:
         """Integers in the weight's shape, as floats; in soft mode numbers between them."""
-        step = self.params.scale * self.step * self.quant_step
+        step = self.params.scale * self.scale_factor * self.quant_factor
         exact = self.layer.get_parameter("weight").detach() / self._along(step)
         if self.nearest:
             rounded = exact + (exact.round() - exact).detach()
@@ -160,7 +160,7 @@ class LearnedLayer(nn.Module):
 
     def gain(self) -> Tensor:
         """xi (out,): how much more an integer stands for than at the start."""
-        return self.step * self.dequant_step
+        return self.scale_factor * self.dequant_factor
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
@@ -180,4 +180,4 @@ class LearnedLayer(nn.Module):
         shape = weight_matrix(self.layer).shape
         integers = self.integers().reshape(shape).to(torch.int8)
         found = RoundedLayer(integers, self.params, self.bias.reshape(shape[:2]))
-        return corrected(found, self.gain().reshape(shape[:2]), (self.offset * self.unit).reshape(shape[:2]))
+        return with_gain_and_offset(found, self.gain().reshape(shape[:2]), (self.offset * self.unit).reshape(shape[:2]))

@@ -25,7 +25,7 @@ from calib.judge.held_out import Candidate, Offer
 from calib.layerwise.layer_fits import LayerTrials, fitted_layers
 from calib.layerwise.subsets import layer_candidates
 from calib.network.layer_rows import product
-from calib.network.rounded_layer import RoundedLayer, augmented_weight, corrected, rounded_layers
+from calib.network.rounded_layer import RoundedLayer, augmented_weight, rounded_layers, with_gain_and_offset
 from calib.quant_model import QuantModel
 from calib.quantizer import fp16_scale
 from calib.store.watch import UNWATCHED, Watch
@@ -103,8 +103,8 @@ def best_correction(sums: Sequence[Sequence[ChannelSums]]) -> LayerTrials:
         others = [(sums[index - 1][part], one) for index, one in enumerate(found) for part in parts]
         return sum(part.error(*one) for part, one in others) < sum(float(part.sums[5].sum()) for part, _ in others)
 
-    layers = [corrected(rounded, *one) for one in found]
-    whole = corrected(rounded, *correction(functools.reduce(ChannelSums.merge, halves)))
+    layers = [with_gain_and_offset(rounded, *one) for one in found]
+    whole = with_gain_and_offset(rounded, *correction(functools.reduce(ChannelSums.merge, halves)))
     return LayerTrials(
         tuple(layers if helps([part]) else None for part, _ in ROTATIONS),
         whole if helps([part for part, _ in ROTATIONS]) else None,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from calib.images.batches import Half, spread_images
 from calib.judge.held_out import Candidate, Offer
-from calib.learned.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP, LearnedLayer
+from calib.learned.learned_layer import DEQUANT_SCALE, INPUT_SCALE, OFFSET, QUANT_SCALE, ROUNDING, SCALE, LearnedLayer
 from calib.learned.reconstruction import (
     Follow,
     Phase,
@@ -46,12 +46,12 @@ from calib.store.watch import UNWATCHED, Watch
 
 # Table 1: what learns, and when
 CASES = {
-    "1.1.1": (Phase((ROUNDING,), share=0.8, exact_inputs=True), Phase((INPUT_STEP,), share=0.2)),  # AdaRound, BRECQ
-    "1.1.2": (Phase((ROUNDING, INPUT_STEP)),),  # QDrop, NWQ
-    "1.2": (Phase((STEP, INPUT_STEP)),),  # LSQ: to nearest, with one step
-    "2.1": (Phase((ROUNDING, QUANT_STEP, INPUT_STEP)),),
-    "2.2": (Phase((ROUNDING, DEQUANT_STEP, INPUT_STEP)),),  # AdaQTransform
-    "2.3": (Phase((ROUNDING, QUANT_STEP, DEQUANT_STEP, INPUT_STEP)),),
+    "1.1.1": (Phase((ROUNDING,), share=0.8, exact_inputs=True), Phase((INPUT_SCALE,), share=0.2)),  # AdaRound, BRECQ
+    "1.1.2": (Phase((ROUNDING, INPUT_SCALE)),),  # QDrop, NWQ
+    "1.2": (Phase((SCALE, INPUT_SCALE)),),  # LSQ: to nearest, with one step
+    "2.1": (Phase((ROUNDING, QUANT_SCALE, INPUT_SCALE)),),
+    "2.2": (Phase((ROUNDING, DEQUANT_SCALE, INPUT_SCALE)),),  # AdaQTransform
+    "2.3": (Phase((ROUNDING, QUANT_SCALE, DEQUANT_SCALE, INPUT_SCALE)),),
 }
 PUBLISHED_ITERATIONS = 20_000
 CROSSING = 2.0  # how far Adam must be able to move alpha: h leaves 0 at -2.4 and reaches 1 at 2.4
@@ -91,7 +91,7 @@ class Config:
         """What learns, and when; the offset in the last phase."""
         *first, last = CASES[self.case]
         phases = (*first, replace(last, learned=(*last.learned, *((OFFSET,) if self.offset else ()))))
-        without = () if self.input_steps else (INPUT_STEP,)
+        without = () if self.input_steps else (INPUT_SCALE,)
         learned = [tuple(name for name in each.learned if name not in without) for each in phases]
         return tuple(replace(each, learned=names) for each, names in zip(phases, learned, strict=True))
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.grids import Grid, obstacle, straight_through
+from calib.grids import Grid, straight_through, why_not_int8
 from calib.modules import replace_module
 from calib.quant_model import ATTENTION_ROLES, QuantModel
 from calib.quantizer import QMAX, QParams, quantize
@@ -45,21 +45,21 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 quantize_dequantize.register_autograd(_straight_through, setup_context=_keep_inside)
 
 
-@torch.library.custom_op("int8::dequantize", mutates_args=())
-def dequantize(q: Tensor, scale: Tensor, axis: int) -> Tensor:
+@torch.library.custom_op("int8::dequantize_weight", mutates_args=())
+def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Integers `q` times `scale` (C,) along `axis`, in the dtype of `scale`."""
     shape = [1] * q.ndim
     shape[axis] = -1
     return q.to(scale.dtype) * scale.reshape(shape)
 
 
-@dequantize.register_fake
+@dequantize_weight.register_fake
 def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(q, dtype=scale.dtype)
 
 
 class QuantLinear(nn.Module):
-    """y = dequantize(W) quantize_dequantize(x) + b. `weight` is int8 (in, out), the layout of an ONNX MatMul."""
+    """y = dequantize_weight(W) quantize_dequantize(x) + b. `weight` is int8 (in, out), the layout of an ONNX MatMul."""
 
     def __init__(self, linear: nn.Linear, input_params: QParams, weight_params: QParams) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = torch.matmul(quantize_dequantize(x, self.input_scale), dequantize(self.weight, self.weight_scale, 1))
+        y = torch.matmul(quantize_dequantize(x, self.input_scale), dequantize_weight(self.weight, self.weight_scale, 1))
         return y if self.bias is None else y + self.bias
 
 
@@ -93,7 +93,7 @@ class QuantConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
         x = quantize_dequantize(x, self.input_scale)
-        weight = dequantize(self.weight, self.weight_scale, 0)
+        weight = dequantize_weight(self.weight, self.weight_scale, 0)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -123,7 +123,9 @@ class SimulatedQuantizer(nn.Module):
 
 def rounding_module(quantizer: str, grid: Grid) -> nn.Module:
     """What rounds a tensor to `grid` on its way."""
-    return Quantizer(grid) if isinstance(grid, QParams) and not obstacle(grid) else SimulatedQuantizer(quantizer, grid)
+    return (
+        Quantizer(grid) if isinstance(grid, QParams) and not why_not_int8(grid) else SimulatedQuantizer(quantizer, grid)
+    )
 
 
 class SimulatedLayer(nn.Module):
@@ -178,7 +180,7 @@ def quantized_net(model: QuantModel) -> nn.Module:
     for name in model.quantized_layers:
         layer = net.get_submodule(name)
         quantizer, weight = f"{name}:input", model.qparams(f"{name}:weight")
-        if obstacle(model.quantizers[quantizer]):
+        if why_not_int8(model.quantizers[quantizer]):
             replace_module(
                 net, name, SimulatedLayer(layer, rounding_module(quantizer, model.quantizers[quantizer]), weight)
             )

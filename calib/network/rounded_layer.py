@@ -55,7 +55,7 @@ def rounded_layers(model: QuantModel) -> dict[str, RoundedLayer]:
     }
 
 
-def corrected(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
+def with_gain_and_offset(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
     """`layer` with its scales times |gain|, its bias plus `offset`, both (G, N), and its rows' signs those of `gain`.
 
     An engine's scales are positive; the narrow range allows the sign to go into the integers.

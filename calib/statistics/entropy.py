@@ -11,7 +11,7 @@ from torch import Tensor
 from calib.quantizer import largest_integer
 
 BINS = 2048  # of equal width, from 0 to the maximum
-STEP = 16  # bins between thresholds tried: 0.8 % of the maximum
+BINS_BETWEEN_THRESHOLDS = 16  # bins between thresholds tried: 0.8 % of the maximum
 
 
 def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins: int = BINS) -> Tensor:
@@ -50,5 +50,5 @@ def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bits:
     counts = linear_counts(lower, upper, count, amax)
     counts[0] = counts[1]  # exact zeros would outweigh everything: they round to 0 at any scale
     levels = largest_integer(bits) + 1
-    kept = range(BINS, levels - 1, -STEP)
+    kept = range(BINS, levels - 1, -BINS_BETWEEN_THRESHOLDS)
     return amax * min(kept, key=lambda bins: relative_entropy(counts, bins, levels)) / BINS

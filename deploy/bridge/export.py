@@ -20,9 +20,10 @@ from onnxscript import opset21
 from torch import Tensor, nn
 
 from calib.errors import UserError
-from calib.grids import obstacle
+from calib.grids import why_not_int8
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
+from deploy.graph.names import node_name, value_name
 from deploy.graph.zero_points import with_zero_points
 
 OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes
@@ -35,7 +36,7 @@ def _write_quantize_dequantize(x: Any, scale: Any) -> Any:
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
 
-def _write_dequantize(q: Any, scale: Any, axis: int) -> Any:
+def _write_dequantize_weight(q: Any, scale: Any, axis: int) -> Any:
     return op.DequantizeLinear(q, scale, axis=axis)
 
 
@@ -66,28 +67,31 @@ def _write_attention(
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: _write_attention,
     torch.ops.int8.quantize_dequantize.default: _write_quantize_dequantize,
-    torch.ops.int8.dequantize.default: _write_dequantize,
+    torch.ops.int8.dequantize_weight.default: _write_dequantize_weight,
 }
 
 
 def _module_of(node: ir.Node) -> str:
-    """Dotted name of the torch module that produced `node`: the scopes are `['', 'a', 'a.b', operator]`."""
+    """Dotted name of the torch module that produced `node`, empty for the network itself.
+
+    The exporter records scopes `['', 'a', 'a.b', operator]`.
+    """
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     modules = [scope for scope in scopes[:-1] if scope and not scope.startswith("_")]
-    return modules[-1] if modules else "net"
+    return modules[-1] if modules else ""
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Name every node and its output after its torch module: `blocks.3.attn.qkv/MatMul` (edits `model`)."""
-    seen: Counter[str] = Counter()
+    """Name every node and its outputs after its torch module, as deploy/graph/names.py says (edits `model`)."""
+    seen: Counter[tuple[str, str]] = Counter()
     outputs = set(model.graph.outputs)
     for node in model.graph:
-        name = f"{_module_of(node)}/{node.op_type}"
-        seen[name] += 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"
+        key = _module_of(node), node.op_type
+        node.name = node_name(*key, repeat=seen[key])
+        seen[key] += 1
         for index, value in enumerate(node.outputs):
             if value not in outputs:
-                value.name = node.name if index == 0 else f"{node.name}:{index}"
+                value.name = value_name(node.name, index)
 
 
 @contextmanager
@@ -110,8 +114,8 @@ def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
             raise UserError(
-                f"quantizer '{module.quantizer}' has {obstacle(module.grid)}: simulated only, no INT8 kernel of TensorRT "
-                f"reads it"
+                f"quantizer '{module.quantizer}' has {why_not_int8(module.grid)}: it is simulated only, no INT8 kernel "
+                f"of TensorRT reads it"
             )
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(

@@ -20,6 +20,7 @@ from calib.hooks import input_hooks
 from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
 from calib.quantizer import QParams, quantize
 from deploy.bridge.export import OUTPUT
+from deploy.graph.names import node_by_layer
 from deploy.measure.accuracy import relative_l2
 from deploy.measure.onnx_runner import OnnxRunner
 
@@ -34,7 +35,7 @@ class Parity:
 
     `rel_l2`: of the output with every layer fed the same integers. `suspect`: the first layer beyond the limits, or
     else the one that deviates most; `mismatch`: share of its integers that differ, `steps`: by how many at most.
-    `free_running_rel_l2`: of the output, each on its own.
+    `end_to_end_difference`: of the output, each on its own.
     """
 
     images: int
@@ -42,7 +43,7 @@ class Parity:
     suspect: str
     mismatch: float
     steps: int
-    free_running_rel_l2: float
+    end_to_end_difference: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -67,8 +68,7 @@ def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     producers = {output: node for node in model.graph.node for output in node.output}
-    readers = {node.name.rpartition("/")[0]: node for node in model.graph.node if node.op_type in ("MatMul", "Conv")}
-    own = {node.name.rpartition("/")[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    readers, own = node_by_layer(model, "MatMul", "Conv"), node_by_layer(model, "QuantizeLinear")
     integers = {
         layer: producers[readers[layer].input[0]].input[0] if layer in readers else own[layer].output[0]
         for layer in layers
@@ -123,5 +123,5 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
         suspect=suspect,
         mismatch=deviations[suspect][0],
         steps=deviations[suspect][1],
-        free_running_rel_l2=relative_l2(output, free),
+        end_to_end_difference=relative_l2(output, free),
     )

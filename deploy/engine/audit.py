@@ -4,16 +4,15 @@ The plan is the ONNX graph's Q/DQ nodes; the evidence is the engine's kernels. T
 count: one kernel may cover several layers (q, k and v as one GEMM), and attention adds GEMMs without weights.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx
 
-from calib.errors import UserError
 from deploy.engine.kernels import Kernel, count_kernels
 from deploy.errors import ContractError
+from deploy.graph.names import require_unique
 
 _LAYER_OPS = ("MatMul", "Gemm", "Conv")
 _SHOWN = 5  # lost layers named in a message
@@ -89,17 +88,6 @@ class _Graph:
         return dequantize is not None and dequantize.op_type == "DequantizeLinear" and dequantize.input[0] in self.int8
 
 
-def _with_own_names(model: onnx.ModelProto, names: list[str]) -> tuple[str, ...]:
-    """`names`, if each is the name of one node: the engine's kernels refer to nodes by name. Else raises UserError."""
-    uses = Counter(node.name for node in model.graph.node)
-    if shared := [name for name in names if not name or uses[name] > 1]:
-        raise UserError(
-            f"ONNX node name '{shared[0]}' of a quantized layer is used {uses[shared[0]]} times: expected a "
-            "name of its own for each node, to find it again in the engine; name the nodes before building"
-        )
-    return tuple(names)
-
-
 def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
     """Names of the MatMul, Gemm and Conv nodes with quantized activation and INT8 weight, in graph order.
 
@@ -114,7 +102,7 @@ def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
         and graph.is_quantized_activation(node.input[0])
         and graph.is_int8_weight(node.input[1])
     ]
-    return _with_own_names(model, names)
+    return require_unique(model, names)
 
 
 def planned_attention(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -128,7 +116,7 @@ def planned_attention(model: onnx.ModelProto) -> tuple[str, ...]:
         for node in model.graph.node
         if node.op_type == "MatMul" and all(graph.is_quantized_activation(factor) for factor in node.input)
     ]
-    return _with_own_names(model, names)
+    return require_unique(model, names)
 
 
 def _covered(kernels: Iterable[Kernel], *kinds: str) -> set[str]:

@@ -19,6 +19,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from deploy.graph.names import constant_name, renamed_operator
+
 
 def tensor_and_channel_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(t, c) of shapes () and (N,) with c * t == `scales` (N,) in every bit, all in one dtype.
@@ -55,8 +57,7 @@ def _add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> None:
     product = matmul.outputs[0]
-    layer, _, operator = (matmul.name or "").rpartition("/")
-    name = f"{layer}/ChannelScale{operator.removeprefix('MatMul')}"
+    name = renamed_operator(matmul.name or "", "ChannelScale")
     scaled = ir.Value(name=name, shape=product.shape, type=product.type)
     if product.is_graph_output():
         product.name, scaled.name = matmul.name, product.name
@@ -80,7 +81,7 @@ def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarra
 def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """A new model: a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
 
-    Expects symmetric weights and the node names of deploy/bridge/export.py. A weight that is read by anything but
+    Expects symmetric weights and the node names of deploy/graph/names.py. A weight that is read by anything but
     MatMuls, as their right factor, keeps its scales.
     """
     result = ir.from_proto(model)
@@ -89,9 +90,9 @@ def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     for node, t in _tensor_scales(scales).items():
         weight = node.outputs[0]
         node.resize_inputs(2)  # zero points would keep their shape (N,)
-        node.replace_input_with(1, _add_constant(graph, f"{weight.name}/scale", t))
+        node.replace_input_with(1, _add_constant(graph, constant_name(weight.name or "", "scale"), t))
         node.attributes.pop("axis", None)
-        factors = _add_constant(graph, f"{weight.name}/channel_scale", scales[node] / t)
+        factors = _add_constant(graph, constant_name(weight.name or "", "channel_scale"), scales[node] / t)
         for matmul, _ in weight.uses():
             _multiply_behind(graph, matmul, factors)
     RemoveUnusedNodesPass()(result)

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from deploy.graph.names import constant_name
+
 
 def with_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model`, edited: every DequantizeLinear of one scale per channel has zero points of its own, all 0."""
@@ -16,7 +18,7 @@ def with_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
     channels = {each.name: each.dims[0] for each in graph.initializer if len(each.dims) == 1}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and len(node.input) == 2 and node.input[1] in channels:
-            name = f"{node.output[0]}/zero_points"
+            name = constant_name(node.output[0], "zero_points")
             graph.initializer.append(numpy_helper.from_array(np.zeros(channels[node.input[1]], np.int8), name))
             node.input.append(name)
     return model

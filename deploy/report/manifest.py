@@ -4,8 +4,9 @@ import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from calib.store.digests import file_sha256
 from deploy import host
-from deploy.package import FILES, MANIFEST, file_sha256
+from deploy.package import FILES, MANIFEST
 from deploy.report.evidence import images_json, tool_commit, warnings
 
 if TYPE_CHECKING:

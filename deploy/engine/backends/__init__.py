@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from calib.errors import UserError, nearest
+from calib.errors import UserError, suggestion
 from deploy.engine.kernels import Kernel
 
 PREFERENCE = ("tensorrt", "tensorrt_rtx")  # what TARGET=auto tries, in this order
@@ -43,7 +43,8 @@ def choose_backend(target: str) -> tuple[ModuleType, str]:
     if target != "auto":
         if target not in known:
             raise UserError(
-                f"unknown TARGET '{target}': expected auto, {', '.join(sorted(known))}.{nearest(target, [*known, 'auto'])}"
+                f"unknown TARGET '{target}': expected auto, {', '.join(sorted(known))}."
+                f"{suggestion(target, [*known, 'auto'])}"
             )
         if reason := known[target].cannot_build():
             raise UserError(f"TARGET={target} cannot build here: {reason}")

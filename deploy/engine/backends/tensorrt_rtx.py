@@ -9,6 +9,7 @@ from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.plan_text import kernels_from_rtx_plan
+from deploy.graph.names import operator_from_name
 from deploy.graph.split_channel_scales import split_channel_scales
 
 NAME = "tensorrt_rtx"
@@ -59,7 +60,8 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
 
     safe = split_channel_scales(model)
     plan, _ = serialize_network(trt, safe.SerializeToString(), profile, configure)
-    has_quantized_convs = any(n.op_type == "Conv" and "DequantizeLinear" in n.input[1] for n in model.graph.node)
+    weights = (node.input[1] for node in model.graph.node if node.op_type == "Conv")
+    has_quantized_convs = any(operator_from_name(weight) == "DequantizeLinear" for weight in weights)
     return Built(
         plan=plan,
         backend=NAME,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.grids import Unrounded, input_grid, obstacle, straight_through
+from calib.grids import Unrounded, input_grid, straight_through, why_not_int8
 from calib.hooks import input_hooks
 from calib.methods import erq, rtn
 from calib.network.fold import fold_affine
@@ -56,11 +56,11 @@ def test_rounding_passes_gradients_inside_the_range_and_stops_them_outside():
 
 
 def test_only_eight_bits_without_a_zero_point_and_one_scale_have_a_kernel():
-    assert obstacle(qparams_from_amax(torch.tensor(1.0))) is None
-    assert obstacle(qparams_from_amax(torch.tensor(1.0), bits=6)) == "6 bits"
-    assert obstacle(qparams_from_range(torch.tensor(0.0), torch.tensor(1.0))) == "a zero point"
-    assert obstacle(QParams(torch.ones(3), axis=1)) == "a scale per channel"
-    assert obstacle(Unrounded()) == "a Unrounded grid"
+    assert why_not_int8(qparams_from_amax(torch.tensor(1.0))) is None
+    assert why_not_int8(qparams_from_amax(torch.tensor(1.0), bits=6)) == "6 bits"
+    assert why_not_int8(qparams_from_range(torch.tensor(0.0), torch.tensor(1.0))) == "a zero point"
+    assert why_not_int8(QParams(torch.ones(3), axis=1)) == "a scale per channel"
+    assert why_not_int8(Unrounded()) == "a Unrounded grid"
     assert isinstance(input_grid(1.0, 32), Unrounded)
 
 

@@ -5,11 +5,18 @@ import subprocess
 import pytest
 
 from calib.errors import UserError
-from deploy.package import file_sha256, read_json, staging, write_json
+from deploy.package import MANIFEST, read_json, staging, write_json
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def write_package(folder, **files):
+    """A package as far as `staging` looks at it."""
+    write_json(folder / MANIFEST, {"files": {}})
+    for name, content in files.items():
+        (folder / name).write_text(content)
 
 
 def test_a_package_appears_only_when_it_is_complete(tmp_path):
@@ -25,7 +32,7 @@ def test_a_package_appears_only_when_it_is_complete(tmp_path):
 def test_nothing_is_left_after_a_failure_and_the_old_package_stays(tmp_path, error):
     final = tmp_path / "int8"
     with staging(final) as folder:
-        (folder / "a").write_text("old")
+        write_package(folder, a="old")
     with pytest.raises(error), staging(final) as folder:  # noqa: PT012 - the block is what is tested
         (folder / "a").write_text("half")
         raise error("stop")
@@ -36,8 +43,35 @@ def test_nothing_is_left_after_a_failure_and_the_old_package_stays(tmp_path, err
 def test_a_new_package_replaces_the_old_one_whole(tmp_path):
     for name in ("a", "b"):
         with staging(tmp_path / "int8") as folder:
-            (folder / name).write_text("x")
-    assert names(tmp_path / "int8") == ["b"]
+            write_package(folder, **{name: "x"})
+    assert names(tmp_path / "int8") == ["b", MANIFEST]
+
+
+FOREIGN = {
+    "folder": lambda path: (path.mkdir(), (path / "thesis.tex").write_text("years of work")),
+    "empty folder": lambda path: path.mkdir(),
+    "other manifest": lambda path: (path.mkdir(), write_json(path / MANIFEST, {"name": "a web page"})),
+    "list": lambda path: (path.mkdir(), (path / MANIFEST).write_text("[]")),
+    "no JSON": lambda path: (path.mkdir(), (path / MANIFEST).write_bytes(b"\xff")),
+    "file": lambda path: path.write_text("x"),
+    "link": lambda path: (path.with_name("else").mkdir(), write_package(path.with_name("else")), path.symlink_to("else")),
+    "dead link": lambda path: path.symlink_to("nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_package_is_not_replaced(tmp_path, kind, when):
+    final = tmp_path / "int8"
+    if when == "before":
+        FOREIGN[kind](final)
+    with pytest.raises(UserError, match=r"not a package.*not replaced"), staging(final) as folder:  # noqa: PT012
+        assert when == "meanwhile", "the run began although there is no place for its result"
+        write_package(folder)
+        FOREIGN[kind](final)
+    assert names(tmp_path) == (["else", "int8"] if kind == "link" else ["int8"])
+    if kind == "folder":
+        assert (final / "thesis.tex").read_text() == "years of work"
 
 
 def _dead_pid() -> int:
@@ -50,7 +84,7 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path):
     pid = _dead_pid()
     (tmp_path / f".int8.tmp-{pid}").mkdir()
     (tmp_path / f".int8.old-{pid}").mkdir()
-    (tmp_path / f".int8.old-{pid}" / "a").write_text("displaced")
+    write_package(tmp_path / f".int8.old-{pid}", a="displaced")
     with pytest.raises(RuntimeError), staging(tmp_path / "int8"):
         raise RuntimeError
     assert (tmp_path / "int8" / "a").read_text() == "displaced"
@@ -93,11 +127,9 @@ def test_json_with_nan_is_refused_and_bad_json_is_a_user_error(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     (tmp_path / "b.json").write_text("{")
-    for name in ("b.json", "missing.json"):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("b.json", "missing.json", "list.json", "bytes.json", "deep.json"):
         with pytest.raises(UserError, match=name):
             read_json(tmp_path / name)
-
-
-def test_sha256_is_the_known_one(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from deploy.verify import FP16_NOISE_DB, MAX_FP16_LOSS_DB, Verdict, least_fp16_db
+from calib.errors import UserError
+from calib.store.digests import file_sha256
+from deploy.package import FILES, GOLDEN, MANIFEST, write_json
+from deploy.verify import FP16_NOISE_DB, MAX_FP16_LOSS_DB, Verdict, least_fp16_db, verify_package
 
 
 @pytest.mark.parametrize("db", [5.0, 16.0, 25.0])
@@ -29,3 +32,84 @@ def test_overflow_is_a_failure_and_a_perfect_graph_is_none(overflown):
     assert verdict(30.0, 29.0).failure() is None
     assert verdict(30.0, 31.0).failure() is None
     assert verdict(float("inf"), float("inf")).failure() is None
+
+
+def write_package(folder, golden=None):
+    """A folder with all files of a package and digests that fit; returns the table of files in its manifest."""
+    for name in FILES:
+        (folder / name).write_bytes(b"x")
+    if golden is not None:
+        np.savez(folder / GOLDEN, **golden)
+    files = {name: {"sha256": file_sha256(folder / name)} for name in FILES if name != MANIFEST}
+    write_json(folder / MANIFEST, {"files": files})
+    return files
+
+
+GOOD = "0" * 64
+MANIFESTS = {
+    "no table": ({}, "has no table 'files'"),
+    "list": ({"files": []}, "has no table 'files'"),
+    "no files": ({"files": {}}, "does not list model.onnx"),
+    "one missing": (
+        {"files": {name: {"sha256": GOOD} for name in FILES if name != GOLDEN}},
+        "does not list golden.npz",
+    ),
+    "out of the folder": ({"files": {"../../etc/passwd": {"sha256": GOOD}}}, "lists the file '../../etc/passwd'"),
+    "absolute": ({"files": {"/etc/passwd": {"sha256": GOOD}}}, "lists the file '/etc/passwd'"),
+    "backslash": ({"files": {"..\\x": {"sha256": GOOD}}}, "lists the file"),
+    "line break": ({"files": {"a\nb": {"sha256": GOOD}}}, "lists the file"),
+    "parent": ({"files": {"..": {"sha256": GOOD}}}, "lists the file"),
+    "no digest": ({"files": {"model.onnx": {}}}, "records no sha256 of 'model.onnx'"),
+    "no record": ({"files": {"model.onnx": GOOD}}, "records no sha256 of 'model.onnx'"),
+    "digest no text": ({"files": {"model.onnx": {"sha256": 3}}}, "records no sha256 of 'model.onnx'"),
+    "short digest": ({"files": {"model.onnx": {"sha256": "ab"}}}, "records no sha256 of 'model.onnx'"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_manifest_that_is_none_of_a_package_is_refused_in_one_line(tmp_path, case):
+    content, expected = MANIFESTS[case]
+    write_package(tmp_path)
+    write_json(tmp_path / MANIFEST, content)
+    with pytest.raises(UserError) as caught:
+        verify_package(tmp_path)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{"])
+def test_a_manifest_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=MANIFEST):
+        verify_package(tmp_path)
+
+
+def test_missing_and_changed_files_are_named(tmp_path):
+    write_package(tmp_path)
+    (tmp_path / GOLDEN).unlink()
+    (tmp_path / "model.onnx").write_text("other")
+    assert verify_package(tmp_path) == [
+        "model.onnx has changed since it was built (sha256 differs)",
+        "golden.npz is missing",
+    ]
+
+
+IMAGES, OUTPUT = np.zeros((2, 3, 4, 4), np.float32), np.zeros((2, 5), np.float32)
+GOLDENS = {
+    "no archive": None,
+    "an array missing": {"images": IMAGES, "float_output": OUTPUT},
+    "other counts": {"images": IMAGES[:1], "float_output": OUTPUT, "simulated_output": OUTPUT},
+    "other sizes": {"images": IMAGES, "float_output": OUTPUT, "simulated_output": OUTPUT[:, :3]},
+    "no images": {"images": IMAGES[:0], "float_output": OUTPUT[:0], "simulated_output": OUTPUT[:0]},
+    "integers": {"images": IMAGES.astype(int), "float_output": OUTPUT, "simulated_output": OUTPUT},
+    "scalars": {"images": IMAGES, "float_output": np.float32(0), "simulated_output": np.float32(0)},
+    "objects": {"images": np.array([{}], object), "float_output": OUTPUT, "simulated_output": OUTPUT},
+}
+
+
+@pytest.mark.parametrize("case", GOLDENS)
+def test_golden_arrays_that_are_none_are_refused_in_one_line(tmp_path, case):
+    write_package(tmp_path, GOLDENS[case])
+    with pytest.raises(UserError, match=GOLDEN) as caught:
+        verify_package(tmp_path)
+    assert "\n" not in str(caught.value)

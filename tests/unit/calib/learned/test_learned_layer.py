@@ -8,18 +8,18 @@ from torch import nn
 
 from calib.grids import Unrounded, input_grid
 from calib.learned.learned_layer import (
-    DEQUANT_STEP,
-    INPUT_STEP,
+    DEQUANT_SCALE,
+    INPUT_SCALE,
     OFFSET,
     ROUNDING,
-    STEP,
+    SCALE,
     LearnedInput,
     LearnedLayer,
     Mode,
 )
 from calib.learned.reconstruction import Phase, Schedule, Task, channel_loss, reconstruct
 from calib.network.qdq import SimulatedLayer, rounding_module
-from calib.network.rounded_layer import corrected, rounded_layer
+from calib.network.rounded_layer import rounded_layer, with_gain_and_offset
 from calib.quantizer import QParams, channel_qparams, quantize
 
 LAYERS = {
@@ -95,16 +95,18 @@ def test_gain_and_offset_act_on_the_output_as_in_eq_8():
     layer, x = learned()
     before = layer(x) - layer.bias
     with torch.no_grad():
-        layer.dequant_step.copy_(torch.tensor([0.5, 2.0, 1.0, 0.25, 1.0, 4.0]))  # FP16 keeps these exact
+        layer.dequant_factor.copy_(torch.tensor([0.5, 2.0, 1.0, 0.25, 1.0, 4.0]))  # FP16 keeps these exact
         layer.offset.copy_(torch.linspace(-1, 1, 6))
-    torch.testing.assert_close(layer(x), layer.dequant_step * before + layer.bias + layer.offset, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        layer(x), layer.dequant_factor * before + layer.bias + layer.offset, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_negative_gain_goes_into_the_integers():
     layer, x = learned()
     rounded = layer.rounded()
     gain = torch.tensor([[-1.0, 1.0, -0.5, 2.0, -4.0, 1.0]])
-    found = corrected(rounded, gain, torch.zeros(1, 6))
+    found = with_gain_and_offset(rounded, gain, torch.zeros(1, 6))
     y = simulated(layer, found)(x) - layer.bias
     torch.testing.assert_close(y, gain[0] * (simulated(layer, rounded)(x) - layer.bias), rtol=1e-6, atol=1e-6)
     assert (found.params.scale > 0).all()
@@ -144,7 +146,7 @@ def test_an_input_step_learns_by_lsq():
     mode = Mode()
     grid = QParams(torch.tensor(0.25), bits=3)
     reads = LearnedInput(grid, mode)
-    reads.step.requires_grad_(True)
+    reads.scale_factor.requires_grad_(True)
     x = torch.tensor([0.3, -0.3, 5.0, -5.0, 0.11], requires_grad=True)
     upstream = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     y = reads(x)
@@ -152,14 +154,16 @@ def test_an_input_step_learns_by_lsq():
     (y * upstream).sum().backward()
     assert x.grad.tolist() == [1, 2, 0, 0, 5]
     by_step = torch.tensor([1 - 1.2, -1 + 1.2, 3, -4, 0 - 0.44])
-    assert float(reads.step.grad) == pytest.approx(float((by_step * upstream).sum()) * 0.25 / (5 * 3) ** 0.5, rel=1e-5)
+    assert float(reads.scale_factor.grad) == pytest.approx(
+        float((by_step * upstream).sum()) * 0.25 / (5 * 3) ** 0.5, rel=1e-5
+    )
 
 
 def test_other_grids_have_no_step_to_learn():
     mode = Mode()
     layer = learned()[0].layer
     other = LearnedLayer(layer, channel_qparams(layer.weight), LearnedInput(Unrounded(), mode), mode)
-    assert INPUT_STEP not in other.quantities()
+    assert INPUT_SCALE not in other.quantities()
     x = torch.randn(3, 8)
     assert torch.equal(other.reads(x), x)
 
@@ -220,7 +224,7 @@ def test_planted_gain_and_offset_are_recovered_and_integers_stay():
     layer = LearnedLayer(wrong, replace(right, scale=right.scale / gain), LearnedInput(Unrounded(), mode), mode)
     target = plain(x)
     integers = layer.rounded().integers
-    reconstruct(task_of(layer, x, target), (Phase((DEQUANT_STEP, OFFSET)),), SCHEDULE)
+    reconstruct(task_of(layer, x, target), (Phase((DEQUANT_SCALE, OFFSET)),), SCHEDULE)
     torch.testing.assert_close(layer.gain().detach(), gain, rtol=5e-3, atol=0)
     torch.testing.assert_close(layer.offset.detach() * layer.unit, offset, rtol=0, atol=5e-3)
     assert torch.equal(layer.rounded().integers, integers)
@@ -264,7 +268,7 @@ def test_the_best_look_remains():
     start = [value.detach().clone() for value in layer.quantities().values()]
     looks = iter([1.0, *[2.0] * 10])
     task = replace(task_of(layer, x, layer.layer(x) * 2), held_out=lambda: next(looks))
-    assert reconstruct(task, (Phase((ROUNDING, DEQUANT_STEP)),), replace(SCHEDULE, iterations=10)) == (1.0, 1.0)
+    assert reconstruct(task, (Phase((ROUNDING, DEQUANT_SCALE)),), replace(SCHEDULE, iterations=10)) == (1.0, 1.0)
     for value, before in zip(layer.quantities().values(), start, strict=True):
         assert torch.equal(value, before)
     assert not any(value.requires_grad for value in layer.quantities().values())
@@ -273,20 +277,20 @@ def test_the_best_look_remains():
 def test_a_step_stays_positive():
     layer, _ = learned()
     with torch.no_grad():
-        layer.dequant_step[0], layer.step[1], layer.alpha[0, 0] = -1.0, 0.0, -5.0
+        layer.dequant_factor[0], layer.scale_factor[1], layer.alpha[0, 0] = -1.0, 0.0, -5.0
     layer.keep_positive()
-    assert layer.dequant_step[0] == pytest.approx(0.01)
-    assert layer.step[1] == pytest.approx(0.01)
+    assert layer.dequant_factor[0] == pytest.approx(0.01)
+    assert layer.scale_factor[1] == pytest.approx(0.01)
     assert layer.alpha[0, 0] == -5
 
 
 def test_nearest_weights_follow_a_step_that_learns():
     """Case 1.2, LSQ: one step makes the integers and multiplies them."""
     layer, x = learned(bits=3, nearest=True)
-    layer.learn((STEP,))
-    before, after = reconstruct(task_of(layer, x, layer.layer(x)), (Phase((STEP,)),), replace(SCHEDULE, iterations=60))
+    layer.learn((SCALE,))
+    before, after = reconstruct(task_of(layer, x, layer.layer(x)), (Phase((SCALE,)),), replace(SCHEDULE, iterations=60))
     assert after < before
-    step = layer.params.scale * layer.step.detach()
+    step = layer.params.scale * layer.scale_factor.detach()
     nearest = (layer.layer.weight / step[:, None]).round().clamp(-3, 3)
     assert torch.equal(layer.rounded().integers[0], nearest.to(torch.int8))
 

@@ -8,7 +8,7 @@ from calib.judge.held_out import sqnr_db
 from calib.methods import adaq, rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
-from calib.network.rounded_layer import augmented_weight, rounded_layer, with_layers
+from calib.network.rounded_layer import augmented_weight, rounded_layer, with_gain_and_offset, with_layers
 from calib.quantizer import fp16_scale, quantize
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
@@ -30,7 +30,7 @@ def planted(model, low, high):
     changed = {}
     for name, layer in layers.items():
         gain = torch.linspace(low, high, layer.bias.numel()).reshape(layer.bias.shape)
-        changed[name] = adaq.corrected(layer, gain, gain - 1)
+        changed[name] = with_gain_and_offset(layer, gain, gain - 1)
     return with_layers(model, changed), layers
 
 
@@ -83,7 +83,7 @@ def test_planted_gain_and_offset_are_found():
     wrong = replace(wrong, integers=wrong.integers * planted.sign()[..., None].to(torch.int8))
     sums = sums_of(layer, wrong, (x, x))
     torch.testing.assert_close(sums.gain().float(), planted, rtol=1e-5, atol=0)
-    found = adaq.corrected(wrong, *adaq.correction(sums))
+    found = with_gain_and_offset(wrong, *adaq.correction(sums))
     assert torch.equal(found.integers, right.integers)
     torch.testing.assert_close(found.params.scale, right.params.scale, rtol=2**-11, atol=0)
     torch.testing.assert_close(found.bias, right.bias, rtol=0, atol=1e-3)
@@ -95,7 +95,7 @@ def test_the_corrected_layer_is_the_gain_and_offset_on_the_output():
     sums = sums_of(layer, rounded, (x, x_rounded))
     gain, offset = adaq.correction(sums)
     gain[0, 2] = -gain[0, 2]
-    found = adaq.corrected(rounded, gain, offset)
+    found = with_gain_and_offset(rounded, gain, offset)
     _, z = output_rows(layer, rounded, x, x_rounded)
     y = x_rounded[:, 0].double() @ found.weight[0].double().T + found.bias[0]
     torch.testing.assert_close(y, gain[0] * z + rounded.bias[0] + offset[0], rtol=1e-6, atol=1e-6)
@@ -121,7 +121,7 @@ def test_a_channel_that_never_varies_keeps_its_scale():
     rounded = rounded_layer(layer)
     sums = sums_of(layer, rounded, (x, x_rounded))
     assert sums.gain()[0, 3] == 1
-    found = adaq.corrected(rounded, *adaq.correction(sums))
+    found = with_gain_and_offset(rounded, *adaq.correction(sums))
     assert found.params.scale[3] == rounded.params.scale[3]
     assert torch.isfinite(found.weight).all()
 
@@ -170,7 +170,9 @@ def test_a_correction_has_to_help_across_folds():
     fits = adaq.best_fits(agreeing)
     assert len(fits) == 3
     whole = sums_of(layer, rounded, (x_rounded + 0.5, x_rounded))
-    torch.testing.assert_close(fits[-1].bias, adaq.corrected(rounded, *adaq.correction(whole)).bias, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        fits[-1].bias, with_gain_and_offset(rounded, *adaq.correction(whole)).bias, rtol=0, atol=1e-6
+    )
     assert not torch.equal(fits[0].bias, fits[1].bias)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from calib.judge.held_out import sqnr_db
-from calib.learned.learned_layer import DEQUANT_STEP, INPUT_STEP, OFFSET, QUANT_STEP, ROUNDING, STEP
+from calib.learned.learned_layer import DEQUANT_SCALE, INPUT_SCALE, OFFSET, QUANT_SCALE, ROUNDING, SCALE
 from calib.methods import adaround, rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
@@ -35,15 +35,15 @@ def learned(config):
 def test_the_cases_learn_what_table_1_says():
     plain = {name: learned(adaround.Config(name, offset=False)) for name in adaround.CASES}
     assert plain == {
-        "1.1.1": [{ROUNDING}, {INPUT_STEP}],
-        "1.1.2": [{ROUNDING, INPUT_STEP}],
-        "1.2": [{STEP, INPUT_STEP}],
-        "2.1": [{ROUNDING, QUANT_STEP, INPUT_STEP}],
-        "2.2": [{ROUNDING, DEQUANT_STEP, INPUT_STEP}],
-        "2.3": [{ROUNDING, QUANT_STEP, DEQUANT_STEP, INPUT_STEP}],
+        "1.1.1": [{ROUNDING}, {INPUT_SCALE}],
+        "1.1.2": [{ROUNDING, INPUT_SCALE}],
+        "1.2": [{SCALE, INPUT_SCALE}],
+        "2.1": [{ROUNDING, QUANT_SCALE, INPUT_SCALE}],
+        "2.2": [{ROUNDING, DEQUANT_SCALE, INPUT_SCALE}],
+        "2.3": [{ROUNDING, QUANT_SCALE, DEQUANT_SCALE, INPUT_SCALE}],
     }
     assert learned(adaround.Config("1.1.1", input_steps=False)) == [{ROUNDING}, {OFFSET}]
-    assert learned(adaround.Config()) == [{ROUNDING, DEQUANT_STEP, INPUT_STEP, OFFSET}]
+    assert learned(adaround.Config()) == [{ROUNDING, DEQUANT_SCALE, INPUT_SCALE, OFFSET}]
     assert [phase.exact_inputs for phase in adaround.Config("1.1.1").phases()] == [True, False]
 
 

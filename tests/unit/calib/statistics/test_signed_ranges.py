@@ -32,7 +32,7 @@ from calib.statistics.signed_ranges import (
     PERCENTILES,
     SignedHistogram,
     grid_from_histogram,
-    least_error,
+    least_squares_grid,
     percentile_range,
 )
 from tests.tiny import tiny_batches, tiny_model
@@ -170,8 +170,8 @@ def test_observers_differ_as_their_names_say(observer):
 def test_least_error_can_choose_among_any_grids_and_ties_go_to_the_first():
     x = torch.rand(5000) ** 8
     grids = [LogSqrt2(float(scale), 4) for scale in (0.1, 0.9, 4.0)]
-    assert least_error(histogram_of(x), grids) is grids[1]
-    assert least_error(histogram_of(torch.zeros(3)), grids) is grids[0]
+    assert least_squares_grid(histogram_of(x), grids) is grids[1]
+    assert least_squares_grid(histogram_of(torch.zeros(3)), grids) is grids[0]
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

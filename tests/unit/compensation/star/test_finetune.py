@@ -15,7 +15,7 @@ from torch import nn
 from calib.errors import UserError
 from calib.families import family_of
 from calib.methods import rtn
-from calib.network.qdq import dequantize, quantize_dequantize, quantized_net
+from calib.network.qdq import dequantize_weight, quantize_dequantize, quantized_net
 from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
@@ -94,7 +94,7 @@ def test_gradients_of_a_quantized_layer_are_those_of_its_float_twin_where_nothin
     model = quantized_model("vit")
     quantized = quantized_net(model).get_submodule("blocks.0.mlp.fc1")
     twin = nn.Linear(quantized.weight.shape[0], quantized.weight.shape[1])
-    twin.weight.data = dequantize(quantized.weight, quantized.weight_scale, 1).t()
+    twin.weight.data = dequantize_weight(quantized.weight, quantized.weight_scale, 1).t()
     x = torch.randn(3, twin.in_features) * quantized.input_scale * 30
     upstream = torch.randn(3, twin.out_features)
     found = []
