@@ -30,7 +30,7 @@ def require_order(stages: Sequence[Stage]) -> None:
 
 
 def _place(stages: Sequence[Stage], name: str, option: str) -> int:
-    """Where the stage called `name` stands. Raises UserError with the suggestion names."""
+    """Where the stage called `name` stands. Raises UserError with the nearest names."""
     names = [stage.name for stage in stages]
     if name not in names:
         raise UserError(
