@@ -11,6 +11,7 @@ from torch import nn
 from calib.errors import UserError
 from calib.grids import Unrounded, input_grid, straight_through, why_not_int8
 from calib.hooks import input_hooks
+from calib.judge.held_out import held_out_gain
 from calib.methods import erq, rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import QuantLinear, quantized_net
@@ -19,7 +20,7 @@ from calib.quantizer import QParams, qparams_from_amax, qparams_from_range, quan
 from calib.scales.calibrate import Config, calibrate
 from deploy.bridge.export import export_float
 from deploy.recipe import load_recipe
-from tests.tiny import SIZE, tiny_batches, tiny_model
+from tests.tiny import SIZE, half_of, tiny_batches, tiny_model
 
 X = torch.linspace(-3, 3, 1001)
 
@@ -67,8 +68,8 @@ def test_only_eight_bits_without_a_zero_point_and_one_scale_have_a_kernel():
 def calibrated(family: str, precision: Precision):
     batches = tiny_batches(8)
     model = replace(tiny_model(family), precision=precision)
-    folds = [batches[:4], batches[4:]]
-    return calibrate(fold_affine(model, batches[0][:1]), folds, Config("mse")), folds
+    halves = [half_of(batches[:4]), half_of(batches[4:])]
+    return calibrate(fold_affine(model, batches[0][:1]), halves, Config("mse")), halves
 
 
 def by_hand(model, images):
@@ -98,39 +99,43 @@ def by_hand(model, images):
     "precision", [Precision(4, 4), Precision(3, 4, first_last=8), Precision(4, 8), Precision(4, 32, 8)]
 )
 def test_the_simulation_rounds_as_by_hand(family, precision):
-    model, folds = calibrated(family, precision)
-    model = rtn.reduce_error(model, folds, rtn.Config())
-    images = folds[1][0]
+    model, halves = calibrated(family, precision)
+    model = rtn.nearest(model).whole
+    images = next(iter(halves[1]))
     with torch.no_grad():
         found = quantized_net(model)(images)
     torch.testing.assert_close(found, by_hand(model, images), rtol=1e-3, atol=1e-3 * float(found.abs().max()))
-    ends = {name for name in model.layers if model.family.float_reason(name) is not None}
-    assert bool(ends) == bool(precision.first_last)
-    assert all(model.quantizers[f"{name}:weight"].bits == precision.first_last for name in ends)
+    first_last = {name for name in model.layers if model.family.float_reason(name) is not None}
+    assert bool(first_last) == bool(precision.first_last)
+    assert all(model.quantizers[f"{name}:weight"].bits == precision.first_last for name in first_last)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_erq_at_few_bits_stays_on_its_grid_and_beats_rounding_to_nearest(bits):
-    model, folds = calibrated("vit", Precision(bits, bits))
-    found = erq.reduce_error(model, folds, erq.Config())
-    for name in found.layers:
+    model, halves = calibrated("vit", Precision(bits, bits))
+    plain = rtn.nearest(model)
+    candidate = erq.candidates(model, plain, halves, erq.Config()).candidates[-1]
+    found = candidate.whole
+    changed = [name for name in found.layers if not torch.equal(
+        found.net.get_submodule(name).weight, plain.whole.net.get_submodule(name).weight)]  # fmt: skip
+    assert len(changed) > 4
+    for name in changed:
         params, weight = found.qparams(f"{name}:weight"), found.net.get_submodule(name).weight
         assert params.bits == bits
         assert int(quantize(weight, params).abs().max()) <= 2 ** (bits - 1) - 1
         assert torch.equal(params.fake_quantize(weight), weight)
-    record = found.history[-1]
-    assert record.sqnr_after_db > record.sqnr_before_db
+    assert held_out_gain(plain, [candidate] * 2, halves).mean_db > 0
 
 
-def test_few_bits_of_weights_run_as_int8_and_fewer_of_inputs_are_refused_by_site():
-    model, folds = calibrated("vit", Precision(4, 8))
-    net = quantized_net(rtn.reduce_error(model, folds, rtn.Config()))
+def test_few_bits_of_weights_run_as_int8_and_fewer_of_inputs_are_refused_by_name():
+    model, _ = calibrated("vit", Precision(4, 8))
+    net = quantized_net(rtn.nearest(model).whole)
     layer = net.get_submodule("blocks.0.attn.qkv")
     assert isinstance(layer, QuantLinear)
     assert int(layer.weight.abs().max()) == 7
-    model, folds = calibrated("vit", Precision(8, 6))
+    model, _ = calibrated("vit", Precision(8, 6))
     with pytest.raises(UserError, match=r"'blocks\.0\.attn\.qkv:input' has 6 bits"):
-        export_float(quantized_net(rtn.reduce_error(model, folds, rtn.Config())), (SIZE, SIZE))
+        export_float(quantized_net(rtn.nearest(model).whole), (SIZE, SIZE))
 
 
 def test_a_simulated_recipe_is_refused_before_any_work(tmp_path):

@@ -17,7 +17,7 @@ def test_every_linear_and_conv_is_quantized_or_has_a_reason(family):
     net, described = tiny_net(family), families()[family]
     layers = {name for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     floats = {name for name in layers if described.float_reason(name)}
-    assert set(QuantModel(described.name, net, net, described).layers) | floats == layers
+    assert set(QuantModel.of(described.name, net, described).layers) | floats == layers
     assert 0 < len(floats) < len(layers)
     assert described.blocks(net)
 

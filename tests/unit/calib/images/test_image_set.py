@@ -1,6 +1,7 @@
 """Promises of the image sets: disjoint, deterministic, re-iterable, small in memory, clear on bad input."""
 
 import hashlib
+import itertools
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from calib.errors import UserError
 from calib.images.image_set import ImageSet, image_sets
+from calib.images.picture import Picture
 from calib.images.preprocess import Preprocessing, array_from_image
 from calib.images.sample_photos import CALIBRATION_PHOTOS, EVALUATION_PHOTOS, _path, random_window
 
@@ -534,9 +536,44 @@ def test_a_missing_package_is_named(monkeypatch):
     assert "pip install" in message
 
 
-def test_folds_share_no_photograph_and_lose_no_picture():
-    whole, _ = image_sets(None, None, SMALL, count=24)
-    parts = whole.folds()
-    contents = [{picture.content for picture in part.pictures} for part in parts]
-    assert not contents[0] & contents[1]
-    assert sorted(map(repr, parts[0].pictures + parts[1].pictures)) == sorted(map(repr, whole.pictures))
+def of_sources(*counts):
+    """A set with so many pictures of each source image."""
+    pictures = [
+        Picture(f"{source}/{index}", f"content {source}", lambda _: np.zeros((3, 8, 8), np.float32), str(index))
+        for source, count in enumerate(counts)
+        for index in range(count)
+    ]
+    return ImageSet("made up", SMALL, tuple(pictures))
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 4, 1), (5, 2, 6, 3, 5, 4), (1,) * 11])
+def test_the_four_parts_share_no_source_image_and_lose_no_picture(counts):
+    whole = of_sources(*counts)
+    parts = [part for half in whole.halves() for part in half]
+    for one, other in itertools.combinations(parts, 2):
+        assert not contents(one) & contents(other)
+    assert all(part.pictures for part in parts)
+    names = [picture.name for part in parts for picture in part.pictures]
+    assert sorted(names) == sorted(picture.name for picture in whole.pictures)
+    assert whole.halves() == of_sources(*counts).halves()
+
+
+@pytest.mark.parametrize("counts", [(4, 4, 4), (4, 6)])
+def test_with_two_or_three_source_images_the_halves_share_none(counts):
+    halves = [[*one.pictures, *other.pictures] for one, other in of_sources(*counts).halves()]
+    sources = [{picture.content for picture in half} for half in halves]
+    assert not sources[0] & sources[1]
+    assert sum(map(len, halves)) == sum(counts)
+
+
+def test_of_one_source_image_the_parts_share_no_picture_and_one_picture_is_every_part():
+    parts = [part for half in of_sources(9).halves() for part in half]
+    names = [picture.name for part in parts for picture in part.pictures]
+    assert len(set(names)) == len(names) == 9
+    assert all(part.pictures for part in parts)
+    parts = [part for half in of_sources(1).halves() for part in half]
+    assert [len(part.pictures) for part in parts] == [1, 1, 1, 1]
+
+
+def test_pictures_of_one_source_image_have_its_number():
+    assert of_sources(2, 1, 3).sources == (0, 0, 1, 2, 2, 2)

@@ -10,27 +10,27 @@ from calib.judge.choice import least_error, output_terms
 from calib.judge.first_order import PROJECTIONS
 
 
-def cost(terms, prices, made):
+def cost(terms, costs, made):
     made = torch.tensor(made)
     t = terms[:, 0] + terms[:, 1:][:, made].sum(1)
-    return float(t.square().sum() + prices[made].sum())
+    return float(t.square().sum() + costs[made].sum())
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_choice_is_the_best_of_all_where_two_errors_cancel(seed):
+def test_the_choice_is_the_best_of_all_subsets_where_two_errors_cancel(seed):
     generator = torch.Generator().manual_seed(seed)
     gains = torch.randn(60, 6, generator=generator, dtype=torch.float64)
     gains[:, 3] -= 0.9 * gains[:, 1]  # what the two do cancels in part: making one alone is worse
     missing = -gains[:, 2] - gains[:, 4] + 0.3 * torch.randn(60, generator=generator, dtype=torch.float64)
-    terms, prices = torch.cat([missing[:, None], gains], 1), torch.rand(6, generator=generator, dtype=torch.float64)
-    found = least_error(terms, prices)
-    best = min(itertools.product([True, False], repeat=6), key=lambda made: cost(terms, prices, made))
+    terms, costs = torch.cat([missing[:, None], gains], 1), torch.rand(6, generator=generator, dtype=torch.float64)
+    found = least_error(terms, costs)
+    best = min(itertools.product([True, False], repeat=6), key=lambda made: cost(terms, costs, made))
     assert tuple(found) == best
     assert found[2]
     assert found[4]
 
 
-def test_a_change_that_does_not_bring_its_price_is_not_made():
+def test_a_change_that_gains_less_than_its_cost_is_not_made():
     terms = torch.cat([torch.tensor([[-1.0], [-1.0]]), torch.eye(2)], 1).double()
     assert least_error(terms, torch.tensor([0.9, 1.1], dtype=torch.float64)) == [True, False]
 

@@ -6,7 +6,7 @@ from calib.methods import rtn
 from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
 from calib.quantizer import qparams_from_amax
 from calib.scales.calibrate import Config, calibrate, observed_inputs
-from tests.tiny import TINY, tiny_batches, tiny_model
+from tests.tiny import TINY, tiny_batches, tiny_halves, tiny_model
 
 
 def input_params(x):
@@ -57,7 +57,7 @@ def test_the_largest_weight_of_each_channel_becomes_127():
 def test_exactly_the_layers_of_the_family_are_quantized_and_the_model_is_untouched(family):
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
-    quantized = rtn.reduce_error(calibrate(model, [tiny_batches()], Config("max")), [], rtn.Config())
+    quantized = rtn.nearest(calibrate(model, tiny_halves(2), Config("max"))).whole
     net = quantized_net(quantized)
     found = {name for name, m in net.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
     assert found == set(model.layers)

@@ -1,41 +1,25 @@
 import dataclasses
-import json
 
 import pytest
 import torch
 
 from calib.attention import int8 as int8_attention
-from calib.methods import rtn
 from calib.quantizer import QMAX, qparams_from_amax
-from calib.scales.calibrate import FOLD_THRESHOLDS, Config, calibrate
+from calib.scales.calibrate import Config, calibrate
 from calib.scales.coverage import MAX_OUTSIDE, MAX_SPREAD, Coverage, Outside, coverage, outside, spread
-from tests.tiny import TINY, tiny_batches, tiny_model
+from tests.tiny import TINY, half_of, rounded, tiny_batches, tiny_halves, tiny_model
 
 MAX = Config("max")
 FINE = (Outside("a", MAX_OUTSIDE, 1.2), Outside("b", 0.0, 0.9))
 
 
-def calibrated(folds, family="vit", config=MAX):
-    return rtn.reduce_error(calibrate(tiny_model(family), folds, config), folds, rtn.Config())
+def calibrated(halves, family="vit", config=MAX):
+    halves = [half_of(batches) for batches in halves]
+    return rounded(calibrate(tiny_model(family), halves, config), halves)
 
 
-def test_spread_is_the_ratio_of_the_folds_thresholds():
+def test_spread_is_the_ratio_of_the_halves_thresholds():
     assert spread({"a": [2.0, 3.0], "b": [5.0, 4.0], "dead": [0.0, 0.0], "rare": [0.0, 1.0]}) == {"a": 1.5, "b": 1.25}
-    assert spread({"a": [2.0]}) == {}
-
-
-@pytest.mark.parametrize(
-    "config", [Config("max"), Config("mse"), Config("percentile", 99.0), Config("search")], ids=str
-)
-def test_calibrate_hands_out_what_each_fold_alone_would_give(config):
-    folds = [tiny_batches(2, seed=1), [batch * 2 for batch in tiny_batches(2, seed=2)]]
-    record = calibrate(tiny_model("vit"), folds, config).history[-1]
-    thresholds = record.details[FOLD_THRESHOLDS]
-    assert set(thresholds) == set(tiny_model("vit").layers)
-    if config.observer != "search":  # it would choose anew
-        alone = [calibrate(tiny_model("vit"), [fold], config).history[-1].details[FOLD_THRESHOLDS] for fold in folds]
-        assert thresholds == {layer: [fold[layer][0] for fold in alone] for layer in thresholds}
-    assert json.loads(json.dumps(record.to_json())) is not None
 
 
 def test_halves_of_one_distribution_agree_and_of_two_do_not():
@@ -49,7 +33,7 @@ def test_halves_of_one_distribution_agree_and_of_two_do_not():
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_outside_is_what_the_quantizer_would_clip(family):
-    model = calibrated([tiny_batches(1)], family, Config("percentile", 99.0))
+    model = calibrated([tiny_batches(1)] * 2, family, Config("percentile", 99.0))
     batches = [batch * 1.5 for batch in tiny_batches(2, seed=3)]
     found, images = outside(model, batches)
     assert images == 8
@@ -71,9 +55,9 @@ def test_outside_is_what_the_quantizer_would_clip(family):
 
 
 def test_the_factors_of_an_int8_attention_count_too():
-    folds = [tiny_batches(1, seed=1), tiny_batches(1, seed=2)]
-    prepared = int8_attention.prepare(tiny_model("vit"), folds, int8_attention.Config("all"))
-    model = rtn.reduce_error(calibrate(prepared, folds, MAX), folds, rtn.Config())
+    halves = tiny_halves(2)
+    plain = rounded(calibrate(tiny_model("vit"), halves, MAX), halves)
+    model = int8_attention.int8_attention(plain, halves, int8_attention.Config("all"))
     narrow = {f"blocks.1.attn:{role}": qparams_from_amax(torch.tensor(0.5)) for role in ("query", "key", "value")}
     model, (batch,) = model.with_quantizers(narrow), tiny_batches(1, seed=3)
     found = {each.layer: each for each in outside(model, [batch])[0]}
@@ -118,10 +102,3 @@ def test_the_report_names_the_worst():
         "images": 4,
     }
     assert found.summary() == "halves differ by a factor 1.10; at most 0.50% of 4 other images clipped, in a"
-
-
-def test_one_photograph_has_no_halves():
-    found = coverage(calibrated([tiny_batches(1)]), tiny_batches(1))
-    assert found.to_json()["spread"] is None
-    assert "no halves" in found.summary()
-    assert not any("halves" in warning for warning in found.warnings())

@@ -14,9 +14,9 @@ from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
 from calib.scales.equalise import Config, equalise
 from calib.scales.repq import channel_ranges, reparametrised
-from tests.tiny import tiny_batches, tiny_model
+from tests.tiny import tiny_batches, tiny_halves, tiny_model
 
-FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+HALVES = tiny_halves(2)
 PAIRS = [
     (f"blocks.{i}.{norm}", f"blocks.{i}.{layer}")
     for i in (0, 1)
@@ -39,7 +39,7 @@ def uneven(bits: int):
 def inputs_of(net, layers) -> dict[str, torch.Tensor]:
     found = {}
     with input_hooks(net, layers, lambda name, _layer, x: found.update({name: x.flatten(0, -2)})), torch.no_grad():
-        net(torch.cat([*FOLDS[0], *FOLDS[1]]))
+        net(torch.cat([*HALVES[0], *HALVES[1]]))
     return found
 
 
@@ -67,7 +67,7 @@ def channel_parameters_by_hand(x: np.ndarray, bits: int) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("bits", [4, 6])
 def test_it_is_what_the_papers_formulas_give(bits):
     model = uneven(bits)
-    moved = equalise(model, FOLDS, REPQ)
+    moved = equalise(model, HALVES, REPQ)
     read = inputs_of(model.net, [layer for _, layer in PAIRS])
     for norm_name, layer_name in PAIRS:
         s, z = channel_parameters_by_hand(read[layer_name].double().numpy(), bits)
@@ -95,7 +95,7 @@ def test_it_is_what_the_papers_formulas_give(bits):
 def test_the_float_function_is_unchanged():
     model = uneven(4)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
-    moved = equalise(model, FOLDS, REPQ)
+    moved = equalise(model, HALVES, REPQ)
     x = tiny_batches(1, seed=3)[0]
     with torch.no_grad():
         exact = model.net.double()(x.double())
@@ -128,8 +128,8 @@ def test_channels_without_a_range_are_left_finite_and_exact():
 
 
 def test_calibrate_keeps_its_grids_and_gives_the_others_theirs():
-    moved = equalise(uneven(4), FOLDS, REPQ)
-    found = calibrate(moved, FOLDS, CalibrateConfig())
+    moved = equalise(uneven(4), HALVES, REPQ)
+    found = calibrate(moved, HALVES, CalibrateConfig())
     assert all(found.quantizers[quantizer] is grid for quantizer, grid in moved.quantizers.items())
     assert {f"{name}:input" for name in found.layers} == set(found.quantizers)
     assert len(moved.quantizers) == 4
@@ -141,7 +141,7 @@ def test_it_rounds_uneven_channels_better():
     x = tiny_batches(1, seed=3)[0]
 
     def error(candidate) -> float:
-        grids = calibrate(candidate, FOLDS, CalibrateConfig()).quantizers
+        grids = calibrate(candidate, HALVES, CalibrateConfig()).quantizers
         names = [layer for _, layer in PAIRS]
         with (
             input_hooks(candidate.net, names, lambda name, _l, x: grids[f"{name}:input"].fake_quantize(x)),
@@ -151,12 +151,12 @@ def test_it_rounds_uneven_channels_better():
         with torch.no_grad():
             return float((rounded - model.net(x)).square().sum())
 
-    assert error(equalise(model, FOLDS, REPQ)) < 0.5 * error(model)
+    assert error(equalise(model, HALVES, REPQ)) < 0.5 * error(model)
 
 
 def test_it_needs_zero_points_and_known_rules():
     for precision in (Precision(8, 4), Precision(4, 32, zero_points=True)):
         with pytest.raises(UserError, match="rule 'repq' is for inputs that round with zero points"):
-            equalise(replace(tiny_model("vit"), precision=precision), FOLDS, REPQ)
+            equalise(replace(tiny_model("vit"), precision=precision), HALVES, REPQ)
     with pytest.raises(ValueError, match="rule 'smooth' is not one of search, repq"):
         Config(rule="smooth")

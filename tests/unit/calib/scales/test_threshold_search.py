@@ -1,19 +1,20 @@
-"""Thresholds judged by what their error does to the network's output."""
+"""Clipping thresholds, by what their error does to the network's output."""
 
 import pytest
 import torch
 from torch import nn
 
 from calib.families import family_of
+from calib.images.batches import spread_with_sources
 from calib.quant_model import QuantModel
 from calib.quantizer import qparams_from_amax
 from calib.scales.calibrate import _fold_scales, _observe
 from calib.scales.channel_scale import FoldScale
 from calib.scales.equalise import Config as EqualiseConfig
 from calib.scales.equalise import equalise
-from calib.scales.threshold_search import PER_LAYER, Judge, candidates, rounded_inputs, search
+from calib.scales.threshold_search import PER_LAYER, RoundedInputs, candidates, rounded_inputs, search
 from calib.statistics.observers import Histogram
-from tests.tiny import tiny_batches, tiny_model, tiny_net
+from tests.tiny import half_of, tiny_batches, tiny_halves, tiny_model, tiny_net
 
 
 def histogram_of(x: torch.Tensor) -> Histogram:
@@ -22,12 +23,12 @@ def histogram_of(x: torch.Tensor) -> Histogram:
     return histogram
 
 
-def judged(model, folds):
-    """(judge, candidates by fold and layer)."""
-    observed = [_observe(model.net, model.layers, batches, model.layers) for batches in folds]
-    offers = [{name: candidates(found) for name, found in fold.histograms.items()} for fold in observed]
-    images = [torch.cat(folds[index - 1]) for index in range(len(folds))]
-    return Judge(model, [_fold_scales(model, fold.extremes) for fold in observed], images), offers
+def inputs_of(model, halves):
+    """(rounded inputs, candidates by half and layer); every image of the other half chooses and judges."""
+    observed = [_observe(model.net, model.layers, half, model.layers) for half in halves]
+    offers = [{name: candidates(found) for name, found in half.histograms.items()} for half in observed]
+    images = [[spread_with_sources(part, 99) for part in halves[index - 1].parts] for index in range(len(halves))]
+    return RoundedInputs(model, [_fold_scales(model, half.extremes) for half in observed], images, images), offers
 
 
 def by_hand(model, thresholds, images):
@@ -53,29 +54,32 @@ def test_rounded_inputs_rounds_the_input_and_leaves_no_hook():
     assert not net[0]._forward_pre_hooks
 
 
-def test_the_judge_measures_the_output_on_the_other_folds_images():
+def test_errors_are_those_of_the_output_on_the_other_half():
     model = tiny_model("vit")
-    judge, offers = judged(model, [tiny_batches(2, seed=1), tiny_batches(2, seed=2)])
-    thresholds = [{name: offer["max"] for name, offer in of_fold.items()} for of_fold in offers]
+    inputs, offers = inputs_of(model, tiny_halves(2))
+    thresholds = [{name: offer["max"] for name, offer in of_half.items()} for of_half in offers]
+    found = inputs.errors(inputs.judge, [1], [thresholds])
     noise, signal = (
         sum(parts)
-        for parts in zip(*(by_hand(model, *pair) for pair in zip(thresholds, judge.images, strict=True)), strict=True)
+        for parts in zip(*(by_hand(model, thresholds[half], inputs.judge[half][1][0]) for half in (0, 1)), strict=True)
     )
-    assert judge.db(thresholds) == pytest.approx(10 * torch.tensor(signal / noise).log10().item(), abs=1e-3)
+    assert found.db(0) == pytest.approx(10 * torch.tensor(signal / noise).log10().item(), abs=1e-3)
 
 
 def test_the_best_for_a_layer_makes_the_least_noise_at_the_output():
     model = tiny_model("vit")
-    judge, offers = judged(model, [tiny_batches(2, seed=1), tiny_batches(2, seed=2)])
-    for name, foretold in judge.alone(offers).items():
-        noise = {
-            candidate: sum(
-                by_hand(model, {name: offers[fold][name][candidate]}, judge.images[fold])[0] for fold in (0, 1)
-            )
-            for candidate in foretold
-        }
-        chosen = min(foretold, key=lambda candidate: foretold[candidate])
-        assert noise[chosen] < 1.6 * min(noise.values()), name  # few random vectors: 2 dB
+    inputs, offers = inputs_of(model, tiny_halves(2))
+    for part, of_part in enumerate(inputs.alone(offers)):
+        for name, foretold in of_part.items():
+            noise = {
+                candidate: sum(
+                    by_hand(model, {name: offers[half][name][candidate]}, inputs.choose[half][part][0])[0]
+                    for half in (0, 1)
+                )
+                for candidate in foretold
+            }
+            chosen = min(foretold, key=lambda candidate, of=foretold: of[candidate])
+            assert noise[chosen] < 1.6 * min(noise.values()), name  # few random vectors: 2 dB
 
 
 class Lone(nn.Module):
@@ -95,35 +99,50 @@ def test_a_layer_clips_an_outlier_that_carries_nothing_and_keeps_one_that_does()
     net = Lone().requires_grad_(False)
     net.first.weight.data[0] *= 100
     model = QuantModel.of("lone", net, family_of(tiny_net("vit")))
-    folds = [[torch.randn(64, 8)], [torch.randn(64, 8)]]
+    halves = [half_of([torch.randn(32, 8), torch.randn(32, 8)]) for _ in range(2)]
     for carries in (False, True):
         net.second.weight.data[:, 0] = float(carries)
-        judge, offers = judged(model, folds)
-        noise = judge.alone(offers)["second"]
-        chosen = min(noise, key=lambda candidate: noise[candidate])
+        inputs, offers = inputs_of(model, halves)
+        picks, gain, text = search(inputs, offers)
         thresholds = offers[0]["second"]
         if carries:
-            assert thresholds[chosen] > 0.9 * thresholds["max"]
+            assert thresholds[picks["second"]] > 0.9 * thresholds["max"]
         else:
-            assert thresholds[chosen] == min(thresholds.values()) < thresholds["max"]
-        assert PER_LAYER in search(judge, offers)[1]
+            noise = inputs.alone(offers)[0]["second"]
+            assert thresholds[min(noise, key=lambda each: noise[each])] == min(thresholds.values()) < thresholds["max"]
+        assert PER_LAYER in text
+        assert (set(picks.values()) == {picks["first"]}) or gain.holds  # one rule for all, unless the judge says so
 
 
-def test_layers_that_another_photograph_exceeds_get_a_margin():
+def test_layers_that_another_source_image_exceeds_get_a_margin():
     model = tiny_model("resnet")
     same = tiny_batches(2, seed=1)
-    judge, offers = judged(model, [same, [batch * 2 for batch in same]])
-    # the smaller fold's thresholds clip the larger one's images
-    alone = judge.alone([offers[0], offers[0]])
-    margins = [min(found, key=lambda candidate, of=found: of[candidate]) for found in alone.values()]
-    assert sum(margin in ("max x1.6", "max x2", "max x2.5") for margin in margins) > len(margins) / 2
+    inputs, offers = inputs_of(model, [half_of(same), half_of([batch * 2 for batch in same])])
+    # the smaller half's thresholds clip the larger one's images
+    for of_part in inputs.alone([offers[0], offers[0]]):
+        margins = [min(found, key=lambda candidate, of=found: of[candidate]) for found in of_part.values()]
+        assert sum(margin in ("max x1.6", "max x2", "max x2.5") for margin in margins) > len(margins) / 2
 
 
-def test_equalised_folds_are_new_to_each_other():
+def test_thresholds_by_layer_that_do_not_hold_on_the_images_that_judge_are_dropped(monkeypatch):
+    """What is picked by layer is the worst candidate of every layer: the best rule stays."""
     model = tiny_model("vit")
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
-    judge, _ = judged(equalise(model, folds, EqualiseConfig(exponents=(0.9,))), folds)
-    assert any(scale.widening != 1 or bool((scale.factor != 1).any()) for scale in judge.scales[0].values())
-    plain, _ = judged(model, folds)
+    inputs, offers = inputs_of(model, tiny_halves(2))
+    right = inputs.alone(offers)
+    wrong = [
+        {name: {each: 1 / noise for each, noise in found.items()} for name, found in part.items()} for part in right
+    ]
+    monkeypatch.setattr(inputs, "alone", lambda _: wrong)
+    picks, gain, text = search(inputs, offers)
+    assert len(set(picks.values())) == 1
+    assert gain.after_db == gain.before_db
+    assert "dropped: 'per layer" in text
+
+
+def test_equalised_halves_are_new_to_each_other():
+    model, halves = tiny_model("vit"), tiny_halves(2)
+    inputs, _ = inputs_of(equalise(model, halves, EqualiseConfig(exponents=(0.9,))), halves)
+    assert any(scale.widening != 1 or bool((scale.factor != 1).any()) for scale in inputs.scales[0].values())
+    plain, _ = inputs_of(model, halves)
     assert all(scale.widening == 1 and bool((scale.factor == 1).all()) for scale in plain.scales[0].values())
     assert isinstance(plain.scales[0]["blocks.0.attn.qkv"], FoldScale)

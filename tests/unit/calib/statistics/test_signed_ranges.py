@@ -35,7 +35,7 @@ from calib.statistics.signed_ranges import (
     least_squares_grid,
     percentile_range,
 )
-from tests.tiny import tiny_batches, tiny_model
+from tests.tiny import tiny_batches, tiny_halves, tiny_model
 
 BIN_WIDTH = 2**-9  # relative: 512 bins an octave
 
@@ -202,21 +202,21 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="'entropy' knows symmetric ranges only"):
         grid_from_histogram(histogram_of(skewed()), "entropy", 0.0, 4)
     with pytest.raises(UserError, match="'repq' is for inputs that round with zero points"):
-        calibrate(tiny_model("vit"), FOLDS, Config("repq"))
+        calibrate(tiny_model("vit"), HALVES, Config("repq"))
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ValueError, match="NaN or Inf"):
             histogram_of(torch.tensor([1.0, bad]))
 
 
-FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+HALVES = tiny_halves(2)
 
 
 def test_calibrate_gives_every_layer_the_range_of_all_it_read():
     model = replace(tiny_model("vit"), precision=Precision(8, 4, first_last=8, zero_points=True))
-    found = calibrate(model, FOLDS, Config("max"))
+    found = calibrate(model, HALVES, Config("max"))
     read: dict[str, list[torch.Tensor]] = {name: [] for name in model.layers}
     with input_hooks(model.net, read, lambda name, _layer, x: read[name].append(x)), torch.no_grad():
-        for batch in FOLDS[0] + FOLDS[1]:
+        for batch in HALVES[0] + HALVES[1]:
             model.net(batch)
     for name, parts in read.items():
         x, grid = torch.cat([part.flatten() for part in parts]), found.qparams(f"{name}:input")
@@ -227,21 +227,21 @@ def test_calibrate_gives_every_layer_the_range_of_all_it_read():
 
 
 def output_noise(model: QuantModel, batches: list[torch.Tensor]) -> float:
-    model = rtn.reduce_error(replace(model, precision=replace(model.precision, weights=8)), [], rtn.Config())
+    model = rtn.nearest(replace(model, precision=replace(model.precision, weights=8))).whole
     net = quantized_net(model)
     with torch.inference_mode():
         return sum(float((net(batch) - model.float_net(batch)).square().sum()) for batch in batches)
 
 
 @pytest.mark.parametrize("family", ["vit", "mobilenet"])
-def test_a_search_with_zero_points_serves_the_output_better_than_symmetric_ranges(family):
-    folds = [tiny_batches(8, seed=1), tiny_batches(8, seed=2)]
+def test_a_search_with_zero_points_has_less_output_error_than_symmetric_ranges(family):
+    halves = tiny_halves(8)
     asymmetric = replace(tiny_model(family), precision=Precision(8, 4, zero_points=True))
-    found = calibrate(asymmetric, folds, Config("search"))
-    symmetric = calibrate(replace(asymmetric, precision=Precision(8, 4)), folds, Config("search"))
+    found = calibrate(asymmetric, halves, Config("search"))
+    symmetric = calibrate(replace(asymmetric, precision=Precision(8, 4)), halves, Config("search"))
     grids = [found.qparams(f"{name}:input") for name in found.layers]
     assert all(grid.zero_point is not None for grid in grids)
-    assert "on other photographs" in found.history[-1].notes[0]
+    assert "on held-out images" in found.history[-1].notes[0]
     one_sided = [grid for grid in grids if float(grid.zero_point) == grid.low]  # behind a ReLU6: 0 is the lowest level
     assert one_sided or family != "mobilenet"
     others = tiny_batches(8, seed=3)
@@ -249,10 +249,10 @@ def test_a_search_with_zero_points_serves_the_output_better_than_symmetric_range
 
 
 @pytest.mark.parametrize("observer", ["search", "max"])
-def test_calibrate_keeps_sites_that_are_there_and_rounds_no_input_of_32_bits(observer):
+def test_calibrate_keeps_quantizers_that_are_there_and_rounds_no_input_of_32_bits(observer):
     model = replace(tiny_model("vit"), precision=Precision(4, 32, zero_points=True))
     given = {"blocks.0.attn.qkv:input": LogSqrt2(1.0, 4)}
-    quantizers = calibrate(model.with_quantizers(given), FOLDS, Config(observer)).quantizers
+    quantizers = calibrate(model.with_quantizers(given), HALVES, Config(observer)).quantizers
     assert len(quantizers) == len(model.layers)
     assert quantizers["blocks.0.attn.qkv:input"] is given["blocks.0.attn.qkv:input"]
     assert all(isinstance(grid, Unrounded) for quantizer, grid in quantizers.items() if quantizer not in given)
@@ -273,18 +273,18 @@ def test_the_twin_grid_of_a_gelu_has_half_its_levels_on_the_short_negative_side(
 
 
 def test_layers_behind_a_gelu_take_its_grid_if_the_recipe_says_so():
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+    halves = tiny_halves(2)
     model = replace(tiny_model("vit"), precision=Precision(4, 4, gelu="twin"))
     for observer in ("max", "search"):
-        found = calibrate(model, folds, Config(observer))
+        found = calibrate(model, halves, Config(observer))
         twins = {quantizer for quantizer, grid in found.quantizers.items() if isinstance(grid, TwinUniform)}
         assert twins == {f"{name}:input" for name in model.layers if name.endswith("fc2")}
         assert twins
 
 
 def test_a_scaled_gelu_is_refused_by_name():
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+    halves = tiny_halves(2)
     model = replace(tiny_model("vit"), precision=Precision(4, 4, gelu="twin"))
-    model = equalise(model, folds, EqualiseConfig(exponents=(0.5,)))
+    model = equalise(model, halves, EqualiseConfig(exponents=(0.5,)))
     with pytest.raises(UserError, match=r"layer 'blocks\.\d\.mlp\.fc2' reads -\d.*without \[equalise\]"):
-        calibrate(model, folds, Config("max"))
+        calibrate(model, halves, Config("max"))
