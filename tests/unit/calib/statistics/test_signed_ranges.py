@@ -216,7 +216,7 @@ def test_calibrate_gives_every_layer_the_range_of_all_it_read():
     found = calibrate(model, HALVES, Config("max"))
     read: dict[str, list[torch.Tensor]] = {name: [] for name in model.layers}
     with input_hooks(model.net, read, lambda name, _layer, x: read[name].append(x)), torch.no_grad():
-        for batch in HALVES[0] + HALVES[1]:
+        for batch in (*HALVES[0], *HALVES[1]):
             model.net(batch)
     for name, parts in read.items():
         x, grid = torch.cat([part.flatten() for part in parts]), found.qparams(f"{name}:input")
