@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from calib.families import family_of
+from calib.images.batches import Half, Part
 from calib.quant_model import QuantModel
+from deploy.recipe import recipe_from_tables
+from deploy.stages import CalibrationImages, repair_stages
 
 SIZE = 32
 
@@ -55,3 +58,22 @@ def same_numbers(one: QuantModel, other: QuantModel) -> bool:
     """Whether the networks of both hold the same weights and biases."""
     numbers = other.net.state_dict()
     return all(torch.equal(value, numbers[name]) for name, value in one.net.state_dict().items())
+
+
+def tiny_halves(count: int = 4, batch: int = 4, seed: int = 1) -> list[Half]:
+    """Two halves of `count` batches each; the first half of the batches chooses, the rest judges."""
+    first, second = tiny_batches(count, batch, seed), tiny_batches(count, batch, seed + 100)
+    return [half_of(first), half_of(second)]
+
+
+def half_of(batches) -> Half:
+    """A half whose first batches choose and whose other batches judge; one batch does both."""
+    middle = max(len(batches) // 2, 1)
+    return Half(Part(batches[:middle]), Part(batches[middle:] or batches))
+
+
+def rounded(model, halves, method="rtn", **options) -> QuantModel:
+    """`model`, calibrated, with its weights rounded by `method` as the spine does it."""
+    recipe = recipe_from_tables("test", {"method": {"name": method, **options}}, "test")
+    (stage,) = repair_stages(recipe)
+    return stage.run(model, CalibrationImages(next(iter(halves[0]))[:1], halves))
