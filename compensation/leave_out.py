@@ -17,14 +17,14 @@ def worth_keeping(
 
     `kernels` of each branch: each must remove `min_r2_per_kernel` of an average block's share of the output's error.
     """
-    fitted = [model for model in by_half if model is not None]
-    blocks = list(fitted[0].branches)
+    fitted = [(index, model) for index, model in enumerate(by_half) if model is not None]
+    blocks = list(fitted[0][1].branches)
     modules = [f"{block}.branch" for block in blocks]
     generator = torch.Generator().manual_seed(0)
     terms = torch.cat(
         [
             output_terms(net, model.float_net, modules, batch, lambda _name, _x, z: -z, generator)
-            for index, model in enumerate(fitted)
+            for index, model in fitted
             for net in [quantized_net(model)]
             for batch in spread_images(halves[index - 1].choose, IMAGES).split(BATCH)
         ]
