@@ -1,19 +1,18 @@
 """Which branches stay. Oracle: the network run without a branch."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from calib.images.batches import Half, Part
 from calib.judge.choice import output_terms
 from calib.judge.first_order import PROJECTIONS
 from calib.network.qdq import quantized_net
-from compensation import qwt
 from compensation.branch import DenseBranch
 from compensation.leave_out import worth_keeping
 from compensation.moments import Fit
-from compensation.qwt import Config, compensate
+from tests.tiny import half_of
 from tests.unit.compensation.test_qwt import halves, planted, tokens
 
 
@@ -49,39 +48,36 @@ def test_terms_are_those_of_the_network_without_a_branch():
 @pytest.mark.parametrize(("wrong", "stay"), [(0.0, ["0", "1"]), (30.0, ["0"])])
 def test_a_branch_that_harms_the_output_is_left_out(wrong, stay):
     model = with_branches(wrong=wrong)
-    assert worth_keeping([model] * 2, halves(tokens(4)), [1, 1], 0.05) == stay
+    assert worth_keeping([model] * 2, halves(4), [1, 1], 0.05) == stay
 
 
-def opposite():
-    """A chain whose second block undoes the error of the first: x + c - W x, then y + c' + W (1 - W)^-1 (y - c)."""
-    model, ((weight, _), _) = planted()
-    for block in model.net:
-        block.linear.weight.data.zero_()  # of the exact block, too: it adds c
-    first, second = model.net
-    first.weight.data.copy_(weight)
-    first.bias.data.zero_()
-    undo = weight @ torch.linalg.inv(torch.eye(5) - weight)
-    second.weight.data.copy_(-undo)
-    second.bias.data.copy_(undo @ torch.tanh(first.linear.bias.data))
-    return model
+def squared_error(model, images):
+    with torch.no_grad():
+        net = quantized_net(model)
+        return sum(float((net(x) - model.float_net(x)).square().sum()) for x in images)
 
 
-def test_what_is_left_out_is_what_the_output_on_other_photographs_agrees_to(monkeypatch):
-    images = halves(tokens(4))
-    monkeypatch.setattr(qwt, "worth_keeping", lambda *_args: [])
-    found = compensate(opposite(), images, Config(forms=("dense",), min_gain_db=0.0))
-    assert not found.branches
-    assert "left out, for the output is as good without: 0, 1" in found.history[-1].notes
-    everything = compensate(opposite(), images, Config(forms=("dense",), by_output=False, min_gain_db=-1e9))
-    assert set(everything.branches) == {"0", "1"}
-    needed = compensate(planted()[0], images, Config(forms=("dense",)))
-    assert set(needed.branches) == set(needed.history[-1].details["kept"]) == {"0", "1"}
-    assert not any("left out" in note for note in needed.history[-1].notes)
+def test_a_branch_must_remove_its_price_of_an_average_blocks_share():
+    model, images = with_branches(share=0.05), tokens(8)
+    model.branches["1"] = with_branches(share=0.02).branches["1"]
+    none, both = (squared_error(each, images) for each in (dataclasses.replace(model, branches={}), model))
+    gains = {}
+    for name in model.branches:
+        one = {other: branch for other, branch in model.branches.items() if other != name}
+        gains[name] = (squared_error(dataclasses.replace(model, branches=one), images) - both) / (none / 2)
+    dear, cheap = max(gains, key=gains.get), min(gains, key=gains.get)
+    assert gains[dear] > 1.2 * gains[cheap] > 0
+    judged = [half_of(tokens(8))] * 2
+    for kernels in (1, 2):
+        prices = {share: share * gains[cheap] / kernels for share in (0.8, 1.2)}
+        assert worth_keeping([model] * 2, judged, [kernels] * 2, prices[0.8]) == list(model.branches)
+        assert cheap not in worth_keeping([model] * 2, judged, [kernels] * 2, prices[1.2])
 
 
-@pytest.mark.parametrize(("kernels", "after", "left_out"), [(0, 10.0, []), (1, 9.95, ["1"])])
-def test_a_branch_that_costs_no_kernel_stays_unless_the_output_is_better_without(monkeypatch, kernels, after, left_out):
-    kept = {name: SimpleNamespace(without=(None, None), found={"kernels": kernels}) for name in ("0", "1")}
-    monkeypatch.setattr(qwt, "worth_keeping", lambda *_args: ["0"])
-    monkeypatch.setattr(qwt, "sqnr_db", lambda *_args: [5.0, 10.0, 9.95])
-    assert qwt._choice(planted()[0], [None, None], Config(), kept) == (5.0, after, left_out)
+@pytest.mark.parametrize("harmful", [0, 1])
+def test_what_was_fitted_on_a_half_is_tried_on_the_images_of_the_other_that_choose(harmful):
+    nothing = Part([torch.full_like(tokens(1)[0], float("nan"))])
+    model = with_branches(wrong=30.0)
+    by_half = [model if index == harmful else None for index in range(2)]
+    both = [Half(nothing if index == harmful else Part(tokens(2)), nothing) for index in range(2)]
+    assert worth_keeping(by_half, both, [0, 0], 0.0) == ["0"]
