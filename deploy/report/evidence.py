@@ -133,14 +133,6 @@ def waterfall(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rounded, *steps]
 
 
-def branch_figures(model: "QuantModel") -> dict[str, dict[str, Any]]:
-    """Block -> what is known of its branch: form, R2 (of the paper, across photographs), error before and after, bytes."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in model.history:
-        found |= record.details.get("kept", {})
-    return {block: found[block] for block in model.branches}
-
-
 def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
     """The figures."""
     built, verdict = evidence.built, evidence.verdict
@@ -180,7 +172,7 @@ def report_json(evidence: Evidence, folder: Path) -> dict[str, Any]:
             "kernels_without_branches": None if evidence.plain is None else len(evidence.plain.kernels),
             "bytes_without_branches": None if evidence.plain is None else len(evidence.plain.plan),
         },
-        "branches": branch_figures(evidence.model),
+        "branches": evidence.model.branch_figures,
         "history": history,
         "waterfall": waterfall(history),
         "float_layers": evidence.model.float_layers,
