@@ -2,23 +2,22 @@
 
 import pytest
 
-from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
 from calib.scales.equalise import Config, equalise
 from deploy.bridge.export import export_pair
-from tests.tiny import SIZE, tiny_batches, tiny_model
+from tests.tiny import SIZE, rounded, tiny_batches, tiny_halves, tiny_model
 
-FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+HALVES = tiny_halves(2)
 
 
 def kernels(model) -> int:
     from deploy.engine.backends import tensorrt_rtx
     from deploy.engine.build import Profile
 
-    model = rtn.reduce_error(calibrate(model, FOLDS, CalibrateConfig("max")), FOLDS, rtn.Config())
+    model = rounded(calibrate(model, HALVES, CalibrateConfig("max")), HALVES)
     fp16, _ = export_pair(quantized_net(model), (SIZE, SIZE))
     return len(tensorrt_rtx.build(fp16, Profile(2, 4), (89,)).kernels)
 
@@ -27,6 +26,6 @@ def kernels(model) -> int:
 def test_no_kernel_is_added(family):
     pytest.importorskip("tensorrt_rtx")
     model = fold_affine(tiny_model(family), tiny_batches(1)[0][:1])
-    moved = equalise(model, FOLDS, Config(exponents=(0.7,)))
+    moved = equalise(model, HALVES, Config(exponents=(0.7,)))
     assert moved.moved
     assert kernels(moved) == kernels(model)

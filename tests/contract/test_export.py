@@ -6,7 +6,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
 from calib.scales.calibrate import Config, calibrate
@@ -15,7 +14,7 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
 from deploy.graph.check import check_strongly_typed
 from deploy.measure.onnx_runner import OnnxRunner
-from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
+from tests.tiny import SIZE, TINY, rounded, tiny_batches, tiny_halves, tiny_model
 
 BUILT: dict[str, tuple] = {}
 
@@ -23,9 +22,9 @@ BUILT: dict[str, tuple] = {}
 def exported(family: str):
     """(model, simulation, FP16 graph, FP32 graph), made once per family."""
     if family not in BUILT:
-        batches = tiny_batches()
-        model = calibrate(fold_affine(tiny_model(family), batches[0][:1]), [batches], Config("max"))
-        model = rtn.reduce_error(model, batches, rtn.Config())
+        halves = tiny_halves(2)
+        model = fold_affine(tiny_model(family), tiny_batches(1)[0][:1])
+        model = rounded(calibrate(model, halves, Config("max")), halves)
         net = quantized_net(model)
         BUILT[family] = (model, net, *export_pair(net, (SIZE, SIZE)))
     return BUILT[family]

@@ -5,8 +5,7 @@ import functools
 import pytest
 import torch
 
-from calib.attention.int8 import Config, choose, prepare, without_attention
-from calib.methods import rtn
+from calib.attention.int8 import Config, int8_attention, offered
 from calib.network.qdq import quantized_net
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
@@ -15,19 +14,25 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.errors import ContractError
 from deploy.graph.check import check_strongly_typed
-from tests.tiny import SIZE, tiny_batches, tiny_model
+from tests.tiny import SIZE, rounded, tiny_batches, tiny_halves, tiny_model
 
 
 @functools.cache
 def quantized():
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
-    model = calibrate(prepare(tiny_model("vit"), folds, Config("all")), folds, CalibrateConfig("max"))
-    return choose(rtn.reduce_error(model, folds, rtn.Config()), folds, Config("all"))
+    halves = tiny_halves(2)
+    return rounded(calibrate(tiny_model("vit"), halves, CalibrateConfig("max")), halves)
+
+
+def with_int8_attention(blocks: int):
+    if blocks == 2:
+        return int8_attention(quantized(), tiny_halves(2), Config("all"))
+    names = quantized().family.attentions(quantized().net)[:blocks]
+    return offered(quantized(), tiny_halves(2)).candidate(quantized(), names).whole
 
 
 @functools.cache
 def exported(blocks: int):
-    model = without_attention(quantized(), quantized().int8_attention[:blocks])
+    model = with_int8_attention(blocks)
     return quantized_net(model), *export_pair(quantized_net(model), (SIZE, SIZE))
 
 
@@ -36,7 +41,7 @@ def test_parity_covers_the_four_roles():
     images = tiny_batches(1)[0].numpy()
     found = compare_with_onnx(net, fp32, images)
     assert found.failure() is None
-    wrong = quantized_net(quantized())
+    wrong = quantized_net(with_int8_attention(2))
     wrong.blocks[1].attn.softmax.scale.mul_(2)
     assert compare_with_onnx(wrong, fp32, images).suspect == "blocks.1.attn.softmax"
 

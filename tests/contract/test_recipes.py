@@ -26,7 +26,7 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, r
     stages = [record["stage"] for record in report["history"]]
     loaded = load_recipe(recipe)
     expected = {
-        "equalise": loaded.equalise, "attention": loaded.attention, "choose attention": loaded.attention,
+        "equalise": loaded.equalise, "attention": loaded.attention,
         "qwt": loaded.compensate, "qwt_star": loaded.finetune, loaded.method: True, "calibrate": True,
     }  # fmt: skip
     assert set(stages) == {"fold", *(stage for stage, wanted in expected.items() if wanted is not None)}
@@ -35,6 +35,7 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, r
     assert [step["step"] for step in report["waterfall"][1:]] == [
         record["stage"] for record in report["history"] if record["sqnr_after_db"] is not None
     ]
+    assert set(report["branches"]) <= {f"blocks.{index}" for index in range(6)}
     for figures in report["branches"].values():
         assert {"form", "r2", "r2_cv", "r2_official", "error_before", "error_after", "bytes"} <= figures.keys()
 

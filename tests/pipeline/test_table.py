@@ -12,7 +12,6 @@ from benchmarks.tables import __main__ as tables
 from benchmarks.tables import table
 from calib.images.image_set import image_sets
 from calib.images.preprocess import preprocessing_from_config
-from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.precision import Precision
@@ -21,7 +20,7 @@ from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
 from calib.weights.load import LoadedNet, state_sha256
 from deploy import cli, stages
-from tests.tiny import SIZE, tiny_model, tiny_net
+from tests.tiny import SIZE, rounded, tiny_model, tiny_net
 
 CONFIG = {
     "input_size": (3, SIZE, SIZE), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
@@ -96,11 +95,11 @@ def test_a_row_is_what_the_stages_give_by_hand(paper):
     assert run(paper, "--models", "vit_s") == 0
     row = result_of(paper)["rows"][0]
     calibration, evaluation = image_sets(None, None, preprocessing_from_config(CONFIG), 16, 8)
-    folds = [[torch.from_numpy(batch) for batch in fold.batches(16)] for fold in calibration.folds()]
+    halves = stages.halves_of(calibration, lambda part: [torch.from_numpy(batch) for batch in part.batches(16)])
     tiny = tiny_model("vit", seed=len("vit_s"))
     model = QuantModel.of("tiny", tiny.net, tiny.family, Precision(4, 4, 8))
-    model = calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max"))
-    model = rtn.reduce_error(model, folds, rtn.Config())
+    model = calibrate(fold_affine(model, next(iter(halves[0]))[:1]), halves, CalibrateConfig("max"))
+    model = rounded(model, halves)
     (images,) = evaluation.batches(8)
     with torch.no_grad():
         exact, output = (net(torch.from_numpy(images)).double() for net in (model.float_net, quantized_net(model)))

@@ -8,29 +8,28 @@ import numpy as np
 import pytest
 import torch
 
-from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.scales.calibrate import Config, calibrate
-from compensation.branch import ConvBranch, DenseBranch, DiagonalBranch, LowRankBranch, SharedBranch
+from compensation.branch import ConvBranch, DenseBranch, SharedBranch, engine_bytes
 from compensation.carry import Call
-from compensation.forms import FORMS, NoFitError, Place
+from compensation.forms import FORMS, Place
 from compensation.layout import Layout, group_count, layout_from_shapes
-from compensation.moments import Fit, Moments, r2
+from compensation.moments import Fit, Moments
 from deploy.bridge.export import export_pair, onnx_from_net
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
 from deploy.engine.build import Profile
 from deploy.graph.check import check_strongly_typed
-from tests.tiny import SIZE, TINY, tiny_batches, tiny_model
+from tests.tiny import SIZE, TINY, half_of, rounded, tiny_batches, tiny_model
 
 
 @functools.cache
 def quantized_model(family, seed=0):
     """A tiny model with all scales decided; nobody edits it."""
-    batches = tiny_batches()
-    model = calibrate(fold_affine(tiny_model(family, seed), batches[0][:1]), [batches], Config("max"))
-    return rtn.reduce_error(model, [batches], rtn.Config())
+    halves = [half_of(tiny_batches())] * 2
+    model = fold_affine(tiny_model(family, seed), tiny_batches(1)[0][:1])
+    return rounded(calibrate(model, halves, Config("max")), halves)
 
 
 def block_layouts(model):
@@ -158,7 +157,7 @@ def test_a_conv_fit_is_least_squares_per_group_on_the_strided_positions(c_in, c_
     r = torch.randn(8, c_out, -(-side // 2), -(-side // 2), generator=generator) + x.mean()
     layout = layout_from_shapes("layer2.0", x.shape, r.shape, channels_last=False)
     assert (layout.groups, layout.stride) == (groups, 2)
-    branch = FORMS["dense"].fit(moments_of(layout, x, r), Place(layout, 0))
+    branch = FORMS["dense"].fit(moments_of(layout, x, r), Place(layout))
     strided = x[:, :, ::2, ::2]
     for g, fit in enumerate(branch.fits()):
         mine, theirs = (slice(g * c // groups, (g + 1) * c // groups) for c in (c_in, c_out))
@@ -176,59 +175,13 @@ def test_a_block_that_no_branch_can_serve_is_refused_by_name():
         layout_from_shapes("s1.b1", torch.Size((2, 8, 9, 9)), torch.Size((2, 8, 4, 4)), channels_last=False)
 
 
-def correlated(mean=3.0):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 25, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + mean
-    r = x @ torch.randn(6, 6, generator=generator) + torch.randn(40, 25, 6, generator=generator)
-    return x, r
-
-
-def test_the_diagonal_form_is_one_regression_per_channel():
-    x, r = correlated()
-    layout = Layout(True, 6, 6)
-    branch = FORMS["diagonal"].fit(moments_of(layout, x, r), Place(layout, 0))
-    assert isinstance(branch, DiagonalBranch)
-    for channel in range(6):
-        slope, offset = np.polyfit(x[..., channel].flatten().double(), r[..., channel].flatten().double(), 1)
-        assert float(branch.scale[channel]) == pytest.approx(slope, rel=1e-3, abs=1e-4)
-        assert float(branch.bias[channel]) == pytest.approx(offset, rel=1e-3, abs=1e-2)
-    maps = Layout(False, 3, 3, 2, 1)
-    as_maps = FORMS["diagonal"].fit(
-        moments_of(maps, x.movedim(2, 1)[..., None], r.movedim(2, 1)[..., None]), Place(maps, 0)
-    )
-    torch.testing.assert_close(as_maps(x.movedim(2, 1)[..., None])[..., 0].movedim(1, 2), branch(x))
-    with pytest.raises(NoFitError, match="keeps its shape"):
-        FORMS["diagonal"].fit([], Place(Layout(False, 3, 4), 0))
-
-
-def test_a_constant_channel_gets_a_diagonal_of_zero():
-    x, r = (values.double() for values in correlated())
-    x[..., 1] = 7.1  # its mean is not 7.1 in float64
-    layout = Layout(True, 6, 6)
-    branch = FORMS["diagonal"].fit(moments_of(layout, x, r), Place(layout, 0))
-    assert float(branch.scale[1]) == 0
-    assert float(branch.bias[1]) == pytest.approx(float(r[..., 1].mean()), rel=1e-3)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 6])
-def test_the_low_rank_form_is_the_best_of_its_rank(rank):
-    x, r = correlated()
-    layout = Layout(True, 6, 6)
-    moments = moments_of(layout, x, r)
-    branch = FORMS["low_rank"].fit(moments, Place(layout, rank))
-    assert isinstance(branch, LowRankBranch)
-    (fit,) = branch.fits()
-    assert torch.linalg.matrix_rank(fit.weight) == rank
-    torch.testing.assert_close(branch(x).double(), x.double() @ fit.weight.t() + fit.bias, rtol=1e-4, atol=1e-3)
-    # Oracle: the truncated SVD of the fitted values of stored, centred samples (Eckart-Young).
-    xs, rs = x.flatten(0, 1).double().numpy(), r.flatten(0, 1).double().numpy()
-    xs, rs = xs - xs.mean(0), rs - rs.mean(0)
-    fitted = xs @ np.linalg.lstsq(xs, rs, rcond=None)[0]
-    u, s, vt = np.linalg.svd(fitted, full_matrices=False)
-    best = 1 - np.square(rs - (u[:, :rank] * s[:rank]) @ vt[:rank]).sum() / np.square(rs).sum()
-    assert r2(moments, [fit]) == pytest.approx(best, abs=1e-4)  # FP16 factors
-    with pytest.raises(NoFitError, match="tokens"):
-        FORMS["low_rank"].fit(moments, Place(Layout(False, 6, 6), rank))
+def test_the_bytes_of_an_engine_are_two_for_fp16_and_one_for_integers():
+    dense, convolution = branch_of(Layout(True, 6, 4), 1.0), branch_of(Layout(False, 3, 4, 2, 1), 1.0)
+    assert engine_bytes(dense) == 2 * (6 * 4 + 4)
+    assert engine_bytes(convolution) == 2 * (2 * 3 * 4 + 2 * 4)
+    shared = with_shared_branches().branches["blocks.0"]
+    scales = 2 * (48 + 1)  # one per output channel, one of the input
+    assert engine_bytes(shared) == 48 * 48 + 2 * 48 + scales
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])

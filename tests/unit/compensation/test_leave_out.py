@@ -1,19 +1,19 @@
 """Which branches stay. Oracle: the network run without a branch."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from calib.judge.choice import output_terms
+from calib.images.batches import ROTATIONS, spread_images
+from calib.judge.choice import BATCH, IMAGES, output_terms
 from calib.judge.first_order import PROJECTIONS
+from calib.judge.held_out import Candidate
 from calib.network.qdq import quantized_net
-from compensation import qwt
 from compensation.branch import DenseBranch
-from compensation.leave_out import worth_keeping
+from compensation.leave_out import branch_terms, worth_keeping
 from compensation.moments import Fit
-from compensation.qwt import Config, compensate
+from tests.tiny import half_of
 from tests.unit.compensation.test_qwt import halves, planted, tokens
 
 
@@ -49,39 +49,47 @@ def test_terms_are_those_of_the_network_without_a_branch():
 @pytest.mark.parametrize(("wrong", "stay"), [(0.0, ["0", "1"]), (30.0, ["0"])])
 def test_a_branch_that_harms_the_output_is_left_out(wrong, stay):
     model = with_branches(wrong=wrong)
-    assert worth_keeping([model] * 2, halves(tokens(4)), [1, 1], 0.05) == stay
+    assert worth_keeping(Candidate.unfitted("", model), halves(4), {"0": 1, "1": 1}, 0.05) == (stay, [stay, stay])
 
 
-def opposite():
-    """A chain whose second block undoes the error of the first: x + c - W x, then y + c' + W (1 - W)^-1 (y - c)."""
-    model, ((weight, _), _) = planted()
-    for block in model.net:
-        block.linear.weight.data.zero_()  # of the exact block, too: it adds c
-    first, second = model.net
-    first.weight.data.copy_(weight)
-    first.bias.data.zero_()
-    undo = weight @ torch.linalg.inv(torch.eye(5) - weight)
-    second.weight.data.copy_(-undo)
-    second.bias.data.copy_(undo @ torch.tanh(first.linear.bias.data))
-    return model
+def squared_error(model, images):
+    with torch.no_grad():
+        net = quantized_net(model)
+        return sum(float((net(x) - model.float_net(x)).square().sum()) for x in images)
 
 
-def test_what_is_left_out_is_what_the_output_on_other_photographs_agrees_to(monkeypatch):
-    images = halves(tokens(4))
-    monkeypatch.setattr(qwt, "worth_keeping", lambda *_args: [])
-    found = compensate(opposite(), images, Config(forms=("dense",), min_gain_db=0.0))
-    assert not found.branches
-    assert "left out, for the output is as good without: 0, 1" in found.history[-1].notes
-    everything = compensate(opposite(), images, Config(forms=("dense",), by_output=False, min_gain_db=-1e9))
-    assert set(everything.branches) == {"0", "1"}
-    needed = compensate(planted()[0], images, Config(forms=("dense",)))
-    assert set(needed.branches) == set(needed.history[-1].details["kept"]) == {"0", "1"}
-    assert not any("left out" in note for note in needed.history[-1].notes)
+def test_a_branch_must_remove_its_cost_of_an_average_blocks_share():
+    model, images = with_branches(share=0.05), tokens(8)
+    model.branches["1"] = with_branches(share=0.02).branches["1"]
+    none, both = (squared_error(each, images) for each in (dataclasses.replace(model, branches={}), model))
+    gains = {}
+    for name in model.branches:
+        one = {other: branch for other, branch in model.branches.items() if other != name}
+        gains[name] = (squared_error(dataclasses.replace(model, branches=one), images) - both) / (none / 2)
+    best, cheap = max(gains, key=gains.get), min(gains, key=gains.get)
+    assert gains[best] > 1.2 * gains[cheap] > 0
+    judged = [half_of(tokens(8))] * 2
+    for kernels in (1, 2):
+        costs = {share: share * gains[cheap] / kernels for share in (0.8, 1.2)}
+        adds, candidate = dict.fromkeys(model.branches, kernels), Candidate.unfitted("", model)
+        assert worth_keeping(candidate, judged, adds, costs[0.8])[0] == list(model.branches)
+        assert cheap not in worth_keeping(candidate, judged, adds, costs[1.2])[0]
 
 
-@pytest.mark.parametrize(("kernels", "after", "left_out"), [(0, 10.0, []), (1, 9.95, ["1"])])
-def test_a_branch_that_costs_no_kernel_stays_unless_the_output_is_better_without(monkeypatch, kernels, after, left_out):
-    kept = {name: SimpleNamespace(without=(None, None), found={"kernels": kernels}) for name in ("0", "1")}
-    monkeypatch.setattr(qwt, "worth_keeping", lambda *_args: ["0"])
-    monkeypatch.setattr(qwt, "sqnr_db", lambda *_args: [5.0, 10.0, 9.95])
-    assert qwt._choice(planted()[0], [None, None], Config(), kept) == (5.0, after, left_out)
+@pytest.mark.parametrize("rotation", [0, 1])
+def test_a_trial_is_tried_on_the_images_of_the_other_half_that_choose(rotation):
+    fitted = [with_branches(wrong=30.0), with_branches()]  # on half 0, on half 1
+    del fitted[1].branches["1"]
+    candidate, both = Candidate.unchosen("", fitted, fitted[0]), halves(4)
+    found = branch_terms(candidate, ["0", "1"], rotation, both)
+    generator, expected = torch.Generator().manual_seed(0), []
+    for model, half in zip(fitted, (both[1], both[0]), strict=True):
+        part, _ = ROTATIONS[rotation]
+        modules = [f"{block}.branch" for block in model.branches]
+        for batch in spread_images(half.parts[part], IMAGES).split(BATCH):
+            args = quantized_net(model), model.float_net, modules, batch, lambda _n, _x, z: -z, generator
+            terms = output_terms(*args)
+            absent = 3 - terms.shape[1]  # the branch that is not there changes nothing
+            expected.append(torch.cat([terms, terms.new_zeros(len(terms), absent)], 1))
+    torch.testing.assert_close(found, torch.cat(expected))
+    assert bool(found[-1, 2] == 0)
