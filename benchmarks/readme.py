@@ -82,12 +82,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _source(shown: Reports) -> str:
-    commits = ", ".join(sorted({report["commit"] for report in shown.values()}))
+    commits = sorted({report["commit"] for report in shown.values()})
     machines = (report["machine"] for report in shown.values())
     where = ", ".join(sorted({f"{machine['cores']} cores ({machine['processor']})" for machine in machines}))
     interval = any(report["fidelity"].get("sqnr_interval_db") for report in shown.values())
     brackets = " In brackets: the interval over source images." if interval else ""
-    return f"Measured by `make bench` at commit {commits} on {where}.{brackets}"
+    mixed = " Rows of different commits are not comparable." if len(commits) > 1 else ""
+    return f"Measured by `make bench` at commit {', '.join(commits)} on {where}.{mixed}{brackets}"
 
 
 def results_table(found: Reports) -> str:
