@@ -1,7 +1,13 @@
-"""Puts the figures of benchmarks/results/ into the README, so that none is typed: `python -m benchmarks.readme`."""
+"""Puts the figures of benchmarks/results/ into README.md and docs/: `python -m benchmarks.readme`, so that none is typed.
+
+A table compares its rows, so all of them must have been measured at one commit. Where they were not, nothing is written: the
+command names the files and ends with exit code 1.
+"""
 
 import io
 import re
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,105 +18,193 @@ from deploy.recipe import recipe_names
 from deploy.report.terminal import print_report
 
 ROOT = Path(__file__).parents[1]
-SHOWN = "dinov2_s"  # the model of the README's first command
+RESULTS = ROOT / "benchmarks/results"
+SHOWN = "dinov2_s.int8.json"  # the report of the README's first command
+PLANNED_ONLY = "tensorrt_rtx"  # the backend whose convolutions are planned INT8 and no more (deploy/engine/backends)
+
+Reports = Mapping[str, dict[str, Any]]  # by the name of the file
 
 
-def reports(recipe: str = "int8") -> dict[str, dict[str, Any]]:
-    """The checked-in reports of a recipe by model."""
-    found = (read_json(path) for path in sorted((ROOT / "benchmarks/results").glob(f"*.{recipe}.json")))
-    return {report["model"]: report for report in found}
+def reports(pattern: str = "*.int8.json") -> dict[str, dict[str, Any]]:
+    """Return the checked-in results whose file names match `pattern`, by file name."""
+    return {path.name: read_json(path) for path in sorted(RESULTS.glob(pattern))}
 
 
-def shown_output(report: dict[str, Any]) -> str:
-    """The table that `make engine` prints."""
-    stream = io.StringIO()
+def recipe_reports() -> dict[str, dict[str, Any]]:
+    """Return the reports of all recipes, by model and then in the order of `recipe_names`."""
+    names = recipe_names()
+    found = {name: report for recipe in names for name, report in reports(f"*.{recipe}.json").items()}
+    return dict(sorted(found.items(), key=lambda item: (item[1]["model"], names.index(item[1]["recipe"]))))
+
+
+def commits_differ(table: str, shown: Reports) -> str | None:
+    """Return why the reports `shown` make no table, naming every file, or None if one commit measured them all."""
+    by_commit: dict[str, list[str]] = {}
+    for name, report in shown.items():
+        by_commit.setdefault(str(report["commit"]), []).append(name)
+    if len(by_commit) < 2:
+        return None
+    files = "; ".join(f"{commit}: {', '.join(names)}" for commit, names in sorted(by_commit.items()))
+    return f"table '{table}' would mix {len(by_commit)} commits ({files}): measure them anew at one commit with `make bench`"
+
+
+def shown_output(found: Reports) -> str:
+    """Return the table that `make engine` prints."""
+    report, stream = found[SHOWN], io.StringIO()
     print_report(report, Path("artifacts") / report["model"] / report["recipe"], stream)
     return "```text\n" + "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n```"
 
 
-def _row(report: dict[str, Any]) -> str:
-    fidelity, engine = report["fidelity"], report["engine"]
-    cells = (
-        report["model"],
-        f"{fidelity['sqnr_db']:.1f} dB",
-        f"{fidelity['top1_agreement']:.1%}",
-        f"{report['speed']['ort_cpu_ratio']:.2f}x",
-        f"{engine['planned'] - len(engine['lost'])} of {engine['planned']}",
-        f"{engine['kernels']}",
-        f"{engine['bytes'] / 1e6:.1f} MB",
-        f"{report['seconds']['total']:.0f} s",
-    )
-    return f"| {' | '.join(cells)} |"
+def sqnr(fidelity: dict[str, Any]) -> str:
+    """Return the SQNR with its interval over source images, where the report has one."""
+    text = f"{fidelity['sqnr_db']:.1f} dB"
+    if not (interval := fidelity.get("sqnr_interval_db")):
+        return text
+    low, high = interval
+    return f"{text} ({low:.1f} to {high:.1f})"
 
 
-def results_table(found: dict[str, dict[str, Any]]) -> str:
-    """One row per model, and where the figures come from."""
-    head = "| model | SQNR | top-1 agreement | speed on CPU | INT8 layers in the engine | kernels | engine | time |"
-    commits = ", ".join(sorted({report["commit"] for report in found.values()}))
-    machines = (report["machine"] for report in found.values())
+def judged_on(fidelity: dict[str, Any]) -> str:
+    """Return how many images judged, and of how many source images they are crops, where the report tells."""
+    text = f"{fidelity['count']} images"
+    return f"{text} of {sources} sources" if (sources := fidelity.get("sources")) else text
+
+
+def int8_layers(engine: dict[str, Any]) -> str:
+    """Return how many layers run in INT8: proven by the engine's kernels, or planned where those do not tell."""
+    planned_only = engine["int8_convs"] if engine["backend"] == PLANNED_ONLY else 0
+    proven = engine["planned"] - len(engine["lost"]) - planned_only
+    return f"{proven} of {engine['planned']} proven" + (f", {planned_only} planned" if planned_only else "")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def _source(shown: Reports) -> str:
+    commits = sorted({report["commit"] for report in shown.values()})
+    machines = (report["machine"] for report in shown.values())
     where = ", ".join(sorted({f"{machine['cores']} cores ({machine['processor']})" for machine in machines}))
-    source = f"Measured by `make bench` at commit {commits} on {where}."
-    return "\n".join([head, "|---" * 8 + "|", *map(_row, found.values()), "", source])
+    interval = any(report["fidelity"].get("sqnr_interval_db") for report in shown.values())
+    brackets = " In brackets: the interval over source images." if interval else ""
+    mixed = " Rows of different commits are not comparable." if len(commits) > 1 else ""
+    return f"Measured by `make bench` at commit {', '.join(commits)} on {where}.{mixed}{brackets}"
 
 
-def repairs_table() -> str:
-    """One row per run of another recipe than the default, after the default's of the same model."""
-    head = "| model | recipe | SQNR | top-1 agreement | kernels | engine | INT8 attentions | branches |"
-    rows, commits = [], set()
-    for recipe in recipe_names():  # the default, the shortest name, comes first
-        for report in reports(recipe).values():
-            fidelity, engine = report["fidelity"], report["engine"]
-            cells = (
-                report["model"], f"`{recipe}`", f"{fidelity['sqnr_db']:.1f} dB", f"{fidelity['top1_agreement']:.1%}",
-                f"{engine['kernels']}", f"{engine['bytes'] / 1e6:.1f} MB", f"{len(report['int8_attention'])}",
-                f"{len(report['branches'])}",
-            )  # fmt: skip
-            rows.append((report["model"], f"| {' | '.join(cells)} |"))
-            commits.add(report["commit"])
-    rows.sort(key=lambda row: row[0])
-    where = ", ".join(sorted(commits))
-    source = f"Measured by `make bench` at commit {where}."
-    return "\n".join([head, "|---" * 8 + "|", *(row for _, row in rows), "", source])
+def results_table(found: Reports) -> str:
+    """Return one row per model, and where the figures come from."""
+    head = ["model", "SQNR to float", "judged on", "top-1 agreement", "speed on CPU", "INT8 layers", "engine", "time"]
+    rows = [
+        [
+            report["model"],
+            sqnr(fidelity := report["fidelity"]),
+            judged_on(fidelity),
+            f"{fidelity['top1_agreement']:.1%}",
+            f"{report['speed']['ort_cpu_ratio']:.2f}x",
+            int8_layers(engine := report["engine"]),
+            f"{engine['kernels']} kernels, {engine['bytes'] / 1e6:.1f} MB",
+            f"{report['seconds']['total']:.0f} s",
+        ]
+        for report in found.values()
+    ]
+    return f"{_table(head, rows)}\n\n{_source(found)}"
 
 
-def papers_table() -> str:
-    """Our rows of the papers' tables that are checked in: SQNR and agreement by network, no published number among them."""
-    found = [read_json(path) for path in sorted((ROOT / "benchmarks/results").glob("table.*.json"))]
-    models = sorted({row["model"] for result in found for row in result["rows"]})
+def recipes_table(found: Reports) -> str:
+    """Return one row per model and recipe."""
+    head = [
+        "model", "recipe", "SQNR to float", "judged on", "top-1 agreement", "kernels", "engine", "INT8 attentions",
+        "branches", "time",
+    ]  # fmt: skip
+    rows = [
+        [
+            report["model"],
+            f"`{report['recipe']}`",
+            sqnr(fidelity := report["fidelity"]),
+            judged_on(fidelity),
+            f"{fidelity['top1_agreement']:.1%}",
+            str((engine := report["engine"])["kernels"]),
+            f"{engine['bytes'] / 1e6:.1f} MB",
+            str(len(report["int8_attention"])),
+            str(len(report["branches"])),
+            f"{report['seconds']['total']:.0f} s",
+        ]
+        for report in found.values()
+    ]
+    return f"{_table(head, rows)}\n\n{_source(found)}"
+
+
+def _paper(result: dict[str, Any]) -> str:
+    """Return the tool's own rows of one paper's table: SQNR and agreement by network, no published number among them."""
+    models = list(result["models"])
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for result in found:
-        for row in result["rows"]:
-            cells.setdefault((row["bits"], row["method"]), {})[row["model"]] = cell(row)
+    for row in result["rows"]:
+        cells.setdefault((row["bits"], row["method"]), {})[row["model"]] = cell(row)
     order = list(dict.fromkeys(bits for bits, _ in cells))
     rows = [
-        f"| {bits} | {method} | {' | '.join(by_model.get(model, '') for model in models)} |"
+        [bits, method, *(by_model.get(model, "") for model in models)]
         for (bits, method), by_model in sorted(cells.items(), key=lambda item: order.index(item[0][0]))
     ]
-    sources = sorted({f"`{result['command']}` at commit {result['commit']}" for result in found})
-    head = f"| bits | method | {' | '.join(models)} |"
-    return "\n".join([head, "|---" * (2 + len(models)) + "|", *rows, "", f"Measured by {', '.join(sources)}."])
+    counts = sorted({result["models"][model]["evaluation"]["count"] for model in models})
+    judges = " or ".join(str(count) for count in counts)
+    source = f"Measured by `{result['command']}` at commit {result['commit']}; judged on {judges} images."
+    notes = "\n".join(f"- {note}" for note in result["notes"])
+    head = ["bits", "method", *models]
+    return f"### PAPER={result['paper']}\n\n{result['title']}\n\n{_table(head, rows)}\n\n{source}\n\n{notes}"
+
+
+def papers_tables(found: Reports) -> str:
+    """Return one table per paper."""
+    return "\n\n".join(_paper(result) for result in found.values())
+
+
+# file -> block -> (the reports it shows, what makes its text of them, whether it is one table)
+Block = tuple[Callable[[], Reports], Callable[[Reports], str], bool]
+BLOCKS: dict[str, dict[str, Block]] = {
+    "README.md": {
+        "output": (lambda: reports(SHOWN), shown_output, True),
+        "results": (reports, results_table, True),
+    },
+    "docs/methods.md": {"recipes": (recipe_reports, recipes_table, True)},
+    "docs/papers.md": {"papers": (lambda: reports("table.*.json"), papers_tables, False)},
+}
+
+
+def refusals() -> list[str]:
+    """Return why the tables must not be written, one line for each that mixes commits."""
+    return [
+        reason
+        for blocks in BLOCKS.values()
+        for name, (shown, _, one_table) in blocks.items()
+        if one_table and (reason := commits_differ(name, shown()))
+    ]
 
 
 def _between(content: str, marks: re.Match[str]) -> str:
     return marks[1] + content + marks[2]
 
 
-def rendered(readme: str) -> str:
-    """`readme` with everything between its `<!-- name -->` and `<!-- /name -->` marks made anew."""
-    found = reports()
-    contents = {
-        "output": shown_output(found[SHOWN]),
-        "results": results_table(found),
-        "repairs": repairs_table(),
-        "papers": papers_table(),
-    }
-    for name, content in contents.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        readme, count = re.subn(pattern, partial(_between, content), readme, flags=re.DOTALL)
-        assert count == 1, f"the README has {count} places for '{name}'"
-    return readme
+def rendered(file: str, text: str) -> str:
+    """Return `text`, of the file named, with all between its `<!-- name -->` and `<!-- /name -->` marks made anew."""
+    for name, (shown, make, _) in BLOCKS[file].items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(pattern, partial(_between, make(shown()) + "\n"), text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{file} has {count} places for '{name}', expected 1")
+    return text
+
+
+def main() -> int:
+    """Write all blocks, or none; returns the exit code."""
+    if reasons := refusals():
+        for reason in reasons:
+            print(f"failed: {reason}; nothing was written", file=sys.stderr)
+        return 1
+    fresh = {file: rendered(file, (ROOT / file).read_text()) for file in BLOCKS}
+    for file, text in fresh.items():
+        (ROOT / file).write_text(text)
+    return 0
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text()))
+    sys.exit(main())

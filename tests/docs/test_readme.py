@@ -1,57 +1,126 @@
-"""The README says what is true: its figures are those of benchmarks/results, its links and commands exist."""
+"""The figures in README and docs are those of benchmarks/results, each table at one commit."""
 
-import re
-import subprocess
-from pathlib import Path
+import copy
 
-from benchmarks.readme import rendered, reports
+import pytest
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+from benchmarks import readme
+from benchmarks.readme import (
+    BLOCKS,
+    PLANNED_ONLY,
+    RESULTS,
+    commits_differ,
+    int8_layers,
+    judged_on,
+    recipe_reports,
+    recipes_table,
+    rendered,
+    reports,
+    results_table,
+    sqnr,
+)
+from tests.docs.pages import ROOT
+
 REPORTS = reports()
+README = (ROOT / "README.md").read_text()
 
 
-def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+@pytest.mark.parametrize("file", BLOCKS)
+def test_figures_are_those_of_the_results_files(file):
+    text = (ROOT / file).read_text()
+    assert rendered(file, text) == text, "run `python -m benchmarks.readme`"
 
 
-def test_every_make_command_exists():
-    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE))
-    assert {"engine", "test", "doctor"} <= named
-    assert named <= make_targets()
+@pytest.mark.parametrize("file", BLOCKS)
+def test_a_page_with_a_missing_block_is_refused(file):
+    name = next(iter(BLOCKS[file]))
+    with pytest.raises(ValueError, match=f"{file} has 0 places for '{name}'"):
+        rendered(file, "nothing here")
 
 
-def test_every_file_it_names_exists():
-    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`([\w/]+\.(?:py|toml|md|txt))`", README)
-    assert named
-    missing = [name for name in named if "://" not in name and not (ROOT / name).exists()]
-    assert missing == []
-
-
-def test_make_help_lists_every_target():
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in make_targets():
-        assert re.search(rf"^{target}\b", shown, re.MULTILINE), target
-
-
-def test_ci_runs_the_readmes_test_command():
-    assert "make test" in README
-    assert "make test" in (ROOT / ".ci/run").read_text()
-
-
-def test_its_figures_are_those_of_the_results_files():
-    assert rendered(README) == README, "run `python -m benchmarks.readme`"
+def test_the_readme_fits_two_screens():
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_first_command_is_shown_with_its_real_output():
-    report = REPORTS["dinov2_s"]
+    report = REPORTS[readme.SHOWN]
     assert f"SQNR {report['fidelity']['sqnr_db']:.1f} dB" in README
     assert f"{report['engine']['int8_gemms']} INT8 GEMMs" in README
 
 
-def test_the_results_say_where_they_come_from():
-    for report in REPORTS.values():
+def test_results_say_where_they_come_from():
+    for report in recipe_reports().values():
         assert report["commit"]
         assert not report["commit"].endswith("-dirty")
         assert report["machine"]["processor"]
         assert report["command"].startswith("make ")
+
+
+def test_every_report_of_a_recipe_is_in_the_table_of_recipes():
+    files = {path.name for path in RESULTS.glob("*.int8*.json")}
+    assert recipe_reports().keys() == files
+
+
+def test_reports_of_one_commit_make_a_table():
+    assert commits_differ("results", {}) is None
+    assert commits_differ("results", {"a.json": {"commit": "1"}, "b.json": {"commit": "1"}}) is None
+
+
+def test_reports_of_two_commits_are_refused_by_file_name():
+    shown = {"a.json": {"commit": "1"}, "b.json": {"commit": "2"}, "c.json": {"commit": "1"}}
+    reason = commits_differ("results", shown)
+    assert reason is not None
+    assert "table 'results' would mix 2 commits (1: a.json, c.json; 2: b.json)" in reason
+
+
+@pytest.fixture
+def two_reports(monkeypatch, tmp_path):
+    """A README of its own with the table of two reports, which a test may change."""
+    found = {name: copy.deepcopy(report) | {"commit": "1"} for name, report in REPORTS.items()}
+    blocks = {"README.md": {"results": (lambda: found, results_table, True)}}
+    monkeypatch.setattr(readme, "BLOCKS", blocks)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("<!-- results -->\nold\n<!-- /results -->\n")
+    return found
+
+
+def test_the_command_writes_the_tables(two_reports, tmp_path):
+    assert readme.main() == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "old" not in text
+    assert "at commit 1 on" in text
+    assert all(f"| {report['model']} |" in text for report in two_reports.values())
+
+
+def test_the_command_writes_nothing_where_commits_differ(two_reports, tmp_path, capsys):
+    first, second = list(two_reports)[:2]
+    two_reports[second]["commit"] = "2"
+    assert readme.main() == 1
+    assert "old" in (tmp_path / "README.md").read_text()
+    said = capsys.readouterr().err
+    assert first in said
+    assert second in said
+    assert said.endswith("nothing was written\n")
+
+
+def test_an_interval_is_shown_where_it_was_measured():
+    fidelity = {"sqnr_db": 29.17, "count": 128}
+    assert (sqnr(fidelity), judged_on(fidelity)) == ("29.2 dB", "128 images")
+    measured = fidelity | {"sqnr_interval_db": [27.94, 30.61], "sources": 4}
+    assert (sqnr(measured), judged_on(measured)) == ("29.2 dB (27.9 to 30.6)", "128 images of 4 sources")
+
+
+@pytest.mark.parametrize("table", [results_table, recipes_table])
+def test_a_table_explains_its_intervals(table):
+    found = copy.deepcopy(REPORTS)
+    assert "interval" not in table(found)
+    found[readme.SHOWN]["fidelity"] |= {"sqnr_interval_db": [27.94, 30.61], "sources": 4}
+    assert "29.2 dB (27.9 to 30.6) | 128 images of 4 sources |" in table(found)
+    assert table(found).endswith("In brackets: the interval over source images.")
+
+
+def test_convolutions_of_tensorrt_rtx_are_planned_and_no_more():
+    engine = {"backend": PLANNED_ONLY, "planned": 51, "lost": [], "int8_convs": 51}
+    assert int8_layers(engine) == "0 of 51 proven, 51 planned"
+    assert int8_layers(engine | {"backend": "tensorrt"}) == "51 of 51 proven"
+    assert int8_layers(engine | {"int8_convs": 0, "lost": ["fc"]}) == "50 of 51 proven"
