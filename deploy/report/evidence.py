@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
+PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
@@ -27,6 +28,11 @@ def warnings(run: "Run") -> list[str]:
         found.append(SAMPLE_WARNING)
     elif run.calibration.count < FEW_IMAGES:
         found.append(f"only {run.calibration.count} calibration images: expected {FEW_IMAGES} or more")
+    if (sources := len(set(run.calibration.sources))) < PARTS:
+        found.append(
+            f"the calibration images show {sources} source images only: expected {PARTS} or more, so that images that judge "
+            f"are never images that fitted or chose"
+        )
     if run.calibration.skipped:
         shown = ", ".join(run.calibration.skipped[:3])
         found.append(f"{len(run.calibration.skipped)} unreadable images skipped: {shown}")
@@ -69,10 +75,11 @@ def tool_commit() -> str | None:
 
 
 def images_json(images: "ImageSet") -> dict[str, Any]:
-    """Where a set of images comes from, as plain values."""
+    """Return where a set of images comes from, as plain values."""
     return {
         "source": images.source,
         "count": images.count,
+        "sources": len(set(images.sources)),
         "sha256": images.sha256,
         "sample": images.sample,
         "skipped": list(images.skipped),
@@ -80,10 +87,10 @@ def images_json(images: "ImageSet") -> dict[str, Any]:
 
 
 def waterfall(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From the float network down to its rounding, and up again: the steps that measured the output, in order.
+    """Return the stages that the judge measured, in order, from the rounded network on. Empty if it measured none.
 
-    Every stage judges itself on images it was not fitted on, which are not the same for all, so a step starts where its own
-    judge saw the network and not where the one before ended: gains can be compared, ends cannot. Empty if none measured.
+    A stage is measured on images that it was not fitted on, with networks fitted on half of the images, so its figure before
+    is not exactly the figure after of the stage before it: compare gains.
     """
     measured = [record for record in history if record["sqnr_after_db"] is not None]
     if not measured:
