@@ -1,9 +1,10 @@
-"""`python -m benchmarks.branch_forms`: what a branch beside every ViT block costs an engine, by its form in the graph.
+"""`python -m benchmarks.branch_forms`: the cost of a branch beside every ViT block in an engine, by its form in the graph.
 
     block(x) + f W + b        x (B, N, C)        f: x itself, LN1(x) or LN2(..), in FP16 or INT8
 
-Kernels depend on the graph's structure, not on its numbers: DINOv2 ViT-S at 224 with random weights, those of a branch a
-hundred times smaller, because that decides which scales an engine can share.
+The kernels of an engine depend on the structure of the graph, not on its numbers, so the network is DINOv2 ViT-S at 224
+with random weights. The weights of branches are a hundred times smaller, because their size decides which scales an engine
+can share.
 """
 
 import json
@@ -34,7 +35,7 @@ RESULT = Path(__file__).parent / "results" / "branch_forms.json"
 COLUMNS = ("form", "kernels", "delta", "int8_gemms", "fp16_gemms", "fp16_convs", "unproven", "fused_attention")
 NETWORK, SIZE, SM = "vit_small_patch14_dinov2", 224, 89
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-INPUT = qparams_from_amax(torch.tensor(5.0))  # of every layer; only branches that share an input profit from that
+INPUT = qparams_from_amax(torch.tensor(5.0))  # of every layer; it matters only to branches that share an input
 
 
 def _linear(n_in: int, n_out: int, size: float = 1.0) -> nn.Linear:
@@ -48,7 +49,7 @@ def _int8(linear: nn.Linear) -> QuantLinear:
 
 
 def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """Outputs of both side by side."""
+    """One Linear whose output is the concatenation of both outputs."""
     both = _linear(first.in_features, first.out_features + second.out_features)
     both.weight.data, both.bias.data = (
         torch.cat([first.weight, second.weight]),
@@ -58,7 +59,7 @@ def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
 
 
 class Int8WeightsOnly(nn.Module):
-    """FP16 input times dequantized INT8 weight."""
+    """A Linear with an FP16 input and a dequantized INT8 weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Diagonal(nn.Module):
 
 
 class BranchBlock(nn.Module):
-    """`block` with `branch` of what `reads` names added at its end."""
+    """`block` with the output of `branch` added at its end; `reads` names the tensor that the branch reads."""
 
     def __init__(self, block: Any, reads: str, branch: nn.Module) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ def _attention(block: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class PackedQkv(nn.Module):
-    """The branch as a fourth part of qkv (C -> 4 C), added at the end."""
+    """A block with the branch as a fourth part of qkv (C -> 4 C), added at the end."""
 
     def __init__(self, block: Any, branch: nn.Linear) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class PackedQkv(nn.Module):
 
 
 class PackedFc1(nn.Module):
-    """The branch as a fifth part of fc1 (C -> 5 C), added at the end."""
+    """A block with the branch as a fifth part of fc1 (C -> 5 C), added at the end."""
 
     def __init__(self, block: Any, branch: nn.Linear) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class PackedFc1(nn.Module):
 
 
 class ConcatProj(nn.Module):
-    """LN1's output as further inputs of proj (2 C -> C): one activation scale for both."""
+    """A block with the output of LN1 as further inputs of proj (2 C -> C): both have one activation scale."""
 
     def __init__(self, block: Any, branch: nn.Linear) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class ConcatProj(nn.Module):
 
 
 class SeparateQkv(nn.Module):
-    """q, k, v and the branch as four products of one tensor."""
+    """A block with q, k, v and the branch as four products of the same tensor."""
 
     def __init__(self, block: Any, branch: nn.Linear) -> None:
         super().__init__()
@@ -181,7 +182,10 @@ class SeparateQkv(nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write a branch: `make` turns a block with INT8 layers and a Linear (C -> C) into a block with a branch."""
+    """One form of a branch in the graph.
+
+    `make` turns a block with INT8 layers and a Linear (C -> C) into a block with a branch.
+    """
 
     name: str
     what: str
@@ -220,7 +224,7 @@ FORMS = (
 
 
 def network_with(form: Form) -> nn.Module:
-    """The ViT with INT8 layers and a branch of `form` in every block."""
+    """The ViT with INT8 layers, and a branch of this `form` in every block."""
     torch.manual_seed(0)
     net: Any = timm.create_model(NETWORK, pretrained=False, img_size=SIZE).eval().requires_grad_(False)
     for index, block in enumerate(net.blocks):
@@ -232,7 +236,7 @@ def network_with(form: Form) -> nn.Module:
 
 
 def measure(form: Form) -> dict[str, Any]:
-    """Kernels of the engine by kind, and its size."""
+    """Build an engine with this `form`; the number of its kernels by kind, and its size in bytes."""
     graph = onnx_from_net(network_with(form).half(), torch.zeros(2, 3, SIZE, SIZE).half())
     built = tensorrt_rtx.build(graph, Profile(), (SM,))
     found = audit(built.kernels, planned_layers(graph))

@@ -1,11 +1,11 @@
-"""`make bench`: build the reference models and keep the reports in benchmarks/results/.
+"""`make bench`: builds the reference models and stores their reports in benchmarks/results/.
 
     python -m benchmarks.engines                        all of RUNS
     python -m benchmarks.engines dinov2_s.int8_qwt      some of them
 
-Every figure in the README comes from these files (`benchmarks/readme.py` puts them there). Each run has a process of
-its own, so that its peak memory is its own. Runs of the default recipe calibrate anew, for their time; the others
-may use the cache.
+Every figure in the README comes from these files (`benchmarks/readme.py` writes them there). Each run is a process, so that
+peak memory is measured per run. Runs of the default recipe do not use the calibration cache, because the time of their
+calibration is reported; the others may use it.
 """
 
 import json
@@ -27,7 +27,7 @@ RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recip
 
 
 def run(name: str) -> dict[str, Any]:
-    """Build `<model>.<recipe>` in a scratch folder; the report."""
+    """Build `<model>.<recipe>` in a temporary folder and return the report."""
     model, recipe = name.split(".")
     with tempfile.TemporaryDirectory() as out:
         options = {"model": model, "recipe": recipe, "out": out, "cache": "off" if recipe == DEFAULT else "on"}
@@ -38,12 +38,12 @@ def run(name: str) -> dict[str, Any]:
 
 
 def main(names: list[str]) -> int:
-    """Make the runs of these names, or all."""
+    """Make the runs with these names, or all runs; returns the exit code."""
     if unknown := [name for name in names if name not in RUNS]:
         print(f"unknown run '{unknown[0]}': expected some of {', '.join(RUNS)}", file=sys.stderr)
         return 2
     reports = {name: run(name) for name in names or RUNS}
-    for name, report in reports.items():  # only now, so that the checkout they describe was clean
+    for name, report in reports.items():  # after the last run: reports record whether the checkout was clean
         (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

@@ -1,9 +1,11 @@
-"""`make photographs`: images to calibrate and judge on where no data set is at hand.
+"""`make photographs`: downloads calibration and evaluation images, for users without a data set.
 
     python -m benchmarks.photographs FOLDER
 
-Animals, monuments and musicians of GCompris, an educational suite; free licences, named in the package. They come out of a
-Debian package of 44 MB and go into FOLDER/calib and FOLDER/eval, for CALIB= and EVAL= of the Makefile.
+They are photographs of animals, monuments and musicians from GCompris, an educational suite, under free licences that the
+package names. They are read from a Debian package of 44 MB and written to FOLDER/calib and FOLDER/eval, for CALIB= and
+EVAL= of the Makefile. The package is pinned by sha256 before it is read, so two short readers of its formats (ar, Qt's .rcc)
+are safe enough, and no tool of Debian or Qt has to be installed.
 """
 
 import hashlib
@@ -18,13 +20,13 @@ from pathlib import Path, PurePosixPath
 PACKAGE = "pool/main/g/gcompris-qt/gcompris-qt-data_3.1-2_all.deb"
 SHA256 = "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f"
 MIRRORS = ("http://deb.debian.org/debian", "https://snapshot.debian.org/archive/debian/20250520T000000Z")
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without data
 ACTIVITIES = ("erase", "explore_farm_animals", "explore_monuments", "explore_world_animals", "explore_world_music")
-TO_CALIBRATE = 80  # the others judge
+TO_CALIBRATE = 80  # calibration images; the others are for evaluation
 
 
 def download() -> bytes:
-    """The Debian package. Raises OSError naming the mirrors if none has it."""
+    """The bytes of the Debian package. Raises OSError if no mirror has it; the message names the reasons."""
     failures = []
     for mirror in MIRRORS:
         try:
@@ -36,11 +38,11 @@ def download() -> bytes:
         if hashlib.sha256(content).hexdigest() == SHA256:
             return content
         failures.append(f"{mirror}: a file of another sha256")
-    raise OSError(f"{PACKAGE} is not to be had: {'; '.join(failures)}")
+    raise OSError(f"{PACKAGE} cannot be downloaded: {'; '.join(failures)}")
 
 
 def ar_members(archive: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of what is in an `ar` archive, as a .deb is one."""
+    """Yield (name, content) of each member of an `ar` archive, the format of a .deb file."""
     at = 8  # after "!<arch>\n"
     while at < len(archive):
         name, size = archive[at : at + 16].decode().strip(" /"), int(archive[at + 48 : at + 58])
@@ -50,7 +52,7 @@ def ar_members(archive: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def resource_files(resource: bytes) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the uncompressed files in a binary resource of Qt (.rcc)."""
+    """Yield (path, content) of each uncompressed file in a binary resource of Qt (.rcc)."""
     version, tree, contents, names = struct.unpack_from(">4x4I", resource)
     node_size = 14 if version == 1 else 22
 
@@ -73,7 +75,7 @@ def resource_files(resource: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def photographs(package: bytes) -> dict[str, bytes]:
-    """File name -> content."""
+    """File name -> content of the images in the Debian package. Raises ValueError if one of the archives is missing."""
     data = next(content for name, content in ar_members(package) if name.startswith("data.tar"))
     found = {}
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -88,7 +90,10 @@ def photographs(package: bytes) -> dict[str, bytes]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the photographs, dealt by their names' digests so that both folders hold some of every kind."""
+    """Download the images and write them to both folders; returns the exit code.
+
+    The digests of their names decide which folder they go to, so that both have some of every kind.
+    """
     if len(arguments) != 1:
         print("expected one argument, the folder to write to: python -m benchmarks.photographs FOLDER", file=sys.stderr)
         return 2

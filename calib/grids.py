@@ -1,4 +1,7 @@
-"""What a tensor can round to. `QParams` with 8 bits and no zero point is what engines run; a simulation may take others."""
+"""Quantization grids: the sets of values that a tensor can be rounded to.
+
+Engines compute with one of them, `QParams` of 8 bits without a zero point; the others are for simulation.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,59 +12,61 @@ from torch import Tensor
 from calib.precision import UNROUNDED
 from calib.quantizer import QParams, qparams_from_amax, qparams_from_range
 
-GELU_LEAST = -0.17  # -0.16997 at -0.7518
+GELU_LEAST = -0.17  # the minimum of GELU is -0.16997, at -0.7518
 
-Sides = tuple[float, float]  # the ends of an asymmetric range, as fractions of the larger |end|
+Sides = tuple[float, float]  # (low, high) of an asymmetric range, as fractions of max(|low|, |high|)
 
 
 class Grid(Protocol):
     """A set of values that a tensor rounds to."""
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The nearest values of the grid, in the dtype of `x`."""
+        """The nearest values of the grid, in the shape and dtype of `x`."""
 
     def clip(self, x: Tensor) -> Tensor:
-        """`x` kept within the range of the grid, not rounded."""
+        """`x` clamped to the range of the grid, not rounded; same shape."""
 
 
 class Unrounded:
-    """No grid at all: of inputs in weight-only quantization."""
+    """The grid of inputs in weight-only quantization: nothing is rounded or clipped."""
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """`x`."""
+        """Return `x` itself."""
         return x
 
     def clip(self, x: Tensor) -> Tensor:
-        """`x`."""
+        """Return `x` itself."""
         return x
 
 
 @dataclass(frozen=True)
 class LogSqrt2:
-    """Levels scale 2^(-k/2) for k = 0 .. 2^bits - 1, and 0 for what would need a larger k: softmax outputs in RepQ-ViT.
+    """RepQ-ViT's grid of softmax outputs (Li et al., ICCV 2023): levels scale 2^(-k/2), k = 0 .. 2^bits - 1, and 0.
 
-    The 0 is one level more than bits can count; RepQ-ViT's code has it, and so have the figures in papers built on it.
+    Values that would need a larger k become 0. The 0 is one level more than `bits` can count; RepQ-ViT's code has it,
+    and so have the figures of papers built on it.
     """
 
     scale: float  # the largest level
     bits: int
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The level nearest in the log domain, in the dtype of `x`; 0 for x <= 0."""
+        """The levels nearest in the log domain, in the shape and dtype of `x`; 0 for x <= 0."""
         k = torch.round(-2 * torch.log2(x / self.scale)).clamp(min=0)
         return torch.where(k < 1 << self.bits, self.scale * torch.exp2(-k / 2), 0.0)  # a NaN (x < 0) is in no range
 
     def clip(self, x: Tensor) -> Tensor:
-        """`x` within 0 .. scale."""
+        """`x` clamped to 0 .. scale; same shape."""
         return x.clamp(0, self.scale)
 
 
 @dataclass(frozen=True)
 class TwinUniform:
-    """PTQ4ViT's twin uniform grid: one bit tells whether `x` lies below `split`, the others count levels from 0 there.
+    """Twin uniform quantization (PTQ4ViT, Yuan et al., ECCV 2022).
 
-    Softmax outputs are many near 0 and few near 1: `below` covers 0 .. split in fine steps, `above` 0 .. 1 in coarse ones.
-    GELU outputs have a short negative side: `below` covers that alone.
+    One bit tells whether `x` lies below `split`, the other bits count the levels of that half. Most softmax outputs are
+    near 0 and few near 1: `below` covers 0 .. split with a small scale, `above` covers 0 .. 1 with a large one. GELU
+    outputs have a short negative side, which `below` covers alone.
     """
 
     below: QParams
@@ -69,36 +74,42 @@ class TwinUniform:
     split: float
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The nearest level of the half that `x` is in, in the dtype of `x`."""
+        """The nearest level of the half that each `x` is in, in the shape and dtype of `x`."""
         return torch.where(x < self.split, self.below.fake_quantize(x), self.above.fake_quantize(x))
 
     def clip(self, x: Tensor) -> Tensor:
-        """`x` within the range of its half."""
+        """`x` clamped to the range of its half; same shape."""
         return torch.where(x < self.split, self.below.clip(x), self.above.clip(x))
 
 
 def twin_softmax(split: float, bits: int) -> TwinUniform:
-    """The twin grid of softmax outputs, steps split / (2^(bits-1) - 1) and 1 / (2^(bits-1) - 1)."""
-    below, above = (qparams_from_range(torch.tensor(0.0), torch.tensor(end), bits=bits - 1) for end in (split, 1.0))
+    """Twin uniform quantization of softmax outputs, scales split / (2^(bits-1) - 1) and 1 / (2^(bits-1) - 1)."""
+    below, above = (qparams_from_range(torch.tensor(0.0), torch.tensor(high), bits=bits - 1) for high in (split, 1.0))
     return TwinUniform(below, above, split)
 
 
 def twin_gelu(amax: float, bits: int) -> TwinUniform:
-    """The twin grid of GELU outputs, steps -GELU_LEAST / (2^(bits-1) - 1) and amax / (2^(bits-1) - 1)."""
-    ends = ((GELU_LEAST, 0.0), (0.0, amax))
-    below, above = (qparams_from_range(torch.tensor(low), torch.tensor(high), bits=bits - 1) for low, high in ends)
+    """Twin uniform quantization of GELU outputs, scales -GELU_LEAST / (2^(bits-1) - 1) and amax / (2^(bits-1) - 1)."""
+    ranges = ((GELU_LEAST, 0.0), (0.0, amax))
+    below, above = (qparams_from_range(torch.tensor(low), torch.tensor(high), bits=bits - 1) for low, high in ranges)
     return TwinUniform(below, above, 0.0)
 
 
 def sides_of(low: Tensor, high: Tensor) -> Sides:
-    """How far a tensor with channel extremes `low` and `high` (C,) reaches on either side of 0, which stays on the grid."""
-    ends = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
-    reach = max(-ends[0], ends[1]) or 1.0
-    return ends[0] / reach, ends[1] / reach
+    """The sides of the range of a tensor whose channels have the minima `low` and maxima `high` (both (C,)).
+
+    The range always includes 0, so that 0 stays on the grid.
+    """
+    lowest, highest = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
+    amax = max(-lowest, highest) or 1.0
+    return lowest / amax, highest / amax
 
 
 def input_grid(amax: float, bits: int, sides: Sides | None = None) -> Grid:
-    """The grid of a tensor that reaches `amax`: symmetric, or with these `sides`; none for `bits` = UNROUNDED."""
+    """The uniform grid of a tensor with max |x| = `amax`: symmetric, or with these `sides`.
+
+    For `bits` = UNROUNDED the tensor is not quantized.
+    """
     if bits == UNROUNDED:
         return Unrounded()
     if sides is None:
@@ -108,7 +119,7 @@ def input_grid(amax: float, bits: int, sides: Sides | None = None) -> Grid:
 
 
 def why_not_int8(grid: Grid) -> str | None:
-    """Why TensorRT has no INT8 kernel that reads activations on this grid, or None."""
+    """The reason why TensorRT has no INT8 kernel that reads activations on this grid, or None if it has one."""
     if not isinstance(grid, QParams):
         return f"a {type(grid).__name__} grid"
     if grid.bits != 8:
@@ -118,20 +129,24 @@ def why_not_int8(grid: Grid) -> str | None:
     return "a scale per channel" if grid.axis is not None else None
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Rounding passes gradients on as they are, clipping stops them (Bengio et al., 2013)."""
+def gradient_of_clipping(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+    """The backward pass of the straight-through estimator: the gradient of x where `ctx` saved True, else 0.
 
+    Rounding counts as the identity; a clipped value has no influence (Bengio et al., 2013).
+    """
+    (inside,) = ctx.saved_tensors
+    return gradients[0] * inside, None
+
+
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(grid.clip(x) == x)
         return grid.fake_quantize(x)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None
+    backward = staticmethod(gradient_of_clipping)
 
 
 def straight_through(x: Tensor, grid: Grid) -> Tensor:
-    """`x` rounded to `grid`, with the gradient of clipping alone."""
+    """The nearest values of `grid`, in the shape and dtype of `x`, with the gradient of clipping alone."""
     return _StraightThrough.apply(x, grid)

@@ -1,4 +1,4 @@
-"""Looking at what layers read (or replacing it) and return; the hooks are gone when the block ends."""
+"""Forward hooks that observe or replace what layers read and return; they are removed when the `with` block ends."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ OutputHook = Callable[[str, Tensor], Tensor | None]
 
 @contextmanager
 def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Iterator[None]:
-    """While open, `hook(name, layer, x)` runs before each of `layers` reads x; a tensor it returns is read instead."""
+    """Call `hook(name, layer, x)` before each of `layers` reads x; a tensor that the hook returns is read instead."""
 
     def bound(name: str) -> Callable:
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -30,9 +30,9 @@ def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Itera
 
 @contextmanager
 def output_hooks(net: nn.Module, modules: Iterable[str], hook: OutputHook) -> Iterator[None]:
-    """While open, `hook(name, y)` runs after each of `modules` has returned y; what it returns is passed on instead.
+    """Call `hook(name, y)` after each of `modules` has returned y; a tensor that the hook returns is passed on instead.
 
-    Later modules may edit y in place.
+    A hook that keeps y has to clone it: later modules may edit y in place.
     """
     handles = [
         net.get_submodule(name).register_forward_hook(lambda _m, _x, y, name=name: hook(name, y)) for name in modules

@@ -1,23 +1,27 @@
-"""Bits of weights and inputs by layer. An engine runs 8 and 8, first and last layers in FP16; the rest is simulated."""
+"""How many bits the weights and inputs of each layer have.
+
+An engine computes 8-bit weights with 8-bit inputs, and the first and last layers in FP16. Every other choice is simulated.
+"""
 
 from dataclasses import dataclass
 
-UNROUNDED = 32  # bits of inputs that stay as they are: weight-only quantization
+UNROUNDED = 32  # stands for inputs that are not quantized: weight-only quantization
 ATTENTIONS = ("float", "uniform", "log_sqrt2", "twin")
 GELUS = ("uniform", "twin")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of weights and of what layers read.
+    """The number formats of a network: bits of weights and of layer inputs, and the grids of attention and GELU.
 
-    `first_last`: bits of both in the first and last layers, which an engine leaves in FP16 (0: so does the simulation).
-    `zero_points`: whether inputs have asymmetric ranges. `attention`: what softmax outputs round to in a simulation;
-    query, key and value then round as inputs do. (The recipe's [attention] is the engine's INT8 attention.) `gelu`: the grid
-    of what layers behind a GELU read.
+    `weights`: 2 to 8. `inputs`: 2 to 8, or UNROUNDED. `first_last`: bits of weights and inputs in the first and last
+    layers; 0 leaves these layers in float, as an engine leaves them in FP16. `zero_points`: whether inputs have
+    asymmetric ranges. `attention`: the grid of softmax outputs in a simulation, one of ATTENTIONS; query, key and value
+    then have the grid of layer inputs. (The engine's INT8 attention is the recipe's [attention].) `gelu`: the grid of
+    layer inputs behind a GELU, one of GELUS. Raises ValueError for any other value.
 
-    QwT's figures for ResNets at "4/4" and "6/6" are weights = 4 or 6, inputs = 8: its code forces inputs of convolutions
-    to 8 bits.
+    QwT's figures for ResNets at "4/4" and "6/6" are weights = 4 or 6 with inputs = 8: its code forces the inputs of
+    convolutions to 8 bits.
     """
 
     weights: int = 8
@@ -43,7 +47,7 @@ class Precision:
 
     @property
     def executable(self) -> bool:
-        """Whether a TensorRT engine computes it: fewer bits of a weight fit into its INT8."""
+        """Whether a TensorRT engine can compute it. Weights of fewer bits can run, because they fit into INT8."""
         return self == Precision(weights=self.weights)
 
 
@@ -52,7 +56,7 @@ INT8_ENGINE = Precision()
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer's weight and input."""
+    """The bits of the weight and of the input of one layer."""
 
     weight: int
     input: int

@@ -1,4 +1,4 @@
-"""What this machine can do, what it lacks, and the command that mends it."""
+"""`make doctor`: what this machine can do, what it lacks, and the command that installs it."""
 
 import importlib.util
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from deploy import host
 from deploy.engine.backends import PREFERENCE, backends
 
-# Import name -> (what for, does every machine need it).
+# Import name -> (purpose, whether every machine needs it).
 NEEDED = {
     "torch": ("calibration", True),
     "torchvision": ("timm", True),
@@ -17,8 +17,8 @@ NEEDED = {
     "onnxscript": ("export", True),
     "onnxruntime": ("verification", True),
     "PIL": ("images", True),
-    "skimage": ("sample photographs", True),
-    "sklearn": ("sample photographs", True),
+    "skimage": ("sample images", True),
+    "sklearn": ("sample images", True),
     "rich": ("tables", True),
     "polygraphy": ("debugging engines", False),
     "pycuda": ("running engines", False),
@@ -28,20 +28,20 @@ SMALLEST_FREE_GB = 2.0
 
 @dataclass
 class Findings:
-    """Lines to print; `healthy` is False if `make engine` cannot work here."""
+    """The lines to print. `healthy` is False if `make engine` cannot work on this machine."""
 
     lines: list[str] = field(default_factory=list)
     healthy: bool = True
 
-    def add(self, good: bool, text: str, mend: str = "", required: bool = True) -> None:
-        """One line: ok, missing (with the command that mends it), or optional."""
+    def add(self, good: bool, text: str, remedy: str = "", required: bool = True) -> None:
+        """Add a line: ok, MISSING (required) or absent (optional), with the command that helps."""
         mark = "ok      " if good else ("MISSING " if required else "absent  ")
-        self.lines.append(f"{mark}{text}" + (f"  ->  {mend}" if mend and not good else ""))
+        self.lines.append(f"{mark}{text}" + (f"  ->  {remedy}" if remedy and not good else ""))
         self.healthy &= good or not required
 
 
 def examine() -> Findings:
-    """Look at packages, backends, GPU and disk of this machine."""
+    """Examine the packages, backends, GPU and disk of this machine."""
     found = Findings()
     here = host.describe()
     found.lines.append(f"        {here['os']}, Python {here['python']}, {here['processor']}, {here['cores']} cores")

@@ -1,8 +1,8 @@
-"""The exception of a result that does not hold."""
+"""The exception for a result that breaks a promise of the tool."""
 
 
 class ContractError(Exception):
-    """The tool did its work and the result is not what it promises: INT8 lost, parity broken, FP16 overflow.
+    """The result is not what the tool promises: a layer does not run in INT8, parity fails, FP16 overflows.
 
-    The command line prints it and exits with code 1; nothing is shipped.
+    The command line prints the message and exits with code 1; no package is written.
     """

@@ -1,4 +1,4 @@
-"""What this machine is: GPU, processor, packages. Asked once, never guessed."""
+"""A description of this machine: GPU, driver, processor, packages."""
 
 import functools
 import importlib.metadata
@@ -27,23 +27,23 @@ def _nvidia_smi(field: str) -> str | None:
 
 
 def gpu_name() -> str | None:
-    """Name of the first NVIDIA GPU, None without a driver."""
+    """The name of the first NVIDIA GPU, None without a driver."""
     return _nvidia_smi("name")
 
 
 def gpu_compute_capability() -> int | None:
-    """Compute capability of the first GPU as a number (8.9 -> 89), None without a driver."""
+    """The compute capability of the first GPU as a number (8.9 -> 89), None without a driver."""
     text = _nvidia_smi("compute_cap")
     return None if text is None else int(text.replace(".", ""))
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, None without one."""
+    """The version of the NVIDIA driver, None without one."""
     return _nvidia_smi("driver_version")
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package, None if it is not there."""
+    """The version of an installed package, None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -51,7 +51,7 @@ def package_version(name: str) -> str | None:
 
 
 def _cpuinfo(*keys: str) -> str | None:
-    """The first processor's entry of one of these names, None if there is none."""
+    """The first entry of /proc/cpuinfo with one of these names, None if there is none."""
     try:
         with open("/proc/cpuinfo") as info:
             return next(line.split(":", 1)[1].strip() for line in info if line.split(":", 1)[0].strip() in keys)
@@ -60,18 +60,21 @@ def _cpuinfo(*keys: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's model name."""
+    """The model name of the processor."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def int8_instructions() -> tuple[str, ...]:
-    """What the processor has for sums of INT8 products, by the kernel's names; none: they take as long as float ones."""
+    """The instructions for sums of INT8 products that the processor has, by their names in the Linux kernel.
+
+    Without any, INT8 products take as long as float ones.
+    """
     flags = (_cpuinfo("flags", "Features") or "").split()
     return tuple(name for name in INT8_INSTRUCTIONS if name in flags)
 
 
 def describe() -> dict[str, Any]:
-    """Everything above, for manifest and report."""
+    """All of the above, for manifest and report."""
     return {
         "os": platform.platform(),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""TOML files that users name by their stem in a folder of ours, or by a path of their own."""
+"""TOML files that the user names by their stem, if they come with the tool, or by a path."""
 
 import tomllib
 from pathlib import Path
@@ -8,12 +8,15 @@ from calib.errors import UserError, suggestion
 
 
 def stems(folder: Path) -> tuple[str, ...]:
-    """The names of the files in `folder`."""
+    """The stems of all TOML files in `folder`, sorted."""
     return tuple(sorted(path.stem for path in folder.glob("*.toml")))
 
 
 def named_path(name: str, folder: Path, option: str) -> Path:
-    """Where `name` is. Raises UserError, calling it the user's `option`, with the nearest names."""
+    """The path of the TOML file `name`, the value of the user's `option`: a path, or a stem in `folder`.
+
+    Raises UserError with similar names if there is no such stem.
+    """
     if name.endswith(".toml"):
         return Path(name)
     known = stems(folder)
@@ -25,7 +28,10 @@ def named_path(name: str, folder: Path, option: str) -> Path:
 
 
 def read_toml(path: Path, where: str) -> dict[str, Any]:
-    """The content of `path`. Raises UserError, beginning with `where`, if there is none or a syntax error in it."""
+    """The content of the TOML file `path`.
+
+    Raises UserError, which begins with `where`, if the file cannot be read or has a syntax error.
+    """
     try:
         return tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

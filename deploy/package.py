@@ -99,7 +99,7 @@ def staging(final: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON; refuses NaN and Inf, which other readers reject."""
+    """Write `content` as indented JSON. Raises ValueError for NaN and Inf, which other readers reject."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

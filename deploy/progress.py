@@ -1,4 +1,4 @@
-"""What a person sees while the stages run: one line per stage when it ends, how far the long ones are until then."""
+"""Progress on the terminal: a line for each stage when it ends, and a bar for long stages until then."""
 
 import sys
 import time
@@ -11,11 +11,11 @@ from rich.console import Console
 
 Item = TypeVar("Item")
 
-QUIET = 60.0  # seconds between lines where there is no terminal for a bar
+QUIET = 60.0  # seconds between lines if there is no terminal for a bar
 
 
 class Progress:
-    """Prints stages to stderr and keeps their durations in `seconds`, by stage."""
+    """Prints stages to stderr and records their durations: stage -> `seconds`."""
 
     def __init__(self, title: str) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -27,7 +27,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:
-        """Time a stage; the function yielded takes the lines that say what came of it."""
+        """Time a stage. The function yielded takes the lines that describe its result."""
         lines: list[str] = []
         self.name = name
         start = time.perf_counter()
@@ -40,7 +40,7 @@ class Progress:
             self.console.print(f"{'':23}{line}", markup=False)
 
     def bar(self, items: Iterable[Item], total: int) -> Iterator[Item]:
-        """`items`, with a bar on a terminal that disappears at the end."""
+        """Yield `items`, with a bar on a terminal until the last one."""
         with self._task() as show:
             for done, item in enumerate(items, 1):
                 yield item
@@ -48,13 +48,13 @@ class Progress:
 
     @contextmanager
     def steps(self) -> Iterator[Callable[[int, int], None]]:
-        """A function to call with (steps done, of how many): a bar on a terminal, else a line every minute."""
+        """Yield a function to call with (steps done, total): it shows a bar on a terminal, else a line every minute."""
         with self._task() as show:
             yield show if self.on_terminal else self._now_and_then()
 
     @contextmanager
     def _task(self) -> Iterator[Callable[[int, int], None]]:
-        """A bar of its own; it appears with the first step."""
+        """A bar that appears with the first step."""
         task = self.bars.add_task(f"  {self.name}", visible=False)
         try:
             yield lambda done, total: self.bars.update(task, completed=done, total=total, visible=True)
@@ -62,7 +62,7 @@ class Progress:
             self.bars.remove_task(task)
 
     def _now_and_then(self) -> Callable[[int, int], None]:
-        begun: tuple[float, int] | None = None  # when, and at which step: a run may go on from a checkpoint
+        begun: tuple[float, int] | None = None  # time and step of the first call: a run may continue from a checkpoint
         said = time.monotonic()
 
         def at(done: int, total: int) -> None:

@@ -25,25 +25,25 @@ NAME = r"[\w.-]*\w"  # "." and ".." would lead out of the folder for this recipe
 
 @dataclass(frozen=True)
 class Recipe:
-    """The resolved recipe: every option has its value."""
+    """A resolved recipe, in which every option has a value."""
 
     name: str
     description: str
     precision: Precision
-    equalise: equalise.Config | None  # None: channels keep their scales
+    equalise: equalise.Config | None  # None: no scale migration
     attention: int8_attention.Config | None  # None: attention in FP16
     calibrate: calibrate.Config
     method: str
     method_config: Any
     compensate: qwt.Config | None  # None: no branches
-    finetune: finetune.Config | None  # None: branches stay as the closed form gives them
+    finetune: finetune.Config | None  # None: branches keep the closed-form solution
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """The recipe as plain values, for the manifest."""
         return dataclasses.asdict(self)
 
     def for_engine(self) -> "Recipe":
-        """This recipe. Raises UserError if it is for the simulator alone."""
+        """Return this recipe. Raises UserError if no engine can compute its precision, only the simulation."""
         if not self.precision.executable:
             given, wanted = (
                 ", ".join(f"{name} = {value}" for name, value in dataclasses.asdict(each).items() if name != "weights")
@@ -56,7 +56,7 @@ class Recipe:
         return self
 
     def limited(self, max_extra_kernels: int | None, max_extra_bytes: int | None) -> "Recipe":
-        """A copy with these limits for branches, where given. Raises UserError if the recipe has no branches."""
+        """A copy with those limits for branches that are not None. Raises UserError if the recipe has no branches."""
         limits = {"max_extra_kernels": max_extra_kernels, "max_extra_bytes": max_extra_bytes}
         given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
         if given and self.compensate is None:
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the tool."""
+    """The names of the recipes that come with the tool."""
     return stems(FOLDER)
 
 
@@ -174,5 +174,5 @@ def recipe_from_toml(path: Path) -> Recipe:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by its name or by the path of a TOML file. Raises UserError with the nearest names."""
+    """The recipe with this name, or in the TOML file with this path. Raises UserError with similar names."""
     return recipe_from_toml(named_path(name, FOLDER, "RECIPE"))

@@ -1,4 +1,4 @@
-"""Does the exported network still do its job? Judged with ONNX Runtime on images it was not calibrated on. No torch."""
+"""Verifies the exported network with ONNX Runtime on images that it was not calibrated on. No torch."""
 
 import re
 import zipfile
@@ -16,33 +16,36 @@ from deploy.measure.latency import Comparison, compare
 from deploy.measure.onnx_runner import OnnxRunner, integer_layers
 from deploy.package import FILES, GOLDEN, MANIFEST, MODEL, MODEL_FP32, read_json
 
-# FP16 moves values across rounding boundaries, as another processor does: the few golden images gained up to 2.7 dB by it
-# and lost up to 2.1. An overflow costs tens of dB.
+# FP16 moves values across rounding boundaries, as another processor does: that changed the SQNR of the few golden images
+# by -2.1 to +2.7 dB. An overflow costs tens of dB.
 MAX_FP16_LOSS_DB = 3.0
-# ... or is small by itself. ONNX Runtime rounds to FP16 after every operation: 35-41 dB on networks of random weights.
+# The noise of FP16 alone. ONNX Runtime rounds to FP16 after every operation: 35-41 dB on networks with random weights.
 FP16_NOISE_DB = 33.0
-# Another processor sums in another order, which flips ties, and the few golden images are a small sample.
+# Another processor sums in another order, which rounds ties differently, and the golden images are a small sample.
 MAX_DRIFT_DB = 3.0
 SPEED_BATCH = 8
 PLAIN_NAME = r"\w[\w.-]*"  # of a file inside a package: no separators, no ".."
 
 
 def least_fp16_db(fp32_sqnr_db: float) -> float:
-    """What a graph of FP16 types has to reach where the same with FP32 types reaches `fp32_sqnr_db`."""
+    """The least SQNR (dB) required of the FP16-typed graph, given the SQNR of the same graph with FP32 types."""
     both = -10 * np.log10(10 ** (-fp32_sqnr_db / 10) + 10 ** (-FP16_NOISE_DB / 10))
     return min(fp32_sqnr_db - MAX_FP16_LOSS_DB, both)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Fidelity over the evaluation images, and FP16 against FP32 types (dB, mean over images) on the golden ones."""
+    """The fidelity on the evaluation images, and the SQNR (dB, mean over images) of both graphs on the golden images.
+
+    `fp32_sqnr_db` is that of the FP32-typed graph, `fp16_sqnr_db` that of the FP16-typed graph.
+    """
 
     fidelity: Fidelity
     fp32_sqnr_db: float
     fp16_sqnr_db: float
 
     def failure(self) -> str | None:
-        """What is beyond its limit, or None."""
+        """A sentence on the value beyond its limit, or None."""
         if not self.fp16_sqnr_db >= least_fp16_db(self.fp32_sqnr_db):
             return (
                 f"{MODEL} (FP16) reaches {self.fp16_sqnr_db:.1f} dB where {MODEL_FP32} reaches {self.fp32_sqnr_db:.1f} dB: "
@@ -64,28 +67,35 @@ def verify_fidelity(
     labels: np.ndarray | None = None,
     sources: Sequence[int] | None = None,
 ) -> Verdict:
-    """Compare the graphs in `folder` with `float_model` on `batches` (re-iterable) and on the `golden` images."""
+    """Compare the graphs in `folder` with `float_model` on `batches` and on the `golden` images.
+
+    `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `classifier`: whether outputs are logits.
+    `labels`: (images,) class indices of a classifier.
+    """
     reference_runner, runner = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
     reference, output = _outputs(reference_runner, batches), _outputs(runner, batches)
     golden_reference = reference_runner(golden)
     return Verdict(
         fidelity=fidelity(reference, output, classifier, labels, sources),
         fp32_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL_FP32, fused=False)(golden)),
-        # unfused: ONNX Runtime's CPU fusions mistreat FP16 scales of convolutions
+        # unfused, because ONNX Runtime's CPU fusions compute convolutions with FP16 scales wrongly
         fp16_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL, fused=False)(golden)),
     )
 
 
 @dataclass(frozen=True)
 class CpuSpeed:
-    """Float against INT8 in ONNX Runtime, and how many layers it really computes in integers."""
+    """Speed of the INT8 graph against the float graph in ONNX Runtime, and the number of layers it computes in integers."""
 
     comparison: Comparison
     integer_layers: int
 
 
 def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
-    """ONNX Runtime on 2 threads: the float graph against the INT8 graph, in turn, at batch 8."""
+    """Time the float graph and the INT8 graph in turn, in ONNX Runtime with 2 threads.
+
+    The batch is the first SPEED_BATCH of `images` (N, 3, H, W) float32.
+    """
     batch = images[:SPEED_BATCH]
     baseline, candidate = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
     return CpuSpeed(compare(lambda: baseline(batch), lambda: candidate(batch)), integer_layers(folder / MODEL_FP32))
@@ -137,7 +147,7 @@ def golden_arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def verify_package(folder: Path) -> list[str]:
-    """Everything wrong with a finished package: changed files, and INT8 outputs that lost fidelity. Empty if sound.
+    """One sentence for each fault of a finished package: missing or changed files, and INT8 outputs that lost fidelity.
 
     Needs only the folder: no torch, no images. The digests detect accidents, not an attacker, who can write a manifest
     that fits: nothing is signed. Raises UserError if the manifest or the golden file is not one of a package.

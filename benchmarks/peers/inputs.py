@@ -1,10 +1,10 @@
-"""What another quantization tool needs for a fair comparison: the float graph and the very images this tool would use.
+"""The inputs of another quantization tool for a fair comparison: the float graph and the images that this tool uses.
 
 `python -m benchmarks.peers.inputs MODEL FOLDER` writes into FOLDER:
     float.onnx   FP32, opset 21, dynamic batch, BatchNorm not folded
     calib.npy    float32 (N, 3, height, width), preprocessed
-    eval.npy     float32 (M, 3, height, width), preprocessed, of other photographs
-    about.json   where all this comes from, and on which machine
+    eval.npy     float32 (M, 3, height, width), preprocessed, from other source images
+    about.json   the origin of weights and images, and the machine
 """
 
 import argparse
@@ -38,7 +38,7 @@ def _save(images: ImageSet, path: Path) -> dict[str, str | int]:
 def write_inputs(model: str, folder: Path, calib_images: int, eval_images: int) -> None:
     """Write the four files above for `model` with its default weights and the built-in sample images.
 
-    Raises UserError for an unknown model, weights out of reach or a number of images below 1.
+    Raises UserError for an unknown model, weights that cannot be fetched, or a number of images below 1.
     """
     loaded = load_net(resolve_model(model))
     preprocessing = preprocessing_from_config(loaded.data_config)
@@ -58,7 +58,7 @@ def write_inputs(model: str, folder: Path, calib_images: int, eval_images: int) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for bad input."""
+    """Write the inputs; returns the exit code, 0 or (for bad input, with one line on stderr) 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.inputs", description=write_inputs.__doc__)
     parser.add_argument("model", help="short name (see `python -m deploy list`) or any timm name")
     parser.add_argument("folder", type=Path)

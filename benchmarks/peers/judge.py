@@ -1,6 +1,6 @@
-"""Judges one quantized ONNX file against the float one in ONNX Runtime on this CPU, whoever wrote it.
+"""Judges a quantized ONNX file of any tool against the float one, in ONNX Runtime on this CPU.
 
-A process of its own, because a file of unknown origin may take the judge down with it.
+It is a process of its own, because a file of another tool may crash the process that runs it.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from deploy.measure.accuracy import fidelity
 from deploy.measure.latency import compare
 from deploy.measure.ort_options import ort_options
 
-FIDELITY_BATCH = 16  # images per run when judging fidelity
-SPEED_BATCH, THREADS = 8, 2  # fixed, so that a figure does not depend on how many cores a machine has
+FIDELITY_BATCH = 16  # images per run while fidelity is measured
+SPEED_BATCH, THREADS = 8, 2  # fixed, so that results do not depend on the number of cores
 
 
 SIGNED = "session.qdqisint8allowed"  # x86 sessions turn signed INT8 activations into unsigned ones without it
 
 
 class _Network:
-    """A session on the CPU. `note` says what it needed beyond the defaults."""
+    """A session on the CPU. `note` names the options that it needed beyond the defaults."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime as ort
@@ -35,7 +35,7 @@ class _Network:
         self.note: str | None = None
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
-        except Fail:  # 1.31.1 forgets `output_dtype` when it turns a QuantizeLinear of its own making unsigned
+        except Fail:  # 1.31.1 loses `output_dtype` when it turns a QuantizeLinear that it added into an unsigned one
             options.add_session_config_entry(SIGNED, "1")
             self.session = ort.InferenceSession(str(path), options, providers=providers)
             self.note = f"ONNX Runtime loads it with {SIGNED}=1 only"
@@ -51,7 +51,7 @@ class _Network:
 
 
 def judge(float_model: Path, quantized: Path, images: np.ndarray, classifier: bool) -> dict[str, Any]:
-    """`fidelity` over all `images` (N, 3, H, W) float32, `speed` of both in turn on the first eight, and `note`."""
+    """{`fidelity` on all `images` (float32 (N, 3, H, W)), `speed` of both in turn on the first eight, `note`}."""
     reference, candidate = _Network(float_model), _Network(quantized)
     batch = np.ascontiguousarray(images[:SPEED_BATCH])
     return {
@@ -62,7 +62,7 @@ def judge(float_model: Path, quantized: Path, images: np.ndarray, classifier: bo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the verdict as one line of JSON."""
+    """Print the verdict as one line of JSON; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.judge")
     for name in ("float_model", "quantized", "images"):
         parser.add_argument(name, type=Path)

@@ -1,7 +1,7 @@
-"""How the other tools are asked to quantize: one call each, in a process and with an interpreter of its own.
+"""The calls of the other tools: each quantizes in a process and with an interpreter of its own.
 
-Signed symmetric INT8, weights per channel, Q/DQ nodes with FP32 types around them: what a TensorRT engine needs, and
-what ONNX Runtime can judge. Everything else is the tool's default.
+All quantize to signed symmetric INT8 with weights per channel, and write Q/DQ nodes with FP32 types around them: a TensorRT
+engine needs that, and ONNX Runtime can judge it. Everything else is the default of the tool.
 """
 
 import argparse
@@ -24,18 +24,18 @@ LAYERS = ("MatMul", "Gemm", "Conv")
 
 
 class OneByOne:
-    """The calibration reader of ONNX Runtime: one image per step, read from a memory-mapped file when asked for."""
+    """A calibration reader for ONNX Runtime: one image per step, read from a memory-mapped file."""
 
     def __init__(self, images: "np.ndarray", input_name: str) -> None:
         self.feeds: Iterator[dict[str, np.ndarray]] = ({input_name: image[None]} for image in images)
 
     def get_next(self) -> "dict[str, np.ndarray] | None":
-        """The next step's inputs, None at the end."""
+        """The inputs of the next step, None at the end."""
         return next(self.feeds, None)
 
 
 def activation_products(model: "onnx.ModelProto") -> list[str]:
-    """Names of the MatMul nodes without a constant input: the two products of each attention."""
+    """The names of the MatMul nodes without a constant input: the two products of each attention."""
     graph = model.graph
     constant = {tensor.name for tensor in graph.initializer}
     constant |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
@@ -45,9 +45,9 @@ def activation_products(model: "onnx.ModelProto") -> list[str]:
 def quantize_with_onnxruntime(
     calibration: str, linears_only: bool, float_model: Path, images: Path, quantized: Path
 ) -> None:
-    """`quant_pre_process`, then `quantize_static` on products and convolutions.
+    """Quantize with `quant_pre_process` and `quantize_static`, the products and convolutions alone.
 
-    calibration: minmax, entropy or percentile (99.999). It keeps what all images give until the last one has run.
+    calibration: minmax, entropy or percentile (99.999). The outputs of all layers for all images stay in memory.
     """
     import numpy as np
     import onnx
@@ -85,7 +85,7 @@ def quantize_with_onnxruntime(
 def quantize_with_modelopt(
     calibration: str, linears_only: bool, float_model: Path, images: Path, quantized: Path
 ) -> None:
-    """NVIDIA Model Optimizer's ONNX path on the CPU. calibration: max or entropy."""
+    """Quantize with the ONNX path of NVIDIA Model Optimizer on the CPU. calibration: max or entropy."""
     import numpy as np
     from modelopt.onnx.quantization import quantize
 
@@ -104,7 +104,7 @@ def quantize_with_modelopt(
 
 @dataclass(frozen=True)
 class Tool:
-    """A peer: the module whose version is reported, the one that quantizes, and the calibrations it offers."""
+    """A peer: the package whose version is reported, the module that quantizes, and the calibrations it offers."""
 
     package: str
     module: str
@@ -126,7 +126,7 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Quantize once; the last line on stdout is JSON: `version`, `packages` and `seconds` without imports."""
+    """Quantize once; returns the exit code. The last line on stdout is JSON: `version`, `packages`, `seconds`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.quantizers")
     parser.add_argument("tool", choices=TOOLS)
     parser.add_argument("calibration")

@@ -1,8 +1,8 @@
-"""Other quantizers side by side with this tool: the same float graph, the same images, one run.
+"""Compares other quantizers with this tool: the same float graph, the same images, in one run.
 
     python -m benchmarks.peers --peer-python .venv-peers/bin/python
 
-Every quantizing and every judging is a process of its own: its peak memory is its own, and a crash is a row of the table.
+Each quantization and each judgement is a process: peak memory is measured per process, and a crash is a row of the table.
 """
 
 import argparse
@@ -29,39 +29,39 @@ from benchmarks.peers.quantizers import NOT_INSTALLED, TOOLS, activation_product
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 OURS = "this tool"
-MEMORY_SHARE = 0.9  # of the memory that is free: a tool that wants more fails alone instead of starving the machine
+MEMORY_SHARE = 0.9  # of the free memory: a tool that allocates more fails instead of exhausting the machine
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `benchmarks.peers.inputs` wrote."""
+    """The files that `benchmarks.peers.inputs` wrote."""
 
     folder: Path
 
     @property
     def float_model(self) -> Path:
-        """The float graph."""
+        """The path of the float graph."""
         return self.folder / "float.onnx"
 
     @property
     def calibration(self) -> Path:
-        """Calibration images."""
+        """The path of the calibration images."""
         return self.folder / "calib.npy"
 
     @property
     def evaluation(self) -> Path:
-        """Evaluation images."""
+        """The path of the evaluation images."""
         return self.folder / "eval.npy"
 
     @property
     def about(self) -> dict[str, Any]:
-        """Provenance of the three."""
+        """The origin of these files."""
         return json.loads((self.folder / "about.json").read_text())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: exit code (negative: the signal that killed it), its text, its peak memory in 10^6 bytes."""
+    """The end of a process: exit code (negative: the signal that killed it), output, and peak memory in 10^6 bytes."""
 
     code: int
     stdout: str
@@ -70,7 +70,7 @@ class Outcome:
 
     @property
     def error(self) -> str | None:
-        """None after success, else the signal or the last line of what the process complained about."""
+        """None after success, else the signal or the last line on stderr."""
         if self.code == NOT_INSTALLED:
             return "not installed (pip install -r requirements-peers.txt)"
         if self.code < 0:
@@ -81,9 +81,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to quantize: a command that leaves `product` somewhere below its folder and prints what it did.
+    """One way to quantize: a command that writes a file matching the pattern `product`.
 
-    `read` turns its stdout into {`version`, `seconds`, ...}.
+    `read` makes {`version`, `seconds`, ...} of its stdout.
     """
 
     peer: str
@@ -95,12 +95,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `error` says why the fields that are None are missing.
+    """One row of the table. `error` is the reason if later fields are None.
 
     `seconds`: from the float network to the quantized ONNX file. `peak_rss_mb`: largest resident set of the process, in
     10^6 bytes (for this tool of the whole pipeline, engine build and verification included). `fidelity`, `speed`: see
-    deploy/measure/accuracy.py and deploy/measure/latency.py; `speed` compares with the float graph. `note`: what
-    judging needed.
+    deploy/measure/accuracy.py and deploy/measure/latency.py; `speed` compares with the float graph. `note`: options
+    that ONNX Runtime needed to run the file.
     """
 
     peer: str
@@ -116,7 +116,7 @@ class Row:
 
 
 def run(command: Sequence[str]) -> Outcome:
-    """Run `command` in the repository's root and wait for it."""
+    """Run `command` in the root of the repository, with a limit of its memory, and wait for it."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
         limit = int(psutil.virtual_memory().available * MEMORY_SHARE)
@@ -129,7 +129,7 @@ def run(command: Sequence[str]) -> Outcome:
 
 
 def read_report(stdout: str) -> dict[str, Any]:
-    """What this tool did, from the report it prints; the seconds are those of the stages up to the ONNX file."""
+    """{`version`, `seconds`} of this tool, from the report it prints; `seconds` are those of all stages up to export."""
     report = json.loads(stdout)
     seconds = list(report["seconds"].values())
     exported = list(report["seconds"]).index("export")
@@ -137,17 +137,21 @@ def read_report(stdout: str) -> dict[str, Any]:
 
 
 def read_last_line(stdout: str) -> dict[str, Any]:
-    """What a peer did, from the last line of its process (tools talk on stdout before it)."""
+    """The JSON in the last line of stdout; tools may print before it."""
     return json.loads(stdout.strip().splitlines()[-1])
 
 
 def our_recipes() -> list[str]:
-    """Names of the recipes that come with this tool."""
+    """The names of the recipes that come with this tool."""
     return sorted(path.stem for path in (ROOT / "deploy/recipes").glob("*.toml"))
 
 
 def our_contenders(model: str, recipes: Sequence[str], inputs: Inputs, folder: Path) -> Iterator[Contender]:
-    """This tool with each of `recipes`. It draws the same images by seed: arrays would hide which share a photograph."""
+    """Yield this tool with each of `recipes`.
+
+    It draws the same images by their seed instead of reading calib.npy: an array would hide which images are crops of the
+    same source image.
+    """
     images = str(inputs.about["calibration"]["count"])
     for recipe in recipes:
         command = (
@@ -158,7 +162,7 @@ def our_contenders(model: str, recipes: Sequence[str], inputs: Inputs, folder: P
 
 
 def peer_contenders(inputs: Inputs, folder: Path, peer_python: str) -> Iterator[Contender]:
-    """Every peer with every calibration; with attention left in float too, where there is any."""
+    """Yield every peer with every calibration; if the network has attention, also with attention left in float."""
     import onnx
 
     attention = bool(activation_products(onnx.load(inputs.float_model)))
@@ -177,7 +181,7 @@ def peer_contenders(inputs: Inputs, folder: Path, peer_python: str) -> Iterator[
 
 
 def measure(contender: Contender, inputs: Inputs, folder: Path) -> Row:
-    """Let `contender` quantize into `folder` and judge what it wrote."""
+    """Let `contender` quantize into `folder`, and judge the file that it wrote."""
     done = run(contender.command)
     row = Row(contender.peer, contender.setting, done.peak_rss_mb, done.error)
     if row.error:
@@ -212,7 +216,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def print_table(model: str, rows: Sequence[Row]) -> None:
-    """The table on stdout, and under it what went wrong or needs saying."""
+    """Print the table on stdout, and below it the errors and notes."""
     console = Console(highlight=False, width=None if os.isatty(1) else 130)
     table = Table(title=f"{model}: INT8 against float in ONNX Runtime", title_justify="left")
     for name in ("peer", "setting", "version"):
@@ -228,7 +232,7 @@ def print_table(model: str, rows: Sequence[Row]) -> None:
 
 
 def result_json(about: dict[str, Any], command: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything that `results/peers.<model>.json` holds."""
+    """The content of `results/peers.<model>.json`."""
     return {
         **about,
         "command": command,
@@ -257,13 +261,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every contender on every model, print the tables, then write the results."""
+    """Measure every contender on every model, print the tables, then write the results; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(argv)
     if not args.peer_python.is_file():
         parser.error(f"--peer-python {args.peer_python}: no such file")
-    peer_python = str(args.peer_python.absolute())  # not resolved: a link is what makes a virtual environment
+    peer_python = str(args.peer_python.absolute())  # not resolved: the interpreter of a virtual environment is a link
     results = {}
     for model in args.models:
         with tempfile.TemporaryDirectory() as scratch:
@@ -281,6 +285,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = shlex.join(["python", "-m", "benchmarks.peers", *argv])
             results[model] = result_json(inputs.about, command, rows)
         print_table(model, rows)
-    for model, result in results.items():  # only now, so that the checkout they describe was clean
+    for model, result in results.items():  # after the last run: results record whether the checkout was clean
         (RESULTS / f"peers.{model.replace('/', '_')}.json").write_text(json.dumps(result, indent=2) + "\n")
     return 0

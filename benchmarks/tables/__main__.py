@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tables`: the papers' tables, published numbers beside this tool's simulation."""
+"""`python -m benchmarks.tables`: the tables of papers, their published numbers beside this tool's simulation."""
 
 import sys
 from collections.abc import Sequence
@@ -43,14 +43,14 @@ def _run(argv: Sequence[str]) -> int:
     try:
         path, result = table(options)
     except KeyboardInterrupt:
-        print("interrupted: finished rows are kept, the same command goes on", file=sys.stderr)
+        print("interrupted: finished rows are stored, the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     print_table(result, path)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print one table; returns the exit code as `python -m deploy` does."""
+    """Measure and print one table; returns the exit codes of `python -m deploy`."""
     given = list(sys.argv[1:] if argv is None else argv)
     return answered(lambda: _run(given))
 

@@ -1,7 +1,7 @@
-"""The tables of the papers as data, one file per paper in `benchmarks/tables/`: what was published, and which rows are ours.
+"""The tables of papers as data, one file per paper in `benchmarks/tables/`: published numbers, and the rows we measure.
 
-A line of [ours] is a recipe without its bits, and the bits it is run at: "4/6" rounds weights to 4 bits and inputs to 6, 32
-leaves them alone.
+A line of [ours] is a recipe without its bits, and the bits it runs at: "4/6" quantizes weights to 4 bits and inputs to 6
+bits; inputs of 32 bits are not quantized.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from deploy.recipe import Recipe, recipe_from_tables
 
 FOLDER = Path(__file__).parent
 KEYS = ("title", "source", "notes", "first_last", "models", "float", "published", "ours")
-MISSING = "-"  # in place of a number that the paper does not give
+MISSING = "-"  # stands for a number that the paper does not give
 FLOAT_BITS = "32/32"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the paper: top-1 on ImageNet in % by model, where it is given."""
+    """A row of the paper: model -> top-1 accuracy on ImageNet in %, for the models that the paper gives."""
 
     bits: str
     method: str
@@ -30,7 +30,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of ours."""
+    """A row that we measure."""
 
     bits: str
     method: str
@@ -39,7 +39,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Table:
-    """One paper. `published` begins with the float networks; `experiments` come by bits."""
+    """The table of one paper. `published` begins with the float networks; `experiments` are ordered by bits."""
 
     name: str
     title: str
@@ -51,7 +51,7 @@ class Table:
 
 
 def table_names() -> tuple[str, ...]:
-    """Names of the papers that come with the tool."""
+    """The names of the papers that come with the tool."""
     return stems(FOLDER)
 
 
@@ -74,7 +74,7 @@ def _published(bits: str, method: str, numbers: Sequence[Any], models: Sequence[
 
 
 def _experiments(lines: dict[str, Any], first_last: int, where: str) -> tuple[Experiment, ...]:
-    """All rows of the first bits, then of the next: they begin alike."""
+    """All rows of the first bits, then of the next: recipes of the same bits share their first stages."""
     found = []
     for method, line in lines.items():
         if not isinstance(line, dict) or not isinstance(line.get("bits"), list):
@@ -91,7 +91,7 @@ def _experiments(lines: dict[str, Any], first_last: int, where: str) -> tuple[Ex
 
 
 def table_from_toml(path: Path) -> Table:
-    """Read one file. Raises UserError for a syntax error, an unknown key or a number too many, naming the file."""
+    """Read one file. Raises UserError, naming the file, for a syntax error, an unknown key or a wrong number of figures."""
     where = f"table '{path}'"
     content = read_toml(path, where)
     for key in content:
@@ -115,5 +115,5 @@ def table_from_toml(path: Path) -> Table:
 
 
 def load_table(name: str) -> Table:
-    """A paper's table by its name or by the path of a TOML file. Raises UserError with the nearest names."""
+    """The table of the paper with this name, or in the TOML file with this path. Raises UserError with similar names."""
     return table_from_toml(named_path(name, FOLDER, "PAPER"))

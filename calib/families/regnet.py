@@ -15,9 +15,9 @@ FAMILY = Family(
     ),
     block=r"s\d\.b\d+",
     float_layers=(
-        (r"stem\.conv", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
-        (r"head\.fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
-        (r".*\.se\.fc\d", "squeeze-excite works on one pixel: no time to win, gates need precision"),
+        (r"stem\.conv", "the first layer: 3 input channels are too few for INT8, and its error reaches every layer"),
+        (r"head\.fc", "the last layer: <1 % of the time, and its error goes straight into the logits"),
+        (r".*\.se\.fc\d", "squeeze-excite works on one pixel: INT8 saves no time, and gates need precision"),
     ),
     percentile=99.99,  # as MobileNet
     moves=(

@@ -14,8 +14,8 @@ FAMILY = Family(
     ),
     block=r"layer\d\.\d+",
     float_layers=(
-        (r"conv1(\.\d+)?", "the stem: 3 input channels are too few for an INT8 kernel, and the error enters all"),
-        (r"fc", "the classifier: <1 % of the time, its error goes straight into the logits"),
+        (r"conv1(\.\d+)?", "the first layer: 3 input channels are too few for INT8, and its error reaches every layer"),
+        (r"fc", "the last layer: <1 % of the time, and its error goes straight into the logits"),
     ),
     percentile=99.99,  # as MobileNet
     moves=(

@@ -14,8 +14,8 @@ FAMILY = Family(
     ),
     block=r"blocks\.\d+",
     float_layers=(
-        (r"patch_embed\.proj", "3 input channels: too few for an INT8 tensor-core kernel, and the error enters all"),
-        (r"head|head_dist|fc_norm", "the classifier: <1 % of the time, its error goes straight into the logits"),
+        (r"patch_embed\.proj", "the first layer: 3 input channels are too few for INT8, and its error reaches every layer"),
+        (r"head|head_dist|fc_norm", "the last layer: <1 % of the time, and its error goes straight into the logits"),
     ),
     percentile=99.9999,  # a few huge activations per image carry the signal (DINOv2-S loses 14 dB at 99.99)
     moves=(

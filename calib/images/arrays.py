@@ -1,4 +1,4 @@
-"""Pictures in a .npy or .npz file: float32 (N, 3, H, W), already preprocessed, or raw uint8 (N, H, W, 3)."""
+"""Images from a .npy or .npz file: float32 (N, 3, H, W), already preprocessed, or raw uint8 (N, H, W, 3)."""
 
 import functools
 import hashlib
@@ -73,7 +73,7 @@ def _examined(path: Path, array: np.ndarray, row: int) -> Picture:
     if array.dtype == np.float32 and not np.isfinite(values).all():
         raise UserError(
             f"array file '{path}' holds NaN or infinity in row {row}: expected finite numbers; "
-            f"remove the row or repair what wrote it"
+            f"remove the row or write the file again"
         )
     return Picture(f"row {row}", hashlib.sha256(values.data).hexdigest(), functools.partial(_read_row, array, row))
 

@@ -1,4 +1,4 @@
-"""A folder of images: which files it holds, how one is read, and what its subfolders say about labels."""
+"""A folder of images: its image files, how one is read, and the labels that its subfolders give."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ WNID = re.compile(r"n\d{8}")
 
 
 def image_names(folder: Path) -> list[str]:
-    """Sorted paths, relative to `folder` and with "/", of the files below it that Pillow may open."""
+    """Sorted paths, relative to `folder` and with "/", of all files below it with an extension that Pillow can read."""
     extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = (path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in found)
@@ -41,12 +41,12 @@ def _examined(folder: Path, name: str) -> Picture | Unreadable:
 
 
 def file_candidates(folder: Path, names: Sequence[str]) -> list[ImageCandidate]:
-    """One candidate per name; examining it reads and decodes the file once."""
+    """One candidate per name; a call of the candidate reads and decodes the file once."""
     return [functools.partial(_examined, folder, name) for name in names]
 
 
 def _class_name(name: str) -> str:
-    """The ImageNet wnid among the folders above an image (`val/` is no class then), else the topmost."""
+    """The class folder of an image: the folder above it that is an ImageNet wnid (not `val/`), else the topmost one."""
     folders = PurePosixPath(name).parts[:-1]
     return next((folder for folder in folders if WNID.fullmatch(folder)), folders[0])
 

@@ -1,6 +1,6 @@
-"""Streaming image sets: what a model is calibrated on, and what it is judged on.
+"""Streaming image sets: the calibration images, and the evaluation images that the result is judged on.
 
-The two sets never share a photograph, so an error measured on the second says something about new images.
+The two sets share no source image, so an error measured on the second set holds for new images.
 """
 
 import hashlib
@@ -25,31 +25,31 @@ HELD_OUT = 128  # images kept for evaluation when no number is asked for
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures in a fixed order, read anew at each iteration and never all in memory."""
+    """Images in a fixed order. They are read again at each iteration and are never all in memory."""
 
-    source: str  # where the pictures come from, for people
+    source: str  # where the images come from, for the report
     preprocessing: Preprocessing
     pictures: tuple[Picture, ...]
-    sample: bool = False  # True: the built-in crops, not for production
-    skipped: tuple[str, ...] = ()  # unreadable files met while choosing (a held-out set has none)
-    labels: tuple[int, ...] | None = None  # class index per picture
-    overlap: int = 0  # evaluation files left out because the calibration set has their content
+    sample: bool = False  # True: crops of the built-in sample images, not for production
+    skipped: tuple[str, ...] = ()  # unreadable files found while choosing (none in a held-out set)
+    labels: tuple[int, ...] | None = None  # class index of each image
+    overlap: int = 0  # evaluation files left out because their content is in the calibration set
 
     @property
     def count(self) -> int:
-        """Number of pictures."""
+        """The number of images."""
         return len(self.pictures)
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the preprocessing and of the pictures' contents and windows, in order."""
+        """Hex sha256 of the preprocessing and of the contents and windows of all images, in order."""
         digest = hashlib.sha256(json.dumps(self.preprocessing.to_json(), sort_keys=True).encode())
         for picture in self.pictures:
             digest.update(f"\n{picture.content} {picture.window}".encode())
         return digest.hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Float32 batches (batch_size, 3, H, W) in the set's order; the last may be smaller.
+        """Yield batches float32 (batch_size, 3, H, W) in the order of the set; the last one may be smaller.
 
         Raises `UserError` for a batch size below 1, `OSError` for a file that vanished since it was chosen.
         """
@@ -81,7 +81,7 @@ class ImageSet:
         return one, other
 
     def subset(self, start: int, stop: int) -> "ImageSet":
-        """Pictures `start` to `stop` (excluded), with their labels; beyond the end as in a slice."""
+        """Images `start` to `stop` (excluded) with their labels; indices beyond the end are cut off as in a slice."""
         return replace(
             self,
             source=f"{self.source} [{start}:{stop}]",
@@ -131,7 +131,7 @@ def _names(folder: Path, role: str) -> list[str]:
 def _candidates(
     path: Path, role: str, preprocessing: Preprocessing
 ) -> tuple[list[ImageCandidate], dict[str, int] | None]:
-    """What `path` offers, and the labels its class folders give when it is for evaluation."""
+    """All candidates of `path`, and for the role "evaluation" the labels that its class folders give."""
     if not path.is_dir():
         return row_candidates(path, array_from_file(path, preprocessing)), None
     names = _names(path, role)
@@ -152,7 +152,7 @@ def _check_any_readable(path: Path, role: str, chosen: Chosen) -> None:
 def _calibration_set(
     calib: str, preprocessing: Preprocessing, count: int, held_out: int, seed: int
 ) -> tuple[ImageSet, ImageSet]:
-    """(calibration, held-out) pictures of one folder or array; the second is empty when `held_out` is 0."""
+    """(calibration set, held-out set) of one folder or array; the second is empty if `held_out` is 0."""
     path = _located(calib, "calibration")
     candidates, _ = _candidates(path, "calibration", preprocessing)
     chosen = choose_pictures(in_random_order(candidates, seed), count + held_out)
@@ -176,7 +176,7 @@ def _calibration_set(
 def _evaluation_set(
     evaluation: str, preprocessing: Preprocessing, wanted: int | None, seed: int, calibration: ImageSet
 ) -> ImageSet:
-    """The pictures of `evaluation` (all, or `wanted` of them) that are not in `calibration`, with labels."""
+    """The images of `evaluation` (all, or `wanted` of them) that are not in `calibration`, with labels."""
     path = _located(evaluation, "evaluation")
     candidates, labels = _candidates(path, "evaluation", preprocessing)
     excluded = {picture.content for picture in calibration.pictures}
@@ -213,15 +213,15 @@ def image_sets(
     eval_count: int | None = None,
     seed: int = 0,
 ) -> tuple[ImageSet, ImageSet]:
-    """(calibration set, evaluation set), without a common photograph and without duplicates.
+    """(calibration set, evaluation set), which share no source image and hold no duplicates.
 
-    calib: a folder (searched recursively), a .npy/.npz file, or None for the built-in sample crops.
-    evaluation: a folder (subfolders are classes), a .npy/.npz file, or None to hold images of `calib` out.
-    count, eval_count: most images in each set; None holds 128 out, or takes all of `evaluation`.
-    seed: decides choice and order.
+    calib: a folder (searched recursively), a .npy/.npz file, or None for crops of the built-in sample images.
+    evaluation: a folder (subfolders are classes), a .npy/.npz file, or None to hold out images of `calib`.
+    count, eval_count: the largest number of images in each set; None holds out 128, or takes all of `evaluation`.
+    seed: decides which images are chosen, and their order.
 
-    Of fewer than count + eval_count images, one in eight and at least one is held out. Raises `UserError` for
-    a path or content that cannot be used, and for numbers out of range.
+    If there are fewer than count + eval_count images, one in eight of them, at least one, is held out. Raises
+    `UserError` for a path or content that cannot be used, and for numbers out of range.
     """
     held_out = HELD_OUT if eval_count is None else eval_count
     _check_at_least(1, "image count", count)

@@ -1,4 +1,4 @@
-"""One picture of a set, known by its content and read only when a batch needs it; how pictures are chosen."""
+"""One image of a set, identified by its content and read only when a batch needs it; how images are chosen."""
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,17 +9,17 @@ import numpy as np
 from calib.images.preprocess import Preprocessing
 
 THREADS = 2  # Pillow releases the interpreter lock while it decodes
-CHUNK = 32  # candidates examined at once: choosing may read up to this many files too many
+CHUNK = 32  # candidates that are read together: choosing may read up to this many files more than it needs
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that can be read again and again."""
+    """An image that can be read any number of times."""
 
     name: str  # path inside its folder, or row of its array
-    content: str  # sha256 of the file's or row's bytes: equal content = the same photograph
+    content: str  # sha256 of the bytes of the file or row: equal content means the same source image
     read: Callable[[Preprocessing], np.ndarray]  # -> (3, height, width) float32
-    window: str = ""  # which part of the photograph, where only a part is used
+    window: str = ""  # the part of the source image that is used, if it is not the whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Unreadable:
     reason: str
 
 
-ImageCandidate = Callable[[], Picture | Unreadable]
+ImageCandidate = Callable[[], Picture | Unreadable]  # reads the file or row when it is called
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Chosen:
 
     pictures: tuple[Picture, ...]
     unreadable: tuple[Unreadable, ...]
-    overlap: int  # candidates left out because their content was excluded
+    overlap: int  # number of candidates left out because their content is excluded
 
 
 def in_random_order(candidates: Sequence[ImageCandidate], seed: int) -> list[ImageCandidate]:
-    """`candidates` in the random order of `seed`."""
+    """`candidates` in a random order, which `seed` determines."""
     return [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]
 
 

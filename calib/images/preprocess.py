@@ -1,6 +1,6 @@
-"""A photograph -> the array a timm network expects, with Pillow and numpy only.
+"""Preprocessing: an image -> the array that a timm network expects, with Pillow and numpy only.
 
-Same steps and roundings as timm's evaluation transform: RGB, resize, centre crop, scale to 0..1, normalise.
+The steps and roundings are those of timm's evaluation transform: RGB, resize, centre crop, scale to 0..1, normalise.
 A serving machine runs this file without torch.
 """
 
@@ -18,13 +18,13 @@ RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}
 CROP_MODES = ("center", "squash")
 DEFAULT_CROP_PCT = 0.875  # timm's, for a config that names none
 
-# A 1 x 20000 pixel strip, resized whole, would take gigabytes; only its middle survives the crop.
+# A strip of 1 x 20000 pixels would take gigabytes if it were resized whole; only its middle is in the crop.
 LONGEST_ASPECT = 32
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to a picture before the network sees it."""
+    """The parameters of the preprocessing of an image."""
 
     height: int  # pixels the network takes
     width: int
@@ -71,7 +71,7 @@ def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing:
     channels, height, width = config["input_size"]
     if channels != 3:
         raise UserError(
-            f"the model takes {channels} input channels: expected 3 (RGB); choose a model trained on RGB photographs"
+            f"the model takes {channels} input channels: expected 3 (RGB); choose a model trained on RGB images"
         )
     crop_pct = config.get("crop_pct") or DEFAULT_CROP_PCT
     red, green, blue = map(float, config["mean"])
@@ -89,7 +89,7 @@ def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Modes "I" and "I;16" hold 0..65535, "F" 0..1 or 0..255; Pillow's own conversion clips all at 255."""
+    """The image in 8 bits. Modes "I" and "I;16" hold 0..65535, "F" 0..1 or 0..255; Pillow's own conversion clips at 255."""
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values)
@@ -126,11 +126,12 @@ def _resized_size(width: int, height: int, preprocessing: Preprocessing) -> tupl
 
 
 def _crop_start(size: int, crop: int) -> int:
-    """First pixel of a centre crop; negative where the crop is larger: black is filled in, as torchvision."""
+    """The first pixel of a centre crop. It is negative if the crop is larger: black is filled in, as in torchvision."""
     return round((size - crop) / 2) if size >= crop else -((crop - size) // 2)
 
 
-def _without_ends(image: Image.Image) -> Image.Image:
+def _without_long_sides(image: Image.Image) -> Image.Image:
+    """The middle of an image that is longer than LONGEST_ASPECT : 1, else the image."""
     width, height = image.size
     longest = LONGEST_ASPECT * min(width, height)
     if max(width, height) <= longest:
@@ -141,7 +142,7 @@ def _without_ends(image: Image.Image) -> Image.Image:
 
 
 def normalised(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """An RGB image -> (3, H, W) float32, normalised; no resizing."""
+    """The pixels of an RGB image as float32 (3, H, W), (pixel / 255 - mean) / std per channel; no resizing."""
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
     mean = np.asarray(preprocessing.mean, dtype=np.float32)
     std = np.asarray(preprocessing.std, dtype=np.float32)
@@ -149,14 +150,14 @@ def normalised(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def array_from_image(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """A Pillow image of any mode and size -> (3, height, width) float32, normalised.
+    """The preprocessed array, float32 (3, height, width), of a Pillow image of any mode and size.
 
-    Equal to timm's evaluation transform of an upright RGB image, except that strips longer than 32:1 first
-    lose their ends. Raises what Pillow raises for damaged pixels.
+    It equals timm's evaluation transform of an upright RGB image, except that images longer than 32:1 are first
+    cropped to their middle. Raises what Pillow raises for damaged pixels.
     """
     image = rgb_image(image)
     if preprocessing.crop_mode == "center":
-        image = _without_ends(image)
+        image = _without_long_sides(image)
     image = image.resize(_resized_size(*image.size, preprocessing), RESAMPLING[preprocessing.interpolation])
     left = _crop_start(image.width, preprocessing.width)
     top = _crop_start(image.height, preprocessing.height)

@@ -1,7 +1,7 @@
-"""The built-in sample: random crops of colour photographs inside the scikit-image and scikit-learn wheels.
+"""The built-in sample images: random crops of colour photographs inside the scikit-image and scikit-learn wheels.
 
-Enough to try the tool without a data set, not enough to ship an engine. Calibration and evaluation never
-share a photograph, and both have natural scenes. Files are read from the package folders, not downloaded.
+They are enough to try the tool without a data set, not enough to ship an engine. Calibration and evaluation share no
+source image, and both have natural scenes. The files are read from the package folders, not downloaded.
 """
 
 import functools
@@ -17,7 +17,7 @@ from calib.errors import UserError
 from calib.images.picture import Picture
 from calib.images.preprocess import RESAMPLING, Preprocessing, normalised, rgb_image
 
-# (package, file). The right motorcycle image is left out: it shows the scene of the left one.
+# (package, file). The right motorcycle image is left out, because it shows the same scene as the left one.
 CALIBRATION_PHOTOS = (
     ("skimage", "data/astronaut.png"),
     ("skimage", "data/coffee.png"),
@@ -33,27 +33,27 @@ EVALUATION_PHOTOS = (
     ("skimage", "data/retina.jpg"),
 )
 
-AREA = (0.3, 1.0)  # share of the photograph in a crop
+AREA = (0.3, 1.0)  # area of a crop as a share of the source image
 ASPECT = (3 / 4, 4 / 3)  # width over height of a crop
-DRAWS = 10  # tries to fit a window into the photograph before the whole photograph is taken
+DRAWS = 10  # attempts to fit a window into the source image before the whole image is taken
 
 
 def _path(package: str, name: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the built-in sample photographs were expected in the package '{package}', not installed: "
+            f"the built-in sample images were expected in the package '{package}', which is not installed: "
             f"run `pip install -r requirements.txt` or name a calibration folder"
         )
     return Path(spec.submodule_search_locations[0]) / name
 
 
-@functools.cache  # ten photographs, 15 MB decoded, cropped hundreds of times
+@functools.cache  # ten source images, 15 MB decoded, cropped hundreds of times
 def _photo(path: Path) -> tuple[str, Image.Image]:
-    """(sha256 of the file, the RGB photograph)."""
+    """(hex sha256 of the file, the decoded RGB image)."""
     if not path.is_file():
         raise UserError(
-            f"sample photograph '{path}' is missing: expected it in the installed package; "
+            f"sample image '{path}' is missing: expected it in the installed package; "
             f"run `pip install -r requirements.txt` or name a calibration folder"
         )
     with Image.open(path) as image:
@@ -61,7 +61,7 @@ def _photo(path: Path) -> tuple[str, Image.Image]:
 
 
 def random_window(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A random (left, top, right, bottom) window of `AREA` and `ASPECT` within width x height pixels."""
+    """A random window (left, top, right, bottom) in pixels inside width x height, with area in AREA, aspect in ASPECT."""
     for _ in range(DRAWS):
         area = rng.uniform(*AREA) * width * height
         aspect = math.exp(rng.uniform(*np.log(ASPECT)))
@@ -81,9 +81,10 @@ def _read_crop(path: Path, window: tuple[int, int, int, int], flip: bool, prepro
 
 
 def random_crops(photos: tuple[tuple[str, str], ...], count: int, seed: int) -> tuple[Picture, ...]:
-    """`count` random, randomly flipped crops, the photographs taking turns; fewer are a prefix of more.
+    """`count` random crops, randomly flipped, of the source images `photos` in turn.
 
-    Raises `UserError` when a package or photograph is missing.
+    With the same seed, a smaller `count` gives the first crops of a larger one. Raises `UserError` if a package or
+    source image is missing.
     """
     rng = np.random.default_rng(seed)
     pictures = []

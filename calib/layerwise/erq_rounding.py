@@ -1,18 +1,18 @@
-"""Rounding a layer's weights one half at a time, each half repairing what the one before it broke (ERQ's Wqer).
+"""ERQ's weight rounding (Wqer): one half of the columns is rounded, the other half compensates its output error, repeatedly.
 
-A row w (D,) of [W, b] becomes w^: integers times a scale in all columns but the last, the bias, which stays a real number.
-With H the damped second moment of the rounded input [x^, 1], the error to be kept small is the quadratic form
+A row w (D,) of [W, b] becomes w^: integers times a scale in all columns except the last, the bias, which stays a real
+number. With H the damped second moment of the quantized input [x^, 1], the output error to be minimised is
 
     L = e H e^T        e = w^ - w
 
-ERQ (Zhong et al., ICML 2024), section 4.3: the first half I of the columns not rounded yet rounds to nearest; weights
-whose rounding the other way lowers the error are flipped (eq. 13-15); the rest J absorbs what is left (eq. 16),
+ERQ (Zhong et al., ICML 2024), section 4.3: the first half I of the columns not yet rounded is rounded to nearest; weights
+are flipped to their other neighbour where that lowers the error (eq. 13-15); the rest J compensates the error left (eq. 16),
 
     w_J <- w_J - e_I H_IJ H_JJ^-1
 
-and the next half is taken from J. The paper flips by e_I H_II e_I^T, as if nothing were absorbed afterwards; here a flip is
-judged by what J cannot absorb, e_I (H_II - H_IJ H_JJ^-1 H_JI) e_I^T, which leaves an L 13-27 % lower on correlated inputs.
-Every tensor has a leading axis of G groups, solved side by side.
+and the next half is taken from J. The paper decides flips by e_I H_II e_I^T, as if nothing were compensated afterwards.
+Here the error that J cannot compensate decides, e_I (H_II - H_IJ H_JJ^-1 H_JI) e_I^T, which makes L 13-27 % lower on
+correlated inputs. Every tensor has a leading axis of G groups, which are solved together.
 """
 
 import torch
@@ -22,12 +22,11 @@ from calib.quantizer import QMAX, largest_integer
 
 
 def flip(weight: Tensor, integers: Tensor, scale: Tensor, moment: Tensor, high: int = QMAX) -> Tensor:
-    """`integers` (G, N, I) of `weight` (G, N, I), some moved to the other neighbour of w / scale while that lowers L.
+    """`integers` (G, N, I) of `weight` (G, N, I) after flips to the other neighbour of w / scale, as long as L falls.
 
-    Each flip is the one that lowers L = e H e^T most, e = scale q - w: a step t of column j changes it by exactly
-    G_j t + H_jj t^2 with G = 2 e H. `scale` (G, N), `moment` H (G, I, I), integers at most
-    `high`. A clipped weight has no other neighbour.
-    The paper stops at 100 flips; a tenth of the columns flips before nothing is gained any more.
+    Each flip is the one that lowers L = e H e^T most, with e = scale q - w: a change t of column j changes L by exactly
+    G_j t + H_jj t^2 with G = 2 e H. `scale` is (G, N), `moment` H (G, I, I), integers are at most `high`. A clipped weight
+    has no other neighbour. The paper stops after 100 flips; here about a tenth of the columns flips before L stops falling.
     """
     scale = scale[..., None]
     exact = weight / scale
@@ -49,11 +48,10 @@ def flip(weight: Tensor, integers: Tensor, scale: Tensor, moment: Tensor, high: 
 
 
 def round_with_compensation(weight: Tensor, scale: Tensor, moment: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Integers (G, N, D-1) as int8, in the narrow range of `bits`, and the bias (G, N).
+    """(integers (G, N, D-1) int8 in the narrow range of `bits`, bias (G, N)).
 
-    `weight` (G, N, D) has the bias as its last column,
-
-    `scale` (G, N) is the grid of each row, `moment` (G, D, D) positive definite; computed in its dtype.
+    `weight` (G, N, D) has the bias as its last column, `scale` (G, N) has one value per row, and `moment` H (G, D, D) is
+    positive definite; its dtype is that of the computation.
     """
     weight, scale = weight.to(moment.dtype, copy=True), scale.to(moment.dtype)
     halves, high = [], largest_integer(bits)

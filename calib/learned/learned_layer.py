@@ -1,12 +1,12 @@
-"""A layer whose rounding can be learned: AdaQTransform's general form (eq. 8 with the steps decoupled as in eq. 5).
+"""A layer whose rounding can be learned: AdaQTransform's general form (eq. 8 with decoupled scales as in eq. 5).
 
     y^ = xi W^ x^ + b + eta        W^ = s' clamp(floor(w / s) + h(alpha))        x^ = s_x clamp(round(x / s_x))
 
-s, s', xi, eta are per output channel, s_x per tensor. xi s' is one number, so one quantity stands for both. What can be
-learned is named in `QUANTITIES`, steps relative to where they start. Scales are used as an engine stores them, rounded to
-FP16, with the gradient of the number before that (straight-through).
+s, s', xi and eta have one value per output channel, s_x one per tensor. xi s' is a single number, so one quantity stands
+for both. `QUANTITIES` names what can be learned; scales are learned as factors of their initial values. Scales are
+rounded to FP16, as an engine stores them, with the straight-through gradient.
 
-What is learned folds into a `RoundedLayer`: integers, one scale per channel and a bias, no node more than before.
+The result folds into a `RoundedLayer`: integers, one scale per channel and a bias, with no additional node in the graph.
 """
 
 import math
@@ -24,28 +24,31 @@ from calib.network.rounded_layer import RoundedLayer, with_gain_and_offset
 from calib.quantizer import QParams, fp16_scale
 
 ROUNDING, SCALE, QUANT_SCALE, DEQUANT_SCALE, OFFSET, INPUT_SCALE = QUANTITIES = (
-    "rounding",  # alpha: which neighbour each weight takes
+    "rounding",  # alpha: whether a weight rounds down or up
     "scale",  # s and s' as one number
-    "quant_scale",  # s, which makes the integers
-    "dequant_scale",  # s', which multiplies them: xi
+    "quant_scale",  # s, which divides the weights to give the integers
+    "dequant_scale",  # s' (or xi), which multiplies the integers
     "offset",  # eta
     "input_scale",  # s_x
 )
-SMALLEST_GAIN = 0.01  # of xi and of the steps, all relative to where they start: a step stays positive
+SMALLEST_FACTOR = 0.01  # of xi and of the scales, relative to their initial values: a scale stays positive
 
 
 @dataclass
 class Mode:
-    """How the layers of one network run at the moment."""
+    """The current mode of all learned layers of one network."""
 
-    soft: bool = False  # while learning: h between 0 and 1; else 0 or 1, as in an engine
-    exact_inputs: bool = False  # inputs do not round
-    drop: float = 0.0  # probability of each input element not to round (QDrop, Wei et al., ICLR 2022)
-    generator: torch.Generator | None = None  # of what drops
+    soft: bool = False  # True while learning: h lies between 0 and 1; else it is 0 or 1, as in an engine
+    exact_inputs: bool = False  # inputs are not quantized
+    drop: float = 0.0  # probability of each input element not to be quantized (QDrop, Wei et al., ICLR 2022)
+    generator: torch.Generator | None = None  # draws the elements that are not quantized
 
 
 class _LearnedScale(torch.autograd.Function):
-    """x on the grid whose step is multiplied by `factor`, with LSQ's gradients (Esser et al., ICLR 2020, eq. 3 and 5)."""
+    """Fake quantization of x with the scale of `grid` times `factor` (), with LSQ's gradients for both.
+
+    Esser et al., ICLR 2020, eq. 3 and 5.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, grid: QParams) -> Tensor:
@@ -61,13 +64,13 @@ class _LearnedScale(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         exact = x / scale
         inside = (exact >= ctx.low) & (exact <= ctx.high)
-        of_step = exact.round().clamp_(ctx.low, ctx.high).sub_(exact * inside)
-        share = 1 / math.sqrt(x.numel() * ctx.grid.high)  # LSQ, section 2.2: a step moves no faster than the weights
-        return gradient * inside, (gradient * of_step).sum() * ctx.grid.scale * share, None
+        of_scale = exact.round().clamp_(ctx.low, ctx.high).sub_(exact * inside)
+        share = 1 / math.sqrt(x.numel() * ctx.grid.high)  # LSQ, section 2.2: a scale changes as fast as the weights
+        return gradient * inside, (gradient * of_scale).sum() * ctx.grid.scale * share, None
 
 
 class LearnedInput(nn.Module):
-    """Rounds what layers read: one for all readers of a tensor, so that an engine rounds it once."""
+    """The quantizer of a layer input. All readers of a tensor share one, so that an engine quantizes it once."""
 
     def __init__(self, grid: Grid, mode: Mode) -> None:
         super().__init__()
@@ -76,18 +79,18 @@ class LearnedInput(nn.Module):
 
     @property
     def learnable(self) -> bool:
-        """Whether the grid has one step for the whole tensor."""
+        """Whether the grid has one scale for the whole tensor."""
         return isinstance(self.start, QParams) and self.start.axis is None
 
     @property
     def grid(self) -> Grid:
-        """The grid with the step learned so far."""
+        """The grid with the scale learned so far."""
         if not isinstance(self.start, QParams):
             return self.start
         return replace(self.start, scale=fp16_scale(self.start.scale * self.scale_factor.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, unchanged."""
+        """The fake-quantized tensor, in the shape of `x`; `x` itself while the mode says exact inputs."""
         if self.mode.soft and self.mode.exact_inputs:
             return x
         if self.scale_factor.requires_grad and torch.is_grad_enabled():
@@ -100,10 +103,11 @@ class LearnedInput(nn.Module):
 
 
 class LearnedLayer(nn.Module):
-    """A Linear or Conv2d with everything in `QUANTITIES`, starting as `layer` rounded on the grid `params`.
+    """A Linear or Conv2d with all of `QUANTITIES`. At first it computes `layer` rounded to nearest on the grid `params`.
 
-    `nearest`: weights round to nearest at every step, alpha is not used. `unit`: what an offset of 1 adds to the output;
-    with the size of the output, offsets and gains learn at one rate.
+    `reads`: the quantizer of its input. `nearest`: weights are rounded to nearest in every forward pass, alpha is not
+    used. `unit`: what an offset of 1 adds to the output; if it is the standard deviation of the output, offsets and
+    factors can have the same learning rate.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class LearnedLayer(nn.Module):
         return channels.reshape(-1, *[1] * (self.layer.get_parameter("weight").ndim - 1))
 
     def quantities(self) -> dict[str, nn.Parameter]:
-        """What can be learned, by its name in `QUANTITIES`."""
+        """The parameters that can be learned, by their names in `QUANTITIES`."""
         own = {
             ROUNDING: self.alpha, SCALE: self.scale_factor, QUANT_SCALE: self.quant_factor,
             DEQUANT_SCALE: self.dequant_factor, OFFSET: self.offset,
@@ -133,25 +137,25 @@ class LearnedLayer(nn.Module):
         return own | ({INPUT_SCALE: self.reads.scale_factor} if self.reads.learnable else {})
 
     def learn(self, names: tuple[str, ...]) -> None:
-        """Let the quantities called `names` have gradients, and no others."""
+        """Give the quantities called `names` gradients, and no others."""
         for name, parameter in self.quantities().items():
             parameter.requires_grad_(name in names)
 
     @torch.no_grad()
     def keep_positive(self) -> None:
-        """Bring steps that a training step made too small or negative back."""
+        """Clamp the factors of scales that an optimizer step has made too small or negative."""
         for name, parameter in self.quantities().items():
             if name not in (ROUNDING, OFFSET):
-                parameter.clamp_(min=SMALLEST_GAIN)
+                parameter.clamp_(min=SMALLEST_FACTOR)
 
     def h(self) -> Tensor:
-        """Share of a step above the lower neighbour, in the weight's shape; 0 or 1 unless the mode is soft."""
+        """h (eq. 8) in the shape of the weight; every value is 0 or 1 unless the mode is soft."""
         return soft_rounding(self.alpha) if self.mode.soft else hard_rounding(self.alpha)
 
     def integers(self) -> Tensor:
-        """Integers in the weight's shape, as floats; in soft mode numbers between them."""
-        step = self.params.scale * self.scale_factor * self.quant_factor
-        exact = self.layer.get_parameter("weight").detach() / self._along(step)
+        """The integers of the weight, as floats in its shape; in soft mode values between two integers."""
+        scale = self.params.scale * self.scale_factor * self.quant_factor
+        exact = self.layer.get_parameter("weight").detach() / self._along(scale)
         if self.nearest:
             rounded = exact + (exact.round() - exact).detach()
         else:
@@ -159,11 +163,11 @@ class LearnedLayer(nn.Module):
         return rounded.clamp(-self.params.high, self.params.high)
 
     def gain(self) -> Tensor:
-        """xi (out,): how much more an integer stands for than at the start."""
+        """xi (out,): the dequantizing scale relative to its initial value."""
         return self.scale_factor * self.dequant_factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
+        """The output of the quantized layer for `x`, in the shape of the layer's output."""
         exact = self.params.scale * self.gain()
         scale = exact + (fp16_scale(exact) - exact).detach()
         weight, bias = self.integers() * self._along(scale), self.bias + self.offset * self.unit
@@ -174,7 +178,7 @@ class LearnedLayer(nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> RoundedLayer:
-        """What has been learned, folded: hard integers with scales xi s' and biases b + eta."""
+        """The learned layer as integers with scales xi s' and biases b + eta. Raises ValueError in soft mode."""
         if self.mode.soft:
             raise ValueError("a layer in soft mode has no integers yet: expected mode.soft = False")
         shape = weight_matrix(self.layer).shape

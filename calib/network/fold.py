@@ -1,9 +1,9 @@
-"""What is affine per channel behind a layer becomes part of it: y = g (W x + b) + o has W' = g W and b' = g b + o.
+"""Folds BatchNorm and LayerScale into the preceding layer: y = g (W x + b) + o has W' = g W and b' = g b + o.
 
     BatchNorm:     g = gamma / sqrt(var + eps)        o = beta - g mean
     LayerScale:    g = gamma                          o = 0
 
-A TensorRT INT8 convolution has no BatchNorm behind it, and scales must be computed on the weights that run.
+No TensorRT INT8 convolution has a BatchNorm behind it, and scales must be computed on the weights that the engine runs.
 """
 
 import copy
@@ -19,12 +19,15 @@ from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QMAX, SMALLEST_SCALE
 
 AFFINE = (nn.BatchNorm2d, LayerScale)
-# A LayerScale can make rows too small for a scale in FP16; beside a row this many times larger they do not count.
+# A LayerScale can make rows of a weight too small for an FP16 scale. They do not matter beside a row this many times larger.
 SMALL_ROWS = 64
 
 
 def gain_and_offset(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(g, o), both (C,), of a module that computes g x + o per channel; None for any other."""
+    """(g, o), both (C,), of a module that computes g x + o per channel; None for any other module.
+
+    Raises ValueError for a BatchNorm without running statistics.
+    """
     if isinstance(module, LayerScale):
         return module.gamma.detach(), torch.zeros_like(module.gamma)
     if not isinstance(module, nn.BatchNorm2d):
@@ -39,23 +42,23 @@ def gain_and_offset(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def fold_into(layer: nn.Module, gain: Tensor, offset: Tensor) -> None:
-    """Make a Linear or Conv2d return gain y + offset instead of y, both (out,) (edits it)."""
+    """Make a Linear or Conv2d return gain y + offset instead of y; `gain` and `offset` are (out,) (edits `layer`)."""
     weight, bias = layer.get_parameter("weight").detach(), getattr(layer, "bias", None)
     layer.weight = nn.Parameter(weight * gain.reshape(-1, *[1] * (weight.ndim - 1)))
     layer.bias = nn.Parameter(offset if bias is None else offset + gain * bias.detach())
 
 
 def leaves_scales(layer: nn.Module, gain: Tensor) -> bool:
-    """Whether the largest row of gain W keeps an FP16 scale far above the smallest there is."""
+    """Whether the scale of the largest row of gain W is at least SMALL_ROWS times the smallest FP16 scale."""
     rows = layer.get_parameter("weight").detach().flatten(1).abs().amax(1) * gain.abs()
     return float(rows.max()) / QMAX >= SMALL_ROWS * SMALLEST_SCALE
 
 
 def affine_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
-    """Name of an affine module -> name of the Linear or Conv2d whose output tensor it reads, found by running `example`."""
+    """Name of an affine module -> name of the layer whose output it reads, found by a forward pass of `example`."""
     producer: dict[int, str] = {}
     pairs: dict[str, str] = {}
-    alive: list[Tensor] = []  # keeps every output referenced, so that no id is used twice
+    alive: list[Tensor] = []  # references to all outputs, so that no id is used twice
     hooks = []
 
     def after_layer(name: str):
@@ -86,16 +89,16 @@ def affine_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
     return pairs
 
 
-def _what_stays(module: nn.Module) -> nn.Module:
-    """What is left of an affine module after folding: timm's BatchNormAct2d carries its activation."""
+def _remainder(module: nn.Module) -> nn.Module:
+    """The module that replaces a folded one: the activation of timm's BatchNormAct2d, else an Identity."""
     act = getattr(module, "act", None)
     return act if isinstance(act, nn.Module) else nn.Identity()
 
 
 def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
-    """`model` with every BatchNorm and LayerScale folded into the layer it follows; `example` is (1, 3, H, W).
+    """`model` with every BatchNorm and LayerScale folded into the preceding layer; `example` is (1, 3, H, W).
 
-    A LayerScale so small that it would take all scales of the layer out of FP16's range stays.
+    A LayerScale is kept if it is so small that FP16 could not hold the scales of the folded weight.
     """
     start = time.perf_counter()
     net = copy.deepcopy(model.net)
@@ -106,7 +109,7 @@ def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
         assert found is not None
         if isinstance(net.get_submodule(name), nn.BatchNorm2d) or leaves_scales(net.get_submodule(layer), found[0]):
             fold_into(net.get_submodule(layer), *found)
-            replace_module(net, name, _what_stays(net.get_submodule(name)))
+            replace_module(net, name, _remainder(net.get_submodule(name)))
             folded.append(name)
     notes = tuple(
         f"{sum(isinstance(model.net.get_submodule(name), kind) for name in folded)} of {total} {kind.__name__}s folded"

@@ -1,9 +1,9 @@
-"""Does the float network fit FP16? Everything that stays unquantized, and everything between Q/DQ pairs, runs in it.
+"""Checks the FP16 range of the float network: an engine runs everything in FP16 that is not quantized.
 
-Every torch function a forward pass calls is watched, with the module it is called from: layers, norms, activations, the
-additions of the residual stream, explicit matrix products, and the scores q k^T that a fused attention never shows (they
-are computed beside it). Not watched: what one operation accumulates inside. TensorRT sums products and normalisations
-in FP32, so what counts is what an operation returns.
+The check observes every torch function that a forward pass calls, together with the module it is called from: layers,
+norms, activations, residual additions, explicit matrix products, and the scores q k^T, which a fused attention does not
+return (they are computed separately). It does not observe the sums inside an operation: TensorRT accumulates products and
+normalisations in FP32, so only the results of operations can overflow.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,21 +19,21 @@ from torch.overrides import TorchFunctionMode
 from calib.errors import UserError
 
 FP16_MAX = 65504.0
-FP16_SMALLEST_NORMAL = 2.0**-14  # below, every halving loses one of the 11 significant bits
-MARGIN = 8.0  # the largest value of a few images is exceeded on others, rarely eightfold
+FP16_SMALLEST_NORMAL = 2.0**-14  # below it, every halving loses one of the 11 significant bits
+MARGIN = 8.0  # other images exceed the largest value of a few images, but rarely eightfold
 
 
 def _scores(query: Tensor, key: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
-    """q k^T times scale, as the exported graph computes it."""
+    """The attention scores q k^T times scale, as the exported graph computes them."""
     return query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps the largest |value| that any torch function returned, by the module that called it."""
+    """Records the largest |value| that any torch function returns, by the module that calls it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.running: list[str] = []  # modules whose forward is open, innermost last
+        self.running: list[str] = []  # modules whose forward pass is running, innermost last
         self.largest: dict[str, float] = {}
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,14 +47,14 @@ class _Watch(TorchFunctionMode):
     def _see(self, module: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             low, high = (float(each) for each in torch.aminmax(value.detach()))
-            # NaN compares as false: written so that it wins and stays
+            # NaN compares as false: the expression is written so that a NaN replaces any number and is kept
             before, now = self.largest.get(module, 0.0), max(-low, high)
             self.largest[module] = before if before > now or before != before else now
 
 
 @contextmanager
 def watched(net: nn.Module) -> Iterator[dict[str, float]]:
-    """While open, forward passes of `net` fill the dict: module name -> largest |value| computed in it."""
+    """Yield a dict, module name -> largest |value| computed in it, that forward passes of `net` fill inside the block."""
     watch = _Watch()
     handles = []
     for name, module in net.named_modules():
@@ -70,7 +70,10 @@ def watched(net: nn.Module) -> Iterator[dict[str, float]]:
 
 @dataclass(frozen=True)
 class Fp16Range:
-    """The module with the largest |value|, and weights that FP16 holds with few bits (name, largest |value|)."""
+    """The module with the `largest` |value| on `images` images, and weights below FP16's normal numbers.
+
+    `subnormal`: (name, largest |value|) of weight tensors all of whose values FP16 holds with fewer significant bits.
+    """
 
     module: str
     largest: float
@@ -79,11 +82,11 @@ class Fp16Range:
 
     @property
     def headroom(self) -> float:
-        """How many times larger the values could be."""
+        """The factor by which all values could grow before FP16 overflows."""
         return FP16_MAX / max(self.largest, 1e-30)
 
     def warnings(self) -> list[str]:
-        """What comes close to the ends of FP16."""
+        """One sentence for each way in which the network comes close to the limits of FP16."""
         found = []
         if self.headroom < MARGIN:
             found.append(
@@ -130,7 +133,7 @@ def require_fp16_weights(net: nn.Module) -> tuple[tuple[str, float], ...]:
 def fp16_range(net: nn.Module, batches: Iterable[Tensor]) -> Fp16Range:
     """The range of the float network `net` on `batches` (B, 3, H, W).
 
-    Raises UserError naming the module, the value and the limit where FP16 would overflow.
+    Raises UserError if FP16 would overflow; the message names the module, the value and the limit.
     """
     subnormal = require_fp16_weights(net)
     images = 0

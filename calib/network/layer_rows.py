@@ -1,4 +1,4 @@
-"""A layer as a matrix product on a sample of its inputs: what every search measures its error on.
+"""A layer as a matrix product on a sample of its inputs, on which searches measure the output error of the layer.
 
     y[t, g, n] = sum_k rows[t, g, k] weight[g, n, k]
 
@@ -25,12 +25,12 @@ def weight_matrix(layer: nn.Module) -> Tensor:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Where the channels of its input are."""
+    """The axis of the channels in the input of a Linear or Conv2d."""
     return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 def along_inputs(layer: nn.Module, values: Tensor) -> Tensor:
-    """`values` (C,) of the input channels of a Linear or Conv2d, in a shape that its weight can be multiplied by."""
+    """`values` (C,), one per input channel of a Linear or Conv2d, in a shape that broadcasts over its weight."""
     weight = layer.get_parameter("weight")
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     by_output = values.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
@@ -72,26 +72,26 @@ def _pair(padding: object) -> tuple[int, int]:
 
 
 def _but_channels(layer: nn.Module, x: Tensor) -> list[int]:
-    """The axes of the input `x` of `layer` that are not its channels."""
+    """All axes of the input `x` of `layer` except that of the channels."""
     return [axis for axis in range(x.ndim) if axis != channel_axis(layer) % x.ndim]
 
 
 class Extremes:
-    """Lowest and highest value (C,) of every channel that layers read, over all images seen."""
+    """The minimum and maximum (C,) of every input channel of layers, over all images observed."""
 
     def __init__(self) -> None:
         self.low: dict[str, Tensor] = {}
         self.high: dict[str, Tensor] = {}
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Widen the ranges of a layer by its input `x`."""
+        """Extend the ranges of the layer `name` by its input `x`."""
         axes = _but_channels(layer, x)
         low, high = x.amin(axes), x.amax(axes)
         self.low[name] = torch.minimum(self.low.get(name, low), low)
         self.high[name] = torch.maximum(self.high.get(name, high), high)
 
     def merge(self, other: "Extremes") -> "Extremes":
-        """Of the images of both; neither is changed."""
+        """New extremes over the images of both operands."""
         merged = Extremes()
         merged.low = {name: torch.minimum(low, other.low[name]) for name, low in self.low.items()}
         merged.high = {name: torch.maximum(high, other.high[name]) for name, high in self.high.items()}
@@ -99,24 +99,24 @@ class Extremes:
 
 
 class Means:
-    """Mean value of every channel that layers read, over all images seen."""
+    """The mean of every input channel of layers, over all images observed."""
 
     def __init__(self) -> None:
         self.total: dict[str, Tensor] = {}  # (C,) float64
         self.count: Counter[str] = Counter()
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Take the input `x` of a layer in."""
+        """Add the input `x` of the layer `name` to its mean."""
         total = x.sum(_but_channels(layer, x), dtype=torch.float64)
         self.total[name] = self.total.get(name, 0.0) + total
         self.count[name] += x.numel() // len(total)
 
     def of(self, name: str) -> Tensor:
-        """(C,) float32."""
+        """The means of the input channels of the layer `name`, (C,) float32."""
         return (self.total[name] / self.count[name]).float()
 
     def merge(self, other: "Means") -> "Means":
-        """Of the images of both; neither is changed."""
+        """New means over the images of both operands."""
         merged = Means()
         merged.total = {name: total + other.total[name] for name, total in self.total.items()}
         merged.count = self.count + other.count
@@ -124,7 +124,7 @@ class Means:
 
 
 def look_at_inputs(net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor], *seen: Extremes | Means) -> None:
-    """Let `seen` take in what `layers` read while `batches` go through `net`."""
+    """Run `net` on `batches` and add the inputs of `layers` to each of the statistics `seen` (edits them)."""
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for each in seen:
             hooks.enter_context(input_hooks(net, layers, each.add))
@@ -135,9 +135,9 @@ def look_at_inputs(net: nn.Module, layers: Iterable[str], batches: Iterable[Tens
 def input_rows(
     net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor], count: int, seed: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """For every batch that goes through `net`, up to `count` rows (T, G, K) of each layer's input.
+    """Yield, for every batch that `net` runs on, layer name -> up to `count` rows (T, G, K) of the layer's input.
 
-    The same seed takes the same rows, also from another network with layers of the same shapes.
+    The same seed selects the same rows, also in another network with layers of the same shapes.
     """
     generators = {name: torch.Generator().manual_seed(seed) for name in layers}
     rows: dict[str, Tensor] = {}
@@ -152,5 +152,5 @@ def input_rows(
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """y (G, T, N) of rows (T, G, K) and weight (G, N, K)."""
+    """The output y (G, T, N) of a layer for `rows` (T, G, K) and `weight` (G, N, K)."""
     return torch.matmul(rows.transpose(0, 1), weight.transpose(1, 2))

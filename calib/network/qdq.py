@@ -1,8 +1,8 @@
-"""The network as an engine runs it: layers that quantize their input and hold integer weights.
+"""The network as an engine runs it: layers that quantize their inputs and hold integer weights.
 
-`quantized_net` is the one description of the rounding: run in torch it is the simulation, exported it is the
-ONNX graph. Both come from the two operators below, which the exporter writes as QuantizeLinear and
-DequantizeLinear, so simulation and graph cannot drift apart.
+`quantized_net` is the only description of the quantization: torch runs it as the simulation, and the exporter turns it
+into the ONNX graph. Both are made of the two operators below, which the exporter writes as QuantizeLinear and
+DequantizeLinear, so simulation and graph cannot differ in what they round.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib.grids import Grid, straight_through, why_not_int8
+from calib.grids import Grid, gradient_of_clipping, straight_through, why_not_int8
 from calib.modules import replace_module
 from calib.quant_model import ATTENTION_ROLES, QuantModel
 from calib.quantizer import QMAX, QParams, quantize
@@ -21,7 +21,7 @@ from calib.quantizer import QMAX, QParams, quantize
 
 @torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor) -> Tensor:
-    """`x` rounded to the signed 8-bit grid of step `scale` (a tensor without dimensions)."""
+    """The fake-quantized `x` (any shape) on the signed 8-bit grid with this `scale` (), in the same shape and dtype."""
     return torch.round(x / scale).clamp_(-QMAX - 1, QMAX).mul_(scale)
 
 
@@ -36,18 +36,13 @@ def _keep_inside(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> Non
     ctx.save_for_backward((integers >= -QMAX - 1) & (integers <= QMAX))  # a byte per element, where x takes four
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (inside,) = ctx.saved_tensors
-    return gradient * inside, None
-
-
-# Rounding passes gradients on as they are, clipping stops them; the scale is frozen (Bengio et al., 2013).
-quantize_dequantize.register_autograd(_straight_through, setup_context=_keep_inside)
+# The scale has no gradient.
+quantize_dequantize.register_autograd(gradient_of_clipping, setup_context=_keep_inside)
 
 
 @torch.library.custom_op("int8::dequantize_weight", mutates_args=())
 def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """Integers `q` times `scale` (C,) along `axis`, in the dtype of `scale`."""
+    """The integers `q` (any shape) times `scale` (C,) along `axis`, in the same shape and the dtype of `scale`."""
     shape = [1] * q.ndim
     shape[axis] = -1
     return q.to(scale.dtype) * scale.reshape(shape)
@@ -59,7 +54,10 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
 
 
 class QuantLinear(nn.Module):
-    """y = dequantize_weight(W) quantize_dequantize(x) + b. `weight` is int8 (in, out), the layout of an ONNX MatMul."""
+    """A Linear with integer weights and a quantized input: y = quantize_dequantize(x) dequantize_weight(W) + b.
+
+    `weight` is int8 (in, out), the layout of an ONNX MatMul; `weight_scale` is (out,), `input_scale` ().
+    """
 
     def __init__(self, linear: nn.Linear, input_params: QParams, weight_params: QParams) -> None:
         super().__init__()
@@ -75,7 +73,10 @@ class QuantLinear(nn.Module):
 
 
 class QuantConv2d(nn.Module):
-    """A convolution with integer weights (out, in/groups, kh, kw) and a quantized input."""
+    """A convolution with integer weights and a quantized input.
+
+    `weight` is int8 (out, in / groups, kh, kw); `weight_scale` is (out,), `input_scale` ().
+    """
 
     def __init__(self, conv: nn.Conv2d, input_params: QParams, weight_params: QParams) -> None:
         super().__init__()
@@ -98,38 +99,38 @@ class QuantConv2d(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """A tensor rounded on its way: the node that ONNX, engine and simulation know by one name."""
+    """A module that quantizes a tensor between layers: ONNX graph, engine and simulation call it by the same name."""
 
     def __init__(self, params: QParams) -> None:
         super().__init__()
         self.register_buffer("scale", params.scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, unchanged."""
+        """The fake-quantized tensor, in the shape of `x`."""
         return quantize_dequantize(x, self.get_buffer("scale"))
 
 
 class SimulatedQuantizer(nn.Module):
-    """A tensor on a grid that no engine has: it runs in torch alone."""
+    """A module that quantizes a tensor to a grid that no engine has. It runs in torch alone and cannot be exported."""
 
     def __init__(self, quantizer: str, grid: Grid) -> None:
         super().__init__()
         self.quantizer, self.grid = quantizer, grid
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, unchanged."""
+        """The fake-quantized tensor, in the shape of `x`."""
         return straight_through(x, self.grid)
 
 
 def rounding_module(quantizer: str, grid: Grid) -> nn.Module:
-    """What rounds a tensor to `grid` on its way."""
+    """The module that quantizes a tensor to `grid`; `quantizer` names it in the message of an export that is refused."""
     return (
         Quantizer(grid) if isinstance(grid, QParams) and not why_not_int8(grid) else SimulatedQuantizer(quantizer, grid)
     )
 
 
 class SimulatedLayer(nn.Module):
-    """A layer that reads what a `SimulatedQuantizer` gives; its weight is rounded."""
+    """A copy of `layer` whose weight is fake-quantized and whose input goes through `quantizer` first."""
 
     def __init__(self, layer: nn.Module, quantizer: nn.Module, weight_params: QParams) -> None:
         super().__init__()
@@ -138,12 +139,12 @@ class SimulatedLayer(nn.Module):
         weight.data = weight_params.fake_quantize(weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
+        """The output of the layer for the fake-quantized `x`, in the shape of the layer's output."""
         return self.layer(self.quantizer(x))
 
 
 def attention_factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key, each times d^-1/4, and value, all (B, H, N, D), from the output (B, N, 3 H D) of `attention.qkv`."""
+    """(query d^-1/4, key d^-1/4, value), all (B, H, N, d), from the output (B, N, 3 H d) of `attention.qkv`."""
     parts = packed.reshape(*packed.shape[:2], 3, attention.num_heads, attention.head_dim)
     query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
     root = attention.head_dim**-0.25
@@ -151,9 +152,9 @@ def attention_factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class QuantAttention(nn.Module):
-    """Attention over a packed qkv whose query, key, softmax output and value round (timm's `Attention`).
+    """timm's `Attention` over a packed qkv, with quantized query, key, softmax output and value.
 
-    The factor d^-1/2 is split between query and key and applied before they round, as TensorRT's fused kernel wants it.
+    The factor d^-1/2 is split between query and key and applied before they are quantized: TensorRT's fused kernel needs it.
     """
 
     def __init__(self, attention: Any, quantizers: Mapping[str, nn.Module]) -> None:
@@ -164,7 +165,7 @@ class QuantAttention(nn.Module):
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, C). Masks are not supported: TensorRT has no INT8 kernel with one."""
+        """(B, N, C) -> (B, N, C). Raises NotImplementedError for a mask: TensorRT has no INT8 attention kernel with one."""
         if attn_mask is not None or is_causal:
             raise NotImplementedError("INT8 attention with a mask")
         query, key, value = attention_factors(self, self.qkv(x))
@@ -175,7 +176,10 @@ class QuantAttention(nn.Module):
 
 
 def quantized_net(model: QuantModel) -> nn.Module:
-    """A copy of `model.net` in eval mode that rounds where `model.quantizers` says, with its branches attached."""
+    """A copy of `model.net` in eval mode with `model.quantizers` in place and `model.branches` attached.
+
+    Raises TypeError for a quantizer of a layer that is no Linear or Conv2d.
+    """
     net = copy.deepcopy(model.net).eval().requires_grad_(False)
     for name in model.quantized_layers:
         layer = net.get_submodule(name)

@@ -1,4 +1,4 @@
-"""A layer whose weight is integers: what a method hands over for each layer."""
+"""A layer with an integer weight: the result of a PTQ method for each layer."""
 
 import copy
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from calib.quantizer import QParams, channel_qparams, dequantize, fp16_scale, qu
 
 
 def augmented_weight(layer: nn.Module) -> Tensor:
-    """[W, b] of a Linear or Conv2d as (G, N, K + 1) float64; b = 0 if it has none."""
+    """[W, b] of a Linear or Conv2d, (G, N, K + 1) float64; b = 0 for a layer without bias."""
     weight = weight_matrix(layer)
     bias = getattr(layer, "bias", None)
     bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.detach().reshape(weight.shape[:2])
@@ -22,7 +22,7 @@ def augmented_weight(layer: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """`integers` (G, N, K) as int8, one scale per output channel in `params`, `bias` (G, N) float32."""
+    """A layer as `integers` (G, N, K) int8, one scale per output channel in `params`, and `bias` (G, N) float32."""
 
     integers: Tensor
     params: QParams
@@ -30,7 +30,7 @@ class RoundedLayer:
 
     @property
     def weight(self) -> Tensor:
-        """What the integers stand for, (G, N, K) float32."""
+        """The dequantized weight, (G, N, K) float32."""
         return dequantize(self.integers.flatten(0, 1), self.params).reshape(self.integers.shape)
 
     @property
@@ -40,7 +40,7 @@ class RoundedLayer:
 
 
 def rounded_layer(layer: nn.Module, params: QParams | None = None) -> RoundedLayer:
-    """`layer` rounded to nearest on the grid `params`; without one to 8 bits, each channel's largest weight being 127."""
+    """`layer` rounded to nearest on the grid `params`; without `params` to 8 bits with max |w| of each channel at 127."""
     weight = weight_matrix(layer)
     params = params or channel_qparams(weight.flatten(0, 1))
     integers = quantize(weight.flatten(0, 1), params).reshape(weight.shape)
@@ -56,9 +56,10 @@ def rounded_layers(model: QuantModel) -> dict[str, RoundedLayer]:
 
 
 def with_gain_and_offset(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> RoundedLayer:
-    """`layer` with its scales times |gain|, its bias plus `offset`, both (G, N), and its rows' signs those of `gain`.
+    """The layer whose output is gain (W x) + b + offset, with W and b of `layer` and `gain`, `offset` (G, N).
 
-    An engine's scales are positive; the narrow range allows the sign to go into the integers.
+    |gain| multiplies the scales. The scales of an engine are positive, so the sign of a gain goes into the integers, which
+    the narrow range allows.
     """
     params = replace(layer.params, scale=fp16_scale(layer.params.scale * gain.abs().flatten()))
     signs = torch.where(gain < 0, -1, 1).to(torch.int8)
@@ -66,9 +67,10 @@ def with_gain_and_offset(layer: RoundedLayer, gain: Tensor, offset: Tensor) -> R
 
 
 def with_layers(model: QuantModel, layers: Mapping[str, RoundedLayer]) -> QuantModel:
-    """A copy of `model` whose weights lie on the grid of their `:weight` quantizer, so that rounding them changes nothing.
+    """A copy of `model` with the weights, biases and `:weight` quantizers of `layers`.
 
-    A layer without a bias gets one: it costs an engine nothing.
+    The weights are on the grids of their quantizers, so that quantizing them again changes nothing. A layer without a
+    bias gets one, which costs an engine nothing.
     """
     net = copy.deepcopy(model.net)
     for name, rounded in layers.items():
@@ -81,7 +83,7 @@ def with_layers(model: QuantModel, layers: Mapping[str, RoundedLayer]) -> QuantM
 
 
 def with_biases(net: nn.Module, changes: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `net` with `changes` (out,) added to the biases of these layers; a layer without a bias gets one."""
+    """A copy of `net` with `changes` (layer name -> (out,)) added to the biases; a layer without a bias gets one."""
     net = copy.deepcopy(net)
     for name, change in changes.items():
         layer = net.get_submodule(name)

@@ -1,4 +1,4 @@
-"""What a part of a network reads and returns, and which of its layers read the same tensor."""
+"""The inputs and outputs of a unit (a part of a network), and which of its layers read the same tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -12,12 +12,12 @@ from calib.hooks import input_hooks, output_hooks
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass behind the unit that was waited for."""
+    """Ends a forward pass as soon as the unit has returned."""
 
 
 @dataclass(frozen=True)
 class UnitIO:
-    """`inputs` and `outputs` (images first) of a unit, and what else it is called with."""
+    """The `inputs` and `outputs` of a unit, images along the first axis, and its further arguments."""
 
     inputs: Tensor
     outputs: Tensor
@@ -25,13 +25,13 @@ class UnitIO:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, unit: nn.Module, x: Tensor) -> Tensor:
-        """What `unit` makes of `x`."""
+        """The output of `unit` for the input `x` with the recorded further arguments."""
         return unit(x, *self.args, **self.kwargs)
 
 
 @torch.no_grad()
 def unit_io(net: nn.Module, unit: str, batches: Iterable[Tensor]) -> UnitIO:
-    """What `unit` reads and returns when `net` runs on `batches`; nothing behind it is computed."""
+    """The inputs and outputs of `unit` when `net` runs on `batches`; nothing behind the unit is computed."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Tensor] = []
 
@@ -55,7 +55,7 @@ def unit_io(net: nn.Module, unit: str, batches: Iterable[Tensor]) -> UnitIO:
 def readers_and_sizes(
     net: nn.Module, layers: Sequence[str], run: Callable[[], object]
 ) -> tuple[list[list[str]], dict[str, float]]:
-    """(layers grouped by the tensor they read, standard deviation of each layer's output) while `run` runs `net`."""
+    """(groups of layers that read the same tensor, layer -> standard deviation of its output), observed while `run` runs."""
     read: dict[str, Tensor] = {}
     sizes: dict[str, float] = {}
     with (
@@ -63,7 +63,7 @@ def readers_and_sizes(
         output_hooks(net, layers, lambda name, y: sizes.update({name: float(y.std())})),
     ):
         run()
-    groups: dict[int, list[str]] = {}  # by identity: the tensors are alive in `read`
+    groups: dict[int, list[str]] = {}  # by identity, which is unique because `read` keeps the tensors alive
     for name, x in read.items():
         groups.setdefault(id(x), []).append(name)
     return list(groups.values()), sizes

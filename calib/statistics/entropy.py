@@ -1,8 +1,9 @@
-"""Clipping threshold with the least relative entropy (KL) between a histogram and its rounded version.
+"""The clipping threshold with the least relative entropy (KL divergence) between a histogram and its rounded version.
 
-The classic calibrator of TensorRT: for every threshold, P is the histogram up to it with all mass beyond in the last bin, Q
-is P merged into as many levels as |q| has (128 for 8 bits), each level's mass spread evenly over the bins of it that hold
-anything; the threshold with the least KL(P || Q) wins, ties go to the larger one.
+This is TensorRT's entropy calibrator (Migacz, "8-bit inference with TensorRT", GTC 2017). For every threshold, P is the
+histogram up to the threshold, with all mass beyond it in the last bin, and Q is P merged into as many levels as |q| has
+(128 for 8 bits), where the mass of a level is spread evenly over its bins that are not empty. The threshold with the least
+KL(P || Q) is chosen; of equal ones the largest.
 """
 
 import torch
@@ -15,9 +16,9 @@ BINS_BETWEEN_THRESHOLDS = 16  # bins between thresholds tried: 0.8 % of the maxi
 
 
 def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins: int = BINS) -> Tensor:
-    """Counts (bins,) in equal steps up to `amax`, from bins with these edges and counts (float64, ascending).
+    """Counts (bins,) of `bins` equally wide bins from 0 to `amax`, from the given bins (each (n,) float64, ascending).
 
-    A bin's mass lies evenly between its edges.
+    The mass of a bin is taken to lie evenly between its edges.
     """
     points = torch.stack([lower, upper.clamp(max=amax)], dim=1).flatten()
     below = torch.stack([count.cumsum(0) - count, count.cumsum(0)], dim=1).flatten()
@@ -29,7 +30,7 @@ def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins
 
 
 def relative_entropy(counts: Tensor, kept: int, levels: int = 128) -> float:
-    """KL(P || Q) in nats per element when `counts` (bins,) is clipped to its first `kept` bins and takes `levels` levels."""
+    """KL(P || Q) in nats if `counts` (bins,) is clipped to its first `kept` bins and rounded to `levels` levels."""
     reference = counts[:kept].clone()
     reference[-1] += counts[kept:].sum()
     level = torch.arange(kept) * levels // kept
@@ -44,7 +45,10 @@ def relative_entropy(counts: Tensor, kept: int, levels: int = 128) -> float:
 
 
 def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bits: int = 8) -> float:
-    """Clipping threshold of least relative entropy for |x| in bins with these edges and counts; 0 if `amax` is 0."""
+    """The clipping threshold of |x| with the least relative entropy, in the unit of x; 0 if `amax` is 0.
+
+    `lower`, `upper`, `count`: edges and counts of the bins of |x|, each (n,) float64, ascending.
+    """
     if not amax:
         return 0.0
     counts = linear_counts(lower, upper, count, amax)

@@ -1,9 +1,9 @@
-"""Streaming statistics of a tensor -> the scale it is quantized with.
+"""Observers: streaming statistics of a tensor, and the clipping threshold that each rule takes from them.
 
-`Histogram` counts |x| in bins that are the leading bits of the float32 pattern: 8 exponent bits and 9 mantissa
-bits, so every octave has 512 bins (0.14-0.2 % wide) and no range has to be known beforehand. Nothing is ever
-re-binned: counts only add up, which makes the result independent of batch size and order, and lets several
-processes merge theirs. The maximum is kept exactly.
+`Histogram` counts |x| in bins given by the leading bits of its float32 pattern, 8 exponent bits and 9 mantissa bits.
+Every octave has 512 bins (0.1 to 0.2 % wide), and no range has to be known beforehand. Counts are only ever added, so the
+result depends neither on batch size nor on order, and the histograms of several processes can be merged. The maximum is
+exact.
 """
 
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ from calib.precision import UNROUNDED
 from calib.quantizer import largest_integer
 from calib.statistics.entropy import entropy_amax
 
-DROPPED_BITS = 14  # mantissa bits of float32 (23) that a bin does not tell apart
+DROPPED_BITS = 14  # of the 23 mantissa bits of float32: values that differ in these alone share a bin
 BINS = 1 << (31 - DROPPED_BITS)
-CHUNK = 1 << 21  # elements counted at a time: temporaries stay small enough to be reused
+CHUNK = 1 << 21  # elements counted at a time, so that temporary tensors stay small
 
 OBSERVERS = ("max", "percentile", "mse", "entropy")
 
-# Thresholds tried by `mse_amax`, as fractions of the maximum.
+# The thresholds that `mse_amax` compares, as fractions of the maximum.
 MSE_FRACTIONS = torch.linspace(1.0, 0.02, 99, dtype=torch.float64)
 
 
 @dataclass
 class Histogram:
-    """Counts of |x| over everything seen (`counts`, int64, (BINS,)) and the exact maximum (`amax`)."""
+    """A histogram of |x|: `counts` int64 (BINS,) over all elements observed, and their exact maximum `amax`."""
 
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
     amax: float = 0.0
@@ -45,7 +45,7 @@ class Histogram:
             self.counts += torch.bincount(keys, minlength=BINS)
 
     def merge(self, other: "Histogram") -> "Histogram":
-        """The histogram of both inputs together."""
+        """A new histogram of all elements that either of the two has observed."""
         return Histogram(self.counts + other.counts, max(self.amax, other.amax))
 
     def populated(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,23 +59,23 @@ def _edges(bins: Tensor) -> Tensor:
 
 
 def max_amax(histogram: Histogram) -> float:
-    """Largest |x| seen: nothing is clipped."""
+    """The largest |x| observed: nothing is clipped."""
     return histogram.amax
 
 
 def percentile_amax(histogram: Histogram, percentile: float) -> float:
-    """Smallest bin edge that at least `percentile` % of the elements lie below, never above the maximum."""
+    """The smallest bin edge with at least `percentile` % of all |x| below it, at most the maximum."""
     _, upper, count = histogram.populated()
     cumulative = count.cumsum(0)
-    wanted = round(float(cumulative[-1]) * percentile / 100, 3)  # without the last digits of the division
+    wanted = round(float(cumulative[-1]) * percentile / 100, 3)  # without the rounding error of the division
     index = int(torch.searchsorted(cumulative, wanted))
     return min(float(upper[index]), histogram.amax)
 
 
 def mse_amax(histogram: Histogram, bits: int = 8) -> float:
-    """Clipping threshold with the least mean squared rounding + clipping error at `bits` bits.
+    """The clipping threshold with the least mean squared error of rounding and clipping to `bits` bits.
 
-    Fractions of the maximum in steps of 1 % are tried; ties go to the larger threshold (less clipping).
+    The thresholds compared are MSE_FRACTIONS of the maximum; of equal ones the largest is chosen.
     """
     lower, upper, count = histogram.populated()
     centre = (lower + upper) / 2
@@ -85,13 +85,16 @@ def mse_amax(histogram: Histogram, bits: int = 8) -> float:
         rounded = torch.round(centre / scale).clamp(max=high) * scale
         return ((rounded - centre) ** 2 * count).sum()
 
-    # one at a time: all at once take 100 times the memory of the histogram
+    # one at a time, because all at once would take 100 times the memory of the histogram
     errors = torch.stack([error(scale) for scale in (thresholds / high).clamp(min=torch.finfo(torch.float64).tiny)])
     return float(thresholds[int(errors.argmin())])
 
 
 def amax_from_histogram(histogram: Histogram, observer: str, percentile: float, bits: int = 8) -> float:
-    """Clipping threshold by the observer of that name, one of `OBSERVERS`; the maximum where nothing rounds."""
+    """The clipping threshold of |x| by one of `OBSERVERS`, in the unit of x; the maximum if `bits` is UNROUNDED.
+
+    `percentile` (%) is for the observer of that name alone.
+    """
     if bits == UNROUNDED:
         return max_amax(histogram)
     if observer == "percentile":

@@ -1,10 +1,10 @@
-"""Asymmetric ranges: streaming statistics that keep the sign, and the grid that loses least on them.
+"""Asymmetric ranges: streaming statistics that keep the sign, and the grid with the least squared error on them.
 
     s = (high - low) / (2^b - 1)        z = -round(low / s)        (calib/quantizer.py, shifted to signed integers)
 
-RepQ-ViT's rule for (low, high) is `repq`: the two-sided percentile among three with the least squared error of the tensor
-itself. Nothing here is judged by the network's output, as `search` does in calib/scales/calibrate.py: this is what
-papers do.
+RepQ-ViT's rule for (low, high) is `repq`: of three two-sided percentiles, the one with the least squared error of the
+tensor itself (Li et al., ICCV 2023). These rules look at one tensor, as papers do; `search` in calib/scales/calibrate.py
+looks at the output of the network.
 """
 
 from collections.abc import Iterable
@@ -20,16 +20,16 @@ from calib.quantizer import QParams, qparams_from_range
 from calib.statistics.observers import BINS, CHUNK, DROPPED_BITS, MSE_FRACTIONS, Histogram
 
 REPQ = "repq"
-PERCENTILES = (99.9, 99.99, 99.999)  # tried by RepQ-ViT
+PERCENTILES = (99.9, 99.99, 99.999)  # %, those that RepQ-ViT compares
 
 AnyGrid = TypeVar("AnyGrid", bound=Grid)
 
 
 @dataclass
 class SignedHistogram:
-    """Counts of x over everything seen, and its exact extremes.
+    """A histogram of x over all elements observed, and their exact minimum `low` and maximum `high`.
 
-    `counts` (int64, (2 BINS,)): the bins of `Histogram`, first of what has no sign bit, then of what has one.
+    `counts` int64 (2 BINS,): the bins of `Histogram`, first of the elements without a sign bit, then of those with one.
     """
 
     counts: Tensor = field(default_factory=lambda: torch.zeros(2 * BINS, dtype=torch.int64))
@@ -48,7 +48,7 @@ class SignedHistogram:
             self.counts += torch.bincount(keys, minlength=2 * BINS)
 
     def merge(self, other: "SignedHistogram") -> "SignedHistogram":
-        """The histogram of both inputs together."""
+        """A new histogram of all elements that either of the two has observed."""
         return SignedHistogram(self.counts + other.counts, min(self.low, other.low), max(self.high, other.high))
 
     def populated(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,25 +61,25 @@ class SignedHistogram:
 
 
 def percentile_range(histogram: SignedHistogram, percentile: float) -> tuple[float, float]:
-    """(low, high): the innermost bin edges that at least `percentile` % of the elements lie above and below."""
+    """(low, high): the innermost bin edges with at least `percentile` % of the elements above low, and below high."""
     lower, upper, count = histogram.populated()
-    wanted = round(float(count.sum()) * percentile / 100, 3)  # without the last digits of the division
+    wanted = round(float(count.sum()) * percentile / 100, 3)  # without the rounding error of the division
     below, above = count.cumsum(0), count.flip(0).cumsum(0)
     low = lower.flip(0)[int(torch.searchsorted(above, wanted))]
     return float(low), float(upper[int(torch.searchsorted(below, wanted))])
 
 
 def least_squares_grid(histogram: SignedHistogram, grids: Iterable[AnyGrid]) -> AnyGrid:
-    """The grid with the least squared rounding error over all elements; ties go to the first."""
+    """The one of `grids` with the least sum of squared rounding errors over all elements; the first of equal ones."""
     lower, upper, count = histogram.populated()
     centre = (lower + upper) / 2
     return min(grids, key=lambda grid: float(((grid.fake_quantize(centre) - centre) ** 2 * count).sum()))
 
 
 def grid_from_histogram(histogram: SignedHistogram, observer: str, percentile: float, bits: int) -> QParams:
-    """The asymmetric grid by observer: repq, max, percentile (of both sides) or mse.
+    """The asymmetric grid by one of the observers repq, max, percentile (of both sides) and mse.
 
-    `mse` shrinks both ends alike, as FQ-ViT's OMSE.
+    `mse` shrinks low and high by the same factor, as FQ-ViT's OMSE does. Raises UserError for `entropy`.
     """
     if observer == "entropy":
         raise UserError("observer 'entropy' knows symmetric ranges only: expected search, repq, max, percentile or mse")

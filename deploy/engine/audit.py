@@ -1,7 +1,7 @@
-"""The proof: which layers were planned for INT8, and do INT8 kernels run them?
+"""The audit: does an INT8 kernel run each layer that the ONNX graph plans for INT8?
 
-The plan is the ONNX graph's Q/DQ nodes; the evidence is the engine's kernels. They meet by node name, not by
-count: one kernel may cover several layers (q, k and v as one GEMM), and attention adds GEMMs without weights.
+The plan is the Q/DQ nodes of the graph, the evidence is the kernels of the engine. They are compared by node name, not by
+number: one kernel may cover several layers (q, k and v as one GEMM), and attention adds GEMMs without weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,12 @@ _SHOWN = 5  # lost layers named in a message
 
 @dataclass(frozen=True)
 class Audit:
-    """Numbers of kernels by what they multiply, and the planned layers that no INT8 kernel runs.
+    """The numbers of kernels by the type they multiply, and the planned layers that no INT8 kernel runs.
 
-    `kernels`: all of them. `int8_attention`: those of `fused_attention` whose q, k and v are INT8. `casts`:
-    kernels that only change types. `unproven`: GEMMs and convolutions whose factors are of no readable type.
-    `planned`: how many layers. `lost`: ONNX node names; `lost_attention`: those of the products inside attentions.
+    `kernels`: the number of all kernels. `int8_attention`: how many of the `fused_attention` have q, k and v in INT8.
+    `casts`: kernels that only change types. `unproven`: GEMMs and convolutions whose factors have no readable type.
+    `planned`: the number of layers planned for INT8. `lost`: the ONNX node names of those that no INT8 kernel runs;
+    `lost_attention`: the names of the lost products inside attentions.
     """
 
     kernels: int
@@ -43,11 +44,11 @@ class Audit:
     lost_attention: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The audit as plain values, for report and manifest."""
         return asdict(self) | {"lost": list(self.lost), "lost_attention": list(self.lost_attention)}
 
     def summary(self) -> str:
-        """One line in plain words."""
+        """The audit in one line."""
         done = self.planned - len(self.lost)
         parts = [
             f"{done} of {self.planned} planned layers run in INT8 "
@@ -62,14 +63,14 @@ class Audit:
 
 
 class _Graph:
-    """Walks a graph from a tensor towards its origin."""
+    """The producers of all tensors of a graph, to follow a tensor to its origin."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.producers = {output: node for node in graph.node for output in node.output}
         self.int8 = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
 
     def origin(self, tensor: str, through: tuple[str, ...]) -> onnx.NodeProto | None:
-        """First node upstream that is not one of the `through` types."""
+        """The first node upstream of `tensor` whose operator is not one of `through`."""
         node = self.producers.get(tensor)
         while node is not None and node.op_type in through:
             node = self.producers.get(node.input[0])
@@ -89,7 +90,7 @@ class _Graph:
 
 
 def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the MatMul, Gemm and Conv nodes with quantized activation and INT8 weight, in graph order.
+    """The names of the MatMul, Gemm and Conv nodes with a quantized activation and an INT8 weight, in graph order.
 
     The activation is QuantizeLinear -> DequantizeLinear, the weight DequantizeLinear of an INT8 initializer;
     Reshape (activations only) and Transpose may lie between. Raises UserError if such a node has no name of its own.
@@ -106,7 +107,7 @@ def planned_layers(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def planned_attention(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the MatMul nodes of two quantized activations, in graph order: q k^T and P v of each INT8 attention.
+    """The names of the MatMul nodes of two quantized activations, in graph order: q k^T and P v of each INT8 attention.
 
     Raises UserError if such a node has no name of its own.
     """
@@ -126,9 +127,9 @@ def _covered(kernels: Iterable[Kernel], *kinds: str) -> set[str]:
 
 
 def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable[str] = ()) -> Audit:
-    """Count `kernels` by what they multiply and find the planned ONNX nodes that none runs in INT8.
+    """Count `kernels` by the type they multiply, and find the `planned` ONNX nodes that no kernel runs in INT8.
 
-    `attention`: the products of activations, which only a fused INT8 attention kernel may run.
+    `attention`: the names of the products of activations, which only a fused INT8 attention kernel may run.
     """
     products = [kernel for kernel in kernels if kernel.kind in ("gemm", "conv")]
     covered, fused = _covered(kernels, "gemm", "conv"), _covered(kernels, "attention")
@@ -184,7 +185,7 @@ def _faults(result: Audit) -> list[str]:
 def require_int8(result: Audit) -> None:
     """Raise ContractError unless every planned layer runs in INT8 and nothing is multiplied in FP32.
 
-    Fails as well if nothing is planned or a GEMM's type cannot be read.
+    It is also raised if no layer is planned, or if the type of a GEMM or convolution cannot be read.
     """
     if faults := _faults(result):
         raise ContractError("the engine is not INT8 as planned: " + "; ".join(faults))

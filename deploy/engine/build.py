@@ -1,4 +1,4 @@
-"""ONNX -> serialized engine, the part TensorRT and TensorRT-RTX share: their Python modules have one and the same API."""
+"""Builds a serialized engine from ONNX: the part that TensorRT and TensorRT-RTX share, as their Python API is the same."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from calib.errors import UserError
 
 @dataclass(frozen=True)
 class Profile:
-    """Batch sizes an engine accepts: 1 to `maximum`, tuned for `opt`."""
+    """The batch sizes that an engine accepts: 1 to `maximum`, optimized for `opt`. Raises UserError for other orders."""
 
     opt: int = 8
     maximum: int = 32
@@ -21,7 +21,7 @@ class Profile:
 
 
 def _logger(trt: ModuleType) -> Any:
-    """A logger that keeps warnings and errors instead of printing hundreds of lines."""
+    """A logger that records warnings and errors instead of printing hundreds of lines."""
 
     class KeepingLogger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -47,10 +47,10 @@ def _strongly_typed_flags(trt: ModuleType) -> int:
 def serialize_network(
     trt: ModuleType, model: bytes, profile: Profile, configure: Callable[[Any], None]
 ) -> tuple[bytes, tuple[str, ...]]:
-    """Build the ONNX `model` with the module `trt`; `configure` edits the builder configuration.
+    """Build the serialized ONNX `model` with the module `trt`; `configure` edits the builder configuration.
 
-    Returns the serialized engine and the builder's distinct warnings. Raises UserError with the parser's or builder's
-    first error.
+    Returns (serialized engine, distinct warnings of the builder). Raises UserError with the first error of the parser or
+    builder.
     """
     logger = _logger(trt)
     builder = trt.Builder(logger)

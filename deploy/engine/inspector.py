@@ -1,16 +1,16 @@
-"""Kernels of a TensorRT engine, read from the JSON of its `EngineInspector` (verbosity DETAILED).
+"""Reads the kernels of a TensorRT engine from the JSON of its `EngineInspector` (verbosity DETAILED).
 
-No TensorRT engine was at hand when this was written. The shapes were learned from NVIDIA's page "Migrating
-IEngineInspector Usage from TensorRT 10.x to 11.x", from graph files in the tests of trt-engine-explorer and
-the reader in the skill trt-perf-analysis (both NVIDIA/TensorRT), and from inspector output of TensorRT 10 in
-public repositories. So a field that is missing or new makes a kernel "unknown", never INT8.
+This reader was written without a TensorRT engine. Its sources are NVIDIA's page "Migrating IEngineInspector Usage from
+TensorRT 10.x to 11.x", graph files in the tests of trt-engine-explorer and the reader in the skill trt-perf-analysis (both
+NVIDIA/TensorRT), and inspector output of TensorRT 10 in public repositories. So a field that is missing or new makes a
+kernel "unknown", never INT8.
 
 1. Types: 10.x has one field, "Format/Datatype": "Row-major Int8"; 11.x has "Format" and "Datatype". (The
    document's "Bindings" became "I/O Tensors"; neither is read here.)
 2. A tactic such as `sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize..` names what is multiplied: the first and
    third type, i8 and i8. It outranks the tensors: an engine may read INT8 and multiply in FP32.
-3. Without such a name the tensors decide: first input, then "Weights": {"Type": "Int8"} or "Constants". A
-   kernel that the compiler generated may convert before it multiplies, so its tensors prove nothing.
+3. Without such a name the types of the tensors decide: the first input, then "Weights": {"Type": "Int8"} or
+   "Constants". A kernel that the compiler generated may convert before it multiplies, so its tensors prove nothing.
 """
 
 import json
@@ -50,7 +50,7 @@ def _dtypes(tensors: Any) -> tuple[str, ...]:
 
 
 def _kind_unlisted(name: str, layer_type: str, tactic: str, dtypes: set[str]) -> Kind:
-    """Kind of a layer whose type does not tell. `dtypes`: of all its tensors."""
+    """The kind of a layer whose LayerType is not listed. `dtypes`: the types of all its tensors."""
     if layer_type == "reformat":
         return "cast" if len(dtypes) > 1 and "int8" not in dtypes else "other"  # with INT8 it quantizes
     kind = kind_from_generated_name(name)
@@ -58,7 +58,7 @@ def _kind_unlisted(name: str, layer_type: str, tactic: str, dtypes: set[str]) ->
 
 
 def _factors_from_tactic(tactic: str) -> tuple[str, ...]:
-    """Types of both factors, empty if the name does not tell."""
+    """The types of both factors according to the name of a tactic; empty if the name has none."""
     if xmma := _XMMA.search(tactic):
         return _XMMA_DTYPES[xmma[1]], _XMMA_DTYPES[xmma[2]]
     return next(((dtype, dtype) for pattern, dtype in _OTHER_TACTICS if re.search(pattern, tactic)), ())
@@ -73,7 +73,7 @@ def _kernel(layer: Mapping[str, Any]) -> Kernel:
     listed = next((kind for part, kind in _LAYER_TYPES if part in layer_type.lower()), None)
     kind = listed or _kind_unlisted(name, layer_type.lower(), tactic.lower(), {*activations, *outputs})
     inputs = (*activations, *constants)
-    if kind == "conv":  # what else it reads is a residual, never the weight
+    if kind == "conv":  # its further inputs are residuals, never the weight
         inputs = (*activations[:1], *(constants or ("unknown",)), *activations[1:])
     if kind in ("gemm", "conv"):
         inputs = _factors_from_tactic(tactic.lower()) or (inputs if listed else ("unknown",) * len(inputs))
@@ -83,10 +83,10 @@ def _kernel(layer: Mapping[str, Any]) -> Kernel:
 
 
 def kernels_from_inspector(text: str) -> tuple[Kernel, ...]:
-    """Kernels in the order of the engine, from `get_engine_information(LayerInformationFormat.JSON)`.
+    """The kernels in the order of the engine, from `get_engine_information(LayerInformationFormat.JSON)`.
 
-    Works for TensorRT 10 and 11, and for a bare list of layers. Raises UserError if `text` is no such
-    document or tells of an engine built without DETAILED verbosity.
+    `text` may come from TensorRT 10 or 11, or be a list of layers alone. Raises UserError if it is no such document, or
+    describes an engine that was built without DETAILED verbosity.
     """
     try:
         document = json.loads(text)

@@ -1,6 +1,6 @@
-"""What an engine runs, one `Kernel` per launch, in words that belong to no TensorRT version.
+"""The kernels of an engine, one `Kernel` per launch, in a form that does not depend on the version of TensorRT.
 
-Both readers, `plan_text` and `inspector`, end here, so `audit` need not know how an engine described itself.
+Both readers, `plan_text` and `inspector`, return it, so `audit` does not depend on how an engine describes itself.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Literal
 
 Kind = Literal["gemm", "conv", "attention", "cast", "other"]
 
-PRECISIONS = ("int8", "fp16", "fp32", "unknown")  # from best to worst; what this project multiplies in
+PRECISIONS = ("int8", "fp16", "fp32", "unknown")  # from best to worst
 FACTORS: dict[Kind, int] = {"gemm": 2, "conv": 2, "attention": 3}  # how many inputs are multiplied
 
 _DTYPES = {
@@ -25,11 +25,10 @@ _MOVES = {"Cast", "Move", "Resh", "Tran"}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch.
+    """One launch of a kernel.
 
-    `inputs`, `outputs`: "int8", "fp16", "fp32", "int32", "int64", "bool", ... or "unknown". The factors come
-    first: activation and weight of a gemm or conv, q, k and v of an attention. `layers`: names of the ONNX
-    nodes it covers.
+    `inputs`, `outputs`: types "int8", "fp16", "fp32", "int32", "int64", "bool", ... or "unknown". The factors come first:
+    activation and weight of a gemm or conv; q, k and v of an attention. `layers`: names of the ONNX nodes it covers.
     """
 
     name: str
@@ -40,30 +39,30 @@ class Kernel:
 
     @property
     def precision(self) -> str:
-        """One of PRECISIONS: the widest factor, "unknown" for any other type or if a factor is missing."""
+        """The widest type of the factors, one of PRECISIONS; "unknown" for other types or a missing factor."""
         count = FACTORS.get(self.kind, 0)
         factors = [dtype if dtype in PRECISIONS else "unknown" for dtype in self.inputs[:count]]
         return max(factors, key=PRECISIONS.index) if factors and len(factors) == count else "unknown"
 
 
 def count_kernels(kernels: Iterable[Kernel], kind: Kind, precision: str) -> int:
-    """How many kernels of `kind` multiply in `precision`."""
+    """The number of kernels of this `kind` that multiply in this `precision`."""
     return sum(kernel.kind == kind and kernel.precision == precision for kernel in kernels)
 
 
 def dtype_from_text(text: str) -> str:
-    """Type named in `text`, e.g. "half", "Row-major Int8", "Row major linear FP32"; "unknown" if none is."""
+    """The type that `text` names, e.g. "half", "Row-major Int8", "Row major linear FP32"; "unknown" if it names none."""
     words = (word.lower() for word in re.findall(r"[A-Za-z]+\d*", text))
     return next((_DTYPES[word] for word in words if word in _DTYPES), "unknown")
 
 
 def layers_from_metadata(text: str) -> tuple[str, ...]:
-    """Node names in "[ONNX Layer: a]\\x1f[ONNX Layer: b]", each once, in order."""
+    """The distinct node names in "[ONNX Layer: a]\\x1f[ONNX Layer: b]", in order."""
     return tuple(dict.fromkeys(_LAYER.findall(text)))
 
 
 def kind_from_generated_name(name: str) -> Kind:
-    """Kind of a kernel that TensorRT's compiler wrote and named, e.g. "__myl_CastMulFc" or "_gemm_mha_v2".
+    """The kind of a kernel that TensorRT's compiler generated and named, e.g. "__myl_CastMulFc" or "_gemm_mha_v2".
 
     A "cast" changes types and perhaps the layout, nothing else.
     """

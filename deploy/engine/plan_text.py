@@ -1,4 +1,4 @@
-"""Kernels of a TensorRT-RTX engine, read from the program text inside it: no GPU, no TensorRT package.
+"""Reads the kernels of a TensorRT-RTX engine from the program text inside it, without a GPU or a TensorRT package.
 
 The text is undocumented. An engine of tensorrt-rtx 1.7 holds one or more programs of this shape:
 
@@ -16,8 +16,8 @@ The text is undocumented. An engine of tensorrt-rtx 1.7 holds one or more progra
 2. A program with accelerators={*} is the inside of one launch (`runtime_fusion`, `runtime_function`) of the
    program before it, the launch with the same outputs. Only the inside tells what is multiplied:
    `__myl_CastMulFc` reads INT8, casts, and multiplies in FP16.
-3. Each optimization profile has its own copy of a program; the copy's outputs are called "y [profile 1].1".
-   Requests choose the profile, so the worst copy counts.
+3. Each optimization profile has its own copy of a program, with outputs called "y [profile 1].1". A request may
+   use any profile, so the copy with the fewest INT8 products counts.
 4. All GPU architectures of an engine share one program.
 5. The operands of `fully_connected` and `corrltn` (a convolution) are activation, weight, alpha, beta, bias.
 """
@@ -98,7 +98,7 @@ def _kernel(operation: str, name: str, text: str, dtypes: Mapping[str, str], ins
     layers = _LAYERS.search(text)
     kind = _OPERATIONS.get(operation) or kind_from_generated_name(name)
     if operation not in _OPERATIONS and kind in ("gemm", "conv"):
-        inputs = ("unknown",) * len(inputs)  # a fused kernel may convert what it reads before it multiplies
+        inputs = ("unknown",) * len(inputs)  # a fused kernel may convert its inputs before it multiplies
     if products := [kernel for kernel in inside if kernel.kind in ("gemm", "conv")]:
         worst = max(products, key=lambda kernel: PRECISIONS.index(kernel.precision))
         kind, inputs = worst.kind, worst.inputs
@@ -106,7 +106,7 @@ def _kernel(operation: str, name: str, text: str, dtypes: Mapping[str, str], ins
 
 
 def _kernels(program: _Program, insides: Mapping[tuple[str, ...], _Program]) -> tuple[Kernel, ...]:
-    """Launches of `program` in order. `insides`: programs inside its launches, by their outputs."""
+    """The launches of `program` in order. `insides`: the programs inside its launches, by their outputs."""
     kernels = []
     for operation, quoted, bare, text in _LAUNCH.findall(program.main):
         if operation in _NO_LAUNCH:
@@ -125,10 +125,10 @@ def _badness(kernels: tuple[Kernel, ...]) -> tuple[int, ...]:
 
 
 def kernels_from_rtx_plan(plan: bytes) -> tuple[Kernel, ...]:
-    """Kernels of the TensorRT-RTX engine `plan`, in order of launch.
+    """The kernels of the TensorRT-RTX engine `plan`, in order of launch.
 
-    Where optimization profiles differ, the one with the fewest INT8 products counts. Raises UserError if the
-    engine holds no complete program text, as after a change of version.
+    If optimization profiles differ, the one with the fewest INT8 products counts. Raises UserError if the engine holds no
+    complete program text, as another version of TensorRT-RTX may write.
     """
     programs = _programs(plan)
     copies: dict[tuple[str, ...], list[tuple[Kernel, ...]]] = defaultdict(list)

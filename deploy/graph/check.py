@@ -1,4 +1,4 @@
-"""What TensorRT would refuse, or accept and run slowly, told before an engine is built.
+"""Checks an ONNX graph before an engine is built: what would TensorRT refuse, or accept and run slowly?
 
 A strongly typed engine takes its types from the graph, so the rules are about types, scales and axes. A rule
 maps the typed graph to findings, one line each: `name: what is wrong, what was expected`.
@@ -28,7 +28,7 @@ OUTPUT_CHANNEL = {
 
 
 def _typed(model: onnx.ModelProto) -> ir.Model:
-    """`model` with inferred types; recorded ones may be stale and are dropped first."""
+    """`model` with inferred types. Recorded types are dropped first, because they may be out of date."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.value_info[:]
@@ -51,7 +51,7 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """The number behind an initializer or Constant node; None if computed at run time."""
+    """The array of an initializer or Constant node; None for a value computed at run time."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
@@ -69,7 +69,7 @@ def _name(dtype: ir.DataType | None) -> str:
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    """Known when the engine is built: a constant, or a constant that the graph quantizes or transposes."""
+    """Whether `value` is known when the engine is built: a constant, or one that the graph quantizes or transposes."""
     if value is None:
         return False
     node = value.producer()
@@ -86,7 +86,7 @@ def opset_is_current(model: ir.Model) -> Iterator[str]:
 
 
 def graph_is_flat(model: ir.Model) -> Iterator[str]:
-    """The other rules read one list of nodes: what they cannot see must not pass as fine."""
+    """The other rules look at the nodes of one graph. Nodes in functions and subgraphs would escape them."""
     for function in model.functions.values():
         yield f"{function.name}: a local function, expected its nodes inlined"
     for node in model.graph:
@@ -95,16 +95,16 @@ def graph_is_flat(model: ir.Model) -> Iterator[str]:
 
 
 def floats_are_fp16(model: ir.Model) -> Iterator[str]:
-    """The types of the graph are the types of the engine: FP32 spreads to all that follows it, silently."""
+    """The types of the graph are those of the engine: one FP32 value silently turns all that follows into FP32."""
     for value in _values(model):
         if value.dtype is None:
             yield f"{value.name}: type cannot be inferred, expected standard ONNX operators"
         elif _is_float(value) and value.dtype is not ir.DataType.FLOAT16:
-            yield f"{value.name}: an island of {value.dtype.name}, expected FLOAT16"
+            yield f"{value.name}: type {value.dtype.name}, expected FLOAT16"
 
 
 def nothing_casts_floats(model: ir.Model) -> Iterator[str]:
-    """A Cast costs a kernel; after a DequantizeLinear it also makes the matrix product write FP32."""
+    """A Cast costs a kernel. Behind a DequantizeLinear it also makes the matrix product write FP32."""
     for node in _nodes(model, "Cast", "CastLike"):
         source = node.inputs[0]
         assert source is not None
@@ -117,7 +117,7 @@ def nothing_casts_floats(model: ir.Model) -> Iterator[str]:
 
 
 def scales_are_fp16_constants(model: ir.Model) -> Iterator[str]:
-    """A run-time scale costs the INT8 kernel; what follows a DequantizeLinear has the type of its scale."""
+    """With a run-time scale there is no INT8 kernel, and the type of a scale is that of the dequantized tensor."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
         scale = _constant(node.inputs[1])
         if scale is None:
@@ -130,7 +130,7 @@ def scales_are_fp16_constants(model: ir.Model) -> Iterator[str]:
 
 
 def zero_points_are_zero(model: ir.Model) -> Iterator[str]:
-    """TensorRT rounds symmetrically to int8; a missing zero point is int8 to it and uint8 to ONNX."""
+    """TensorRT quantizes symmetrically to int8. A missing zero point means int8 to TensorRT and uint8 to ONNX."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
         value = _input(node, 2)
         if value is None:
@@ -147,7 +147,7 @@ def zero_points_are_zero(model: ir.Model) -> Iterator[str]:
 
 
 def integers_are_int8(model: ir.Model) -> Iterator[str]:
-    """TensorRT dequantizes no int32: a bias stays an FP16 initializer. Other integers are not this tool's."""
+    """TensorRT does not dequantize int32: a bias stays an FP16 initializer. This tool writes no other integers."""
     for node in _nodes(model, DEQUANTIZE):
         value = node.inputs[0]
         assert value is not None
@@ -158,7 +158,7 @@ def integers_are_int8(model: ir.Model) -> Iterator[str]:
 
 
 def activations_have_one_scale(model: ir.Model) -> Iterator[str]:
-    """A scale per input channel cannot leave the sum of a product: TensorRT then multiplies in FP16."""
+    """A scale per input channel is no factor of the sum of products: TensorRT would multiply in FP16."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
         scale = _constant(node.inputs[1])
         if scale is not None and scale.size > 1 and not _is_weight(node.inputs[0]):
@@ -166,7 +166,7 @@ def activations_have_one_scale(model: ir.Model) -> Iterator[str]:
 
 
 def _channel_axes(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int, int]]:
-    """(consumer, `axis` as it sees it, axis of its output channel) for a weight, through Transposes."""
+    """(consumer, `axis` as it sees it, axis of its output channel) of a weight, through Transposes."""
     assert value.shape is not None
     rank = len(value.shape)
     for node, index in value.uses():
@@ -179,7 +179,7 @@ def _channel_axes(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int, in
 
 
 def weight_axis_is_output_channel(model: ir.Model) -> Iterator[str]:
-    """Only a scale per output channel can follow the INT8 sum: otherwise TensorRT multiplies in FP16."""
+    """Only a scale per output channel can be applied to the INT8 sum: otherwise TensorRT multiplies in FP16."""
     for node in _nodes(model, DEQUANTIZE):
         weight, scale = node.inputs[0], _constant(node.inputs[1])
         if scale is None or scale.size == 1 or not _is_weight(weight):
@@ -217,13 +217,13 @@ RULES: tuple[Rule, ...] = (
 
 
 def check_strongly_typed(model: onnx.ModelProto) -> tuple[str, ...]:
-    """All findings of all rules on `model` (unchanged); empty if TensorRT runs it as written."""
+    """The findings of all rules on `model`; empty if TensorRT runs the graph as written. `model` is not edited."""
     typed = _typed(model)
     return tuple(finding for rule in RULES for finding in rule(typed))
 
 
 def require_strongly_typed(model: onnx.ModelProto) -> None:
-    """Raise UserError with the number of findings and the first three, if there is any."""
+    """Raise UserError with the number of findings and the first three of them, if there are any."""
     findings = check_strongly_typed(model)
     if findings:
         count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"

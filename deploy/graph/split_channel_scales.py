@@ -1,15 +1,15 @@
-"""Per-channel weight scales of a MatMul -> one scale in the INT8 product, one factor per channel behind it.
+"""Splits per-channel weight scales of a MatMul into one scale of the INT8 product and one factor per channel behind it.
 
     y = (q_x q_W) s_x s      scales s (N,), one per column of the weight q_W (K, N)
       = (q_x q_W) s_x t c    t a power of two, c = s / t
 
-TensorRT-RTX writes the result of an INT8 product in FP16. Given s it multiplies by s_x s in a later kernel:
-it writes the bare integer sum, and five products of 127 x 127 are beyond 65504, the largest FP16 number.
-Given t it multiplies the INT32 sum by s_x t in float before it rounds to FP16, and the factor c joins the
-kernel of the bias: the number of kernels stays. Convolutions write FP32 and are left alone.
+TensorRT-RTX writes the result of an INT8 product in FP16. Given s, it multiplies by s_x s in a later kernel: what it
+writes is the integer sum, and five products of 127 x 127 exceed 65504, the largest FP16 number. Given t, it multiplies the
+INT32 sum by s_x t in float before it rounds to FP16, and the kernel that adds the bias multiplies by c: the number of
+kernels does not change. Convolutions write FP32 and are not edited.
 
-Products that read one tensor get one t, the largest of theirs: the compiler computes such products side by side in
-one kernel (q, k and v; a layer and the branch beside it), but only where s_x t is the same for all.
+Products that read the same tensor get the same t, the largest of theirs: the compiler merges such products into one kernel
+(q, k and v; a layer and the branch beside it), but only if s_x t is the same for all.
 """
 
 from collections import defaultdict
@@ -25,8 +25,8 @@ from deploy.graph.names import constant_name, renamed_operator
 def tensor_and_channel_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(t, c) of shapes () and (N,) with c * t == `scales` (N,) in every bit, all in one dtype.
 
-    t is the smallest power of two that no scale exceeds: c is at most 1, and as far from subnormal as can be.
-    Scales above 1 get t = 1, for a division by more could lose bits of a small scale.
+    t is the smallest power of two that no scale exceeds, so that c is at most 1 and as far from subnormal as possible.
+    If a scale exceeds 1, t is 1: a larger divisor could lose bits of a small scale.
     """
     mantissa, exponent = np.frexp(scales.max())  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
     t = np.ldexp(scales.dtype.type(1), min(exponent - int(mantissa == 0.5), 0))
@@ -34,7 +34,7 @@ def tensor_and_channel_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _channel_scales(node: ir.Node) -> np.ndarray | None:
-    """Scales (N,) if `node` dequantizes a weight (K, N) per column and only MatMuls multiply by it."""
+    """The scales (N,) of a `node` that dequantizes a weight (K, N) per column for MatMuls alone; None for any other."""
     if node.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
         return None
     weight, scale = (ir.convenience.get_const_tensor(value) for value in node.inputs[:2] if value is not None)
@@ -66,7 +66,7 @@ def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> Non
 
 
 def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarray]:
-    """t () of each dequantized weight in `scales`: one for all whose products read the same tensor."""
+    """t () of each dequantized weight in `scales`; weights whose products read the same tensor share one."""
     found = {node: tensor_and_channel_scales(values)[0] for node, values in scales.items()}
     readers = defaultdict(list)
     for node in scales:
@@ -79,10 +79,10 @@ def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarra
 
 
 def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A new model: a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
+    """A new model with a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
 
-    Expects symmetric weights and the node names of deploy/graph/names.py. A weight that is read by anything but
-    MatMuls, as their right factor, keeps its scales.
+    It expects symmetric weights and the node names of deploy/graph/names.py. A weight with another reader than the
+    right factor of MatMuls keeps its scales.
     """
     result = ir.from_proto(model)
     graph = result.graph

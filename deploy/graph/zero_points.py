@@ -1,8 +1,8 @@
-"""Zero points written out, for ONNX Runtime on processors without VNNI.
+"""Explicit zero points for ONNX Runtime on processors without VNNI.
 
-Asked for exact sums there (deploy/measure/ort_options.py), it turns INT8 weights into unsigned ones. A convolution's weight
-without zero points then gets a single one for all its channels, which it refuses to run; zero points that two weights
-share it replaces twice, and fails.
+If it has to compute exact sums there (deploy/measure/ort_options.py), ONNX Runtime turns INT8 weights into unsigned ones.
+It then gives the weight of a convolution that has no zero points a single one for all channels, and refuses to run it.
+Zero points that two weights share it replaces twice, and fails.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from deploy.graph.names import constant_name
 
 
 def with_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model`, edited: every DequantizeLinear of one scale per channel has zero points of its own, all 0."""
+    """Give every DequantizeLinear with one scale per channel zero points of its own, all 0 (edits `model`, returns it)."""
     graph = model.graph
     channels = {each.name: each.dims[0] for each in graph.initializer if len(each.dims) == 1}
     for node in graph.node:

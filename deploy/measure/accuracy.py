@@ -1,6 +1,6 @@
-"""How close two networks' outputs are: fidelity of a quantized network to its float original.
+"""The fidelity of a quantized network: how close its outputs are to those of the float network.
 
-Outputs are rows: logits (N, classes) of a classifier, features (N, D) of a network without a head.
+Outputs have one row per image: logits (N, classes) of a classifier, features (N, D) of a network without a head.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ NEIGHBOUR_ROWS = 1024  # nearest neighbours are searched among the first rows on
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement of a network with its reference over `count` images.
+    """The agreement of a network with its reference over `count` images.
 
     `sqnr_db`: 10 log10(|reference|^2 / |difference|^2) over all rows. `cosine`: mean over images.
-    `top1_agreement`: share of images with the same winner; the winner is the class of a classifier, and for features
-    the nearest other image by cosine (`top1_kind` says which). `kl`: mean KL(reference || network) of the class
+    `top1_agreement`: share of images with the same top-1 result: the class of a classifier, or for features the
+    nearest other image by cosine (`top1_kind` says which). `kl`: mean KL(reference || network) of the class
     probabilities in nats, None for features. `top1`, `reference_top1`: accuracy on labels, None without labels.
     `sources`: number of source images, `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db` over them; None where
     the source images are not known.
@@ -38,19 +38,19 @@ class Fidelity:
     sqnr_interval_db: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The fidelity as plain values, for the report."""
         return asdict(self)
 
 
 def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
-    """Signal to quantization-noise ratio in dB, at most `MAX_SQNR_DB` (equal arrays have no finite one); NaN of NaN."""
+    """The signal to quantization-noise ratio in dB over all elements, at most MAX_SQNR_DB; NaN if an element is NaN."""
     noise = float(((reference.astype(np.float64) - output) ** 2).sum())
     signal = float((reference.astype(np.float64) ** 2).sum())
     return MAX_SQNR_DB if noise == 0 else min(float(10 * np.log10(signal / noise)), MAX_SQNR_DB)
 
 
 def mean_sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
-    """`sqnr_db` by image, averaged: of a few images the one with the most noise does not decide alone."""
+    """The mean over images of `sqnr_db` (dB): unlike `sqnr_db` of all, one image with much noise cannot dominate it."""
     return float(np.mean([sqnr_db(*rows) for rows in zip(reference, output, strict=True)]))
 
 
@@ -72,7 +72,7 @@ def sqnr_interval_db(reference: np.ndarray, output: np.ndarray, sources: Sequenc
 
 
 def relative_l2(reference: np.ndarray, output: np.ndarray) -> float:
-    """|output - reference| / |reference| over all elements."""
+    """The relative L2 difference |output - reference| / |reference| over all elements."""
     reference = reference.astype(np.float64)
     return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
 
@@ -83,7 +83,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def nearest_neighbours(features: np.ndarray) -> np.ndarray:
-    """Index of the most similar other row (cosine) of each row of `features` (N, D)."""
+    """The index (N,) of the most similar other row (by cosine) for each row of `features` (N, D)."""
     unit = _unit(features)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)

@@ -1,7 +1,7 @@
-"""Which of two callables is faster, measured so that a drifting machine cannot decide it.
+"""Paired comparison of the speed of two callables, which a machine that becomes slower or faster does not distort.
 
-The two run in turn (A B A B ...), and the figure is the ratio of neighbours. Absolute times are reported, but on a shared
-machine only the ratio means something.
+The two run in turn (A B A B ...), and the result is the median ratio of neighbours. Absolute times are reported too, but on
+a shared machine only the ratio can be relied on.
 """
 
 import time

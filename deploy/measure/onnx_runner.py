@@ -1,4 +1,4 @@
-"""Running an ONNX graph with ONNX Runtime on the CPU: INT8 kernels for the FP32-typed Q/DQ graph."""
+"""Runs ONNX graphs with ONNX Runtime on the CPU, which has INT8 kernels for the FP32-typed Q/DQ graph."""
 
 import os
 import tempfile
@@ -9,13 +9,14 @@ import numpy as np
 from deploy.measure.ort_options import ort_options
 
 INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
-THREADS = 2  # fixed, so that a figure does not depend on how many cores a machine has
+THREADS = 2  # fixed, so that results do not depend on the number of cores
 
 
 class OnnxRunner:
-    """`runner(images)` -> first output as float32. `images` is (B, 3, H, W) float32 whatever the graph's type.
+    """A session for one graph: `runner(images)` is its first output as float32.
 
-    `fused=False` reads the graph node by node: the meaning of the ONNX file, with no optimizer in between.
+    `images` is float32 (B, 3, H, W), whatever the type of the graph. `fused=False` runs the graph node by node, without
+    the optimizations of ONNX Runtime.
     """
 
     def __init__(self, model: Path | bytes, fused: bool = True, threads: int = THREADS) -> None:
@@ -40,7 +41,7 @@ class OnnxRunner:
 
 
 def integer_layers(model: Path) -> int:
-    """How many products and convolutions of `model` ONNX Runtime computes in integers on this CPU, after its fusions."""
+    """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
     import onnx
     import onnxruntime as ort
 

@@ -9,14 +9,15 @@ from typing import Any
 from calib.errors import UserError, suggestion
 from deploy.engine.kernels import Kernel
 
-PREFERENCE = ("tensorrt", "tensorrt_rtx")  # what TARGET=auto tries, in this order
+PREFERENCE = ("tensorrt", "tensorrt_rtx")  # the order in which TARGET=auto tries them
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine and what is known about it without running it.
+    """A serialized engine, and what is known about it without running it.
 
-    `targets`: GPU architectures it runs on. `settings`: everything that decided the build. `notes`: what a user must know.
+    `plan`: the serialized engine. `targets`: GPU architectures it runs on. `kernels`: what it launches. `settings`: all
+    that determined the build. `notes`: sentences that the user has to read.
     """
 
     plan: bytes
@@ -29,15 +30,15 @@ class Built:
 
 
 def backends() -> dict[str, ModuleType]:
-    """Every backend in this folder by name."""
+    """All backends in this folder by name."""
     found = (importlib.import_module(f"{__name__}.{item.name}") for item in pkgutil.iter_modules(__path__))
     return {module.NAME: module for module in found}
 
 
 def choose_backend(target: str) -> tuple[ModuleType, str]:
-    """(backend, reason for the choice). `target` is a backend's name or `auto`.
+    """(backend, reason for the choice). `target` is the name of a backend, or `auto`.
 
-    Raises UserError for an unknown name, or if what was asked for cannot build here.
+    Raises UserError for an unknown name, or if no engine can be built on this machine.
     """
     known = backends()
     if target != "auto":

@@ -1,4 +1,4 @@
-"""TensorRT 10.12+ and 11: builds on the GPU it will run on. The backend for production."""
+"""The backend TensorRT (10.12+ and 11), which builds on the GPU that the engine will run on. It is for production."""
 
 import importlib.util
 
@@ -16,7 +16,7 @@ OLDEST = (10, 12)  # strong typing with FP16 Q/DQ scales
 
 
 def cannot_build() -> str | None:
-    """Why no engine can be built here, or None."""
+    """The reason why no engine can be built on this machine, or None."""
     if importlib.util.find_spec("tensorrt") is None:
         return f"the package tensorrt is not installed ({INSTALL}, on a GPU host)"
     if gpu_name() is None:
@@ -28,19 +28,22 @@ def cannot_build() -> str | None:
 
 
 def cannot_run() -> str | None:
-    """Why no engine can be run here, or None."""
+    """The reason why no engine can be run on this machine, or None."""
     return cannot_build()
 
 
 def version() -> str:
-    """Version of the installed package."""
+    """The version of the installed package."""
     import tensorrt as trt
 
     return trt.__version__
 
 
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
-    """Build `model` for the GPU of this host. Raises UserError if `sms` names another architecture."""
+    """Build `model` for the GPU of this machine.
+
+    Raises UserError if `sms` names another architecture, or if the engine cannot be built.
+    """
     import tensorrt as trt
 
     here = gpu_compute_capability()

@@ -1,4 +1,4 @@
-"""TensorRT-RTX: builds ahead of time on a machine without a GPU, for one or several GPU architectures."""
+"""The backend TensorRT-RTX, which builds for one or several GPU architectures on a machine without a GPU."""
 
 import importlib.metadata
 import importlib.util
@@ -24,26 +24,29 @@ CONVOLUTION_NOTE = (
 
 
 def cannot_build() -> str | None:
-    """Why no engine can be built here, or None."""
+    """The reason why no engine can be built on this machine, or None."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"the package tensorrt_rtx is not installed ({INSTALL})"
     return None
 
 
 def cannot_run() -> str | None:
-    """Why no engine can be run here, or None."""
+    """The reason why no engine can be run on this machine, or None."""
     from deploy.host import gpu_name
 
     return cannot_build() or (None if gpu_name() else "no NVIDIA driver")
 
 
 def version() -> str:
-    """Version of the installed package."""
+    """The version of the installed package."""
     return importlib.metadata.version("tensorrt_rtx")
 
 
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
-    """Build `model` for the architectures `sms` (default 86, 89, 120). Raises UserError for one that RTX lacks."""
+    """Build `model` for the architectures `sms` (default: DEFAULT_SMS).
+
+    Raises UserError for one that TensorRT-RTX does not support, or if the engine cannot be built.
+    """
     import tensorrt_rtx as trt
 
     sms = sms or DEFAULT_SMS

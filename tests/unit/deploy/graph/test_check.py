@@ -88,7 +88,7 @@ def both(finding):
 
 
 def islands(dtype, names):
-    return [f"{name}: an island of {dtype}, expected FLOAT16" for name in names]
+    return [f"{name}: type {dtype}, expected FLOAT16" for name in names]
 
 
 # rule -> case -> (graph, all findings)
