@@ -68,7 +68,7 @@ def least_error(terms: Tensor, prices: Tensor) -> list[bool]:
             flipped = torch.where(torch.eye(len(made), dtype=torch.bool), 1 - made, made)
             costs = [cost(each) for each in flipped]
             best = min(range(len(costs)), key=lambda index: costs[index])
-            if costs[best] >= now:
+            if not costs[best] < now:  # so, too, where nothing is a number
                 break
             now, made = costs[best], flipped[best]
         ends.append((now, made))
