@@ -81,3 +81,8 @@ def test_what_was_fitted_on_a_half_is_tried_on_the_images_of_the_other_that_choo
     by_half = [model if index == harmful else None for index in range(2)]
     both = [Half(nothing if index == harmful else Part(tokens(2)), nothing) for index in range(2)]
     assert worth_keeping(by_half, both, [0, 0], 0.0) == ["0"]
+
+
+def test_a_network_that_gives_no_numbers_ends_the_search():
+    model = with_branches(wrong=float("nan"))
+    assert worth_keeping([model] * 2, halves(2), [1, 1], 0.05) == ["0", "1"]
