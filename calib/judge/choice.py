@@ -68,7 +68,7 @@ def least_error(terms: Tensor, costs: Tensor) -> list[bool]:
             flipped = torch.where(torch.eye(len(made), dtype=torch.bool), 1 - made, made)
             found = [cost(each) for each in flipped]
             best = min(range(len(found)), key=lambda index: found[index])
-            if found[best] >= now:
+            if not found[best] < now:  # so, too, where nothing is a number
                 break
             now, made = found[best], flipped[best]
         ends.append((now, made))

@@ -35,7 +35,7 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, r
     assert [step["step"] for step in report["waterfall"][1:]] == [
         record["stage"] for record in report["history"] if record["sqnr_after_db"] is not None
     ]
-    assert set(report["branches"]) <= {f"blocks.{index}" for index in range(6)}
+    assert bool(report["branches"]) == (loaded.compensate is not None), "they gain 0.5 dB and more here"
     for figures in report["branches"].values():
         assert {"form", "r2", "r2_cv", "r2_official", "error_before", "error_after", "bytes"} <= figures.keys()
 
@@ -48,8 +48,8 @@ def test_repairs_run_on_a_cnn(tmp_path, monkeypatch, recipe):
 
 def test_no_extra_kernel_means_none(tmp_path, monkeypatch):
     report = report_of(tmp_path, monkeypatch, MODELS["vit"], "int8_qwt", "--max-extra-kernels", "0")
-    if report["branches"]:
-        assert report["engine"]["kernels"] <= report["engine"]["kernels_without_branches"]
+    assert report["branches"]
+    assert report["engine"]["kernels"] <= report["engine"]["kernels_without_branches"]
     (record,) = (record for record in report["history"] if record["stage"] == "qwt")
     assert record["config"]["max_extra_kernels"] == 0
 

@@ -93,3 +93,8 @@ def test_a_trial_is_tried_on_the_images_of_the_other_half_that_choose(rotation):
             expected.append(torch.cat([terms, terms.new_zeros(len(terms), absent)], 1))
     torch.testing.assert_close(found, torch.cat(expected))
     assert bool(found[-1, 2] == 0)
+
+
+def test_a_network_that_gives_no_numbers_ends_the_search():
+    candidate = Candidate.unfitted("", with_branches(wrong=float("nan")))
+    assert worth_keeping(candidate, halves(2), {"0": 1, "1": 1}, 0.05)[0] == ["0", "1"]
