@@ -4,5 +4,7 @@ import math
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); infinite where either is zero."""
+    """Return 10 log10(signal / noise): infinite where either is zero, -infinite where the noise is infinite."""
+    if math.isinf(noise):
+        return -math.inf
     return 10 * math.log10(signal / noise) if signal and noise else math.inf

@@ -126,15 +126,19 @@ class Errors:
     def gain(self, old: int, new: int) -> Gain:
         """Return what the network number `new` gains over the network number `old`."""
         gains = [_gain_db(of_source[old], of_source[new]) for of_source in self.by_source.values()]
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-        return Gain(self.db(old), self.db(new), statistics.fmean(gains), error, len(gains))
+        mean, count = statistics.fmean(gains), len(gains)
+        squares = sum((each - mean) ** 2 for each in gains)  # statistics.stdev refuses what is not a number
+        error = math.sqrt(squares / (count - 1) / count) if count > 1 else 0.0
+        return Gain(self.db(old), self.db(new), mean, error, count)
 
 
 def _gain_db(before: float, after: float) -> float:
     if before == after:
         return 0.0
-    if not before or not after:
-        return LARGEST_DB if before else -LARGEST_DB
+    if not before or math.isinf(after):
+        return -LARGEST_DB
+    if not after or math.isinf(before):
+        return LARGEST_DB
     return decibels(before, after)
 
 

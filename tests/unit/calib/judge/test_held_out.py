@@ -196,6 +196,15 @@ def test_a_trial_that_was_not_made_is_left_out():
     assert gain.sources == 2  # part 1 of the second half
 
 
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_network_without_numbers_never_stays(factor):
+    plain, broken = (Candidate.unfitted(name, network(f)) for name, f in (("plain", 1.2), ("broken", factor)))
+    kept, _, note = challenge(plain, [broken], HALVES)
+    assert kept is plain
+    assert note.startswith("dropped: broken")
+    assert choose([plain, broken], HALVES)[1] == 0
+
+
 def test_without_challengers_nothing_is_judged():
     plain = Candidate.unfitted("plain", network(1.2))
     assert challenge(plain, [], HALVES) == (plain, None, "")
