@@ -32,9 +32,14 @@ class Seen(NamedTuple):
     weights: dict[str, Tensor]
 
 
+def noise_by_image(gradients: Tensor, error: Tensor) -> Tensor:
+    """Return |y(x + e) - y(x)|^2 of every image (B,), K times as much; error (B, ...), `gradients` g (K, B, ...)."""
+    return torch.einsum("kbe,be->kb", gradients.flatten(2), error.flatten(1)).square().sum(0)
+
+
 def output_noise(gradients: Tensor, error: Tensor) -> float:
-    """|y(x + e) - y(x)|^2 summed over images, of an error (B, ...) where g is `gradients` (K, B, ...); K times as much."""
-    return float(torch.einsum("kbe,be->kb", gradients.flatten(2), error.flatten(1)).square().sum())
+    """Return the sum of `noise_by_image` over images."""
+    return float(noise_by_image(gradients, error).sum())
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -3,21 +3,24 @@
 A layer's own error does not tell: in a transformer it favours clipping the few huge activations that later layers need.
 What the error of every threshold at every layer does to the output, to first order (calib/judge/first_order.py), ranks
 rules that all layers follow, and picks a threshold for each layer. The plainest choice is the best rule. Thresholds picked
-layer by layer replace it only if the judge says so (calib/judge/held_out.py).
+layer by layer replace it only if the judge says so (calib/judge/held_out.py), and a layer leaves the rule only where its
+gain exceeds the standard error over source images: few source images do not tell for new ones.
 
 Thresholds come from one half of the calibration images, the images that choose and judge from the other. Both halves must
 be new to each other, equalisation included (calib/scales/channel_scale.py): with the channel scales of all calibration
 images none of them exceeds a range, while new images do, up to three times.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
 from calib.images.batches import ROTATIONS
-from calib.judge.first_order import output_gradients, output_noise
+from calib.judge.first_order import noise_by_image, output_gradients
 from calib.judge.held_out import Errors, Gain
 from calib.network.layer_rows import channel_axis
 from calib.quant_model import QuantModel
@@ -53,7 +56,7 @@ def rounded_inputs(net: nn.Module, rounded: Mapping[str, Callable[[Tensor], Tens
 
 
 Images = tuple[Tensor, list[int]]  # (B, 3, H, W), and the number of the source image of each
-Noise = dict[str, dict[str, float]]  # by layer and candidate
+Noise = dict[str, dict[str, Tensor]]  # by layer and candidate: squared output error by source image, float64
 Picks = dict[str, str]  # candidate by layer
 
 
@@ -101,61 +104,73 @@ class RoundedInputs:
 
     def alone(self, offers: Sequence[Offers]) -> list[Noise]:
         """Return, by part, the squared output error, to first order, if a layer alone rounds at a candidate's threshold."""
+        return [self._alone(offers, part) for part, _ in ROTATIONS]
+
+    def _alone(self, offers: Sequence[Offers], part: int) -> Noise:
         layers = list(offers[0])
-        found: list[Noise] = [{layer: dict.fromkeys(offers[0][layer], 0.0) for layer in layers} for _ in ROTATIONS]
-        for half, of_half in enumerate(self.choose):
-            for noise, (images, _) in zip(found, of_half, strict=True):
-                for seen in output_gradients(self.model.net, layers, images):
-                    for layer, x in seen.inputs.items():
-                        for candidate, amax in offers[half][layer].items():
-                            error = self._rounding(half, layer, amax)(x) - x
-                            noise[layer][candidate] += output_noise(seen.gradients[layer], error)
-        return found
+        numbers = {
+            source: index
+            for index, source in enumerate(
+                dict.fromkeys((half, source) for half in range(len(offers)) for source in self.choose[half][part][1])
+            )
+        }
+        noise = {
+            layer: {each: torch.zeros(len(numbers), dtype=torch.float64) for each in offers[0][layer]}
+            for layer in layers
+        }
+        for half, of_half in enumerate(offers):
+            images, sources = self.choose[half][part]
+            places = torch.tensor([numbers[half, source] for source in sources])
+            start = 0
+            for seen in output_gradients(self.model.net, layers, images):
+                here = places[start : start + len(seen.inputs[layers[0]])]
+                start += len(here)
+                for layer, x in seen.inputs.items():
+                    for candidate, amax in of_half[layer].items():
+                        error = self._rounding(half, layer, amax)(x) - x
+                        found = noise_by_image(seen.gradients[layer], error).double()
+                        noise[layer][candidate].index_add_(0, here, found)
+        return noise
 
 
-def _added(parts: Sequence[Noise]) -> Noise:
+def _joined(parts: Sequence[Noise]) -> Noise:
+    """Return the noise of the source images of all parts."""
     return {
-        layer: {candidate: sum(part[layer][candidate] for part in parts) for candidate in of_layer}
+        layer: {candidate: torch.cat([part[layer][candidate] for part in parts]) for candidate in of_layer}
         for layer, of_layer in parts[0].items()
     }
 
 
-def _alternatives(noise: Noise, offers: Sequence[Offers], rule: str) -> dict[str, Picks]:
-    """Return what may replace `rule`: the best candidate of every layer that clips no more than it does, or any."""
-
-    def no_narrower(layer: str) -> list[str]:
-        return [each for each in noise[layer] if all(of[layer][each] >= of[layer][rule] for of in offers)]
-
-    return {
-        f"{PER_LAYER}, no narrower than {rule}": {
-            layer: min(no_narrower(layer), key=lambda each: of_layer[each]) for layer, of_layer in noise.items()
-        },
-        PER_LAYER: {layer: min(of_layer, key=lambda each: of_layer[each]) for layer, of_layer in noise.items()},
-    }
+def better_than(rule: str, of_layer: Mapping[str, Tensor]) -> str:
+    """Return the candidate with the least noise, or `rule` unless its gain exceeds its standard error over source images."""
+    best = min(of_layer, key=lambda each: float(of_layer[each].sum()))
+    gains = of_layer[rule] - of_layer[best]
+    error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return best if float(gains.mean()) > error else rule
 
 
 class Search:
     """The choice of thresholds by some parts of the images; `offers`: by half, the same candidates for every layer."""
 
     def __init__(self, inputs: RoundedInputs, offers: Sequence[Offers], noise: Noise, parts: Sequence[int]) -> None:
-        self.inputs, self.offers, self.parts = inputs, offers, parts
+        self.offers = offers
         rules = [rule for rule in next(iter(noise.values())) if rule not in NOT_FOR_ALL]
-        foretold = {rule: sum(of_layer[rule] for of_layer in noise.values()) for rule in rules}
+        foretold = {rule: sum(float(of_layer[rule].sum()) for of_layer in noise.values()) for rule in rules}
         measured = sorted(rules, key=lambda rule: foretold[rule])[:MEASURED_RULES]
-        self.rule = self._best({rule: dict.fromkeys(noise, rule) for rule in measured})
+        thresholds = [self.thresholds(dict.fromkeys(noise, rule)) for rule in measured]
+        errors = inputs.errors(inputs.choose, parts, thresholds)
+        self.rule = max(zip(measured, range(len(measured)), strict=True), key=lambda each: errors.db(each[1]))[0]
         self.plain: Picks = dict.fromkeys(noise, self.rule)
-        alternatives = _alternatives(noise, offers, self.rule)
-        self.name = self._best(alternatives)
-        self.picks = alternatives[self.name]
+        self.picks: Picks = {layer: better_than(self.rule, of_layer) for layer, of_layer in noise.items()}
 
     def thresholds(self, picks: Picks) -> list[Thresholds]:
         """Return the thresholds of `picks` by half."""
         return [{layer: of_half[layer][pick] for layer, pick in picks.items()} for of_half in self.offers]
 
-    def _best(self, choices: Mapping[str, Picks]) -> str:
-        thresholds = [self.thresholds(picks) for picks in choices.values()]
-        errors = self.inputs.errors(self.inputs.choose, self.parts, thresholds)
-        return max(zip(choices, range(len(choices)), strict=True), key=lambda each: errors.db(each[1]))[0]
+    def text(self) -> str:
+        """Return what was chosen, in words."""
+        others = sum(pick != self.rule for pick in self.picks.values())
+        return f"{PER_LAYER}, {others} of {len(self.picks)} not by '{self.rule}'"
 
 
 def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[Picks, Gain, str]:
@@ -168,12 +183,12 @@ def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[Picks, Gain
     for choose, judge in ROTATIONS:
         here = Search(inputs, offers, alone[choose], [choose])
         errors.merge(inputs.errors(inputs.judge, [judge], [here.thresholds(here.plain), here.thresholds(here.picks)]))
-    found = Search(inputs, offers, _added(alone), [choose for choose, _ in ROTATIONS])
+    found = Search(inputs, offers, _joined(alone), [choose for choose, _ in ROTATIONS])
     gain = errors.gain(0, 1)
     if gain.holds:
-        return found.picks, gain, f"'{found.name}' over '{found.rule}': {gain.text()}"
+        return found.picks, gain, f"{found.text()}: {gain.text()}"
     return (
         found.plain,
         gain._replace(after_db=gain.before_db),
-        f"'{found.rule}'; dropped: '{found.name}': {gain.text()}",
+        f"'{found.rule}'; dropped: {found.text()}: {gain.text()}",
     )
