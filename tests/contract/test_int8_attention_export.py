@@ -5,30 +5,28 @@ import functools
 import pytest
 import torch
 
-from calib.attention.int8 import Config, choose, prepare, without_attention
-from calib.methods import rtn
+from calib.attention.int8 import Attentions, with_attention
 from calib.network.qdq import quantized_net
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
 from deploy.bridge.export import export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.errors import ContractError
 from deploy.graph.check import check_strongly_typed
-from tests.tiny import SIZE, tiny_batches, tiny_model
+from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
 
 
 @functools.cache
-def quantized():
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
-    model = calibrate(prepare(tiny_model("vit"), folds, Config("all")), folds, CalibrateConfig("max"))
-    return choose(rtn.reduce_error(model, folds, rtn.Config()), folds, Config("all"))
+def quantized(blocks: int = 2):
+    halves = tiny_halves(2)
+    plain = rounded(calibrated("vit", halves), halves)
+    fits = Attentions(plain, halves).together.whole
+    return with_attention(plain, {name: fits[name] for name in list(fits)[:blocks]})
 
 
 @functools.cache
 def exported(blocks: int):
-    model = without_attention(quantized(), quantized().int8_attention[:blocks])
-    return quantized_net(model), *export_pair(quantized_net(model), (SIZE, SIZE))
+    net = quantized_net(quantized(blocks))
+    return net, *export_pair(net, (SIZE, SIZE))
 
 
 def test_parity_covers_the_four_roles():
