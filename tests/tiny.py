@@ -1,12 +1,18 @@
 """Small networks of every family, with weights that quantization really changes."""
 
+from dataclasses import replace
+
 import timm
 import torch
 from torch import nn
 
 from calib.families import family_of
 from calib.images.batches import Half, Part
+from calib.network.fold import fold_affine
+from calib.network.qdq import quantized_net
+from calib.precision import INT8_ENGINE, Precision
 from calib.quant_model import QuantModel
+from calib.scales.calibrate import Config, calibrate
 from deploy.recipe import recipe_from_tables
 from deploy.stages import CalibrationImages, repair_stages
 
@@ -76,3 +82,17 @@ def rounded(model: QuantModel, halves: list[Half], method: str = "rtn", **option
     recipe = recipe_from_tables("test", {"method": {"name": method, **options}}, "test")
     (stage,) = repair_stages(recipe)
     return stage.run(model, CalibrationImages(next(iter(halves[0]))[:1], halves))
+
+
+def calibrated(family: str, halves: list[Half], precision: Precision = INT8_ENGINE) -> QuantModel:
+    """A tiny network whose inputs have scales, by their largest value."""
+    model = fold_affine(replace(tiny_model(family), precision=precision), next(iter(halves[0]))[:1])
+    return calibrate(model, halves, Config("max"))
+
+
+@torch.no_grad()
+def output_db(model: QuantModel, seed: int = 9) -> float:
+    """Output SQNR (dB) on images that no half holds."""
+    images = torch.cat(tiny_batches(4, seed=seed))
+    exact = model.float_net(images).double()
+    return float(10 * torch.log10(exact.square().sum() / (quantized_net(model)(images) - exact).square().sum()))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from calib.errors import UserError
 from calib.images.batches import ROTATIONS, Batches, Half, spread_images
 from calib.judge.first_order import output_gradients
-from calib.judge.held_out import Candidate, Errors, add_errors
+from calib.judge.held_out import LARGEST_DB, Candidate, Errors, add_errors
 from calib.network.qdq import attention_factors, quantize_dequantize
 from calib.network.rounded_layer import rounded_layer, with_biases
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
@@ -54,6 +54,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.int8 not in MODES:
             raise ValueError(f"int8 '{self.int8}' is not one of {', '.join(MODES)}")
+        if not self.max_loss_db <= LARGEST_DB:
+            raise ValueError(f"max_loss_db {self.max_loss_db} is not a number up to {LARGEST_DB:.0f}")
 
 
 class LostMass(NamedTuple):

@@ -5,35 +5,28 @@ import functools
 import pytest
 import torch
 
-from calib.attention.int8 import Config, int8_attention, offered
+from calib.attention.int8 import Attentions, with_attention
 from calib.network.qdq import quantized_net
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
 from deploy.bridge.export import export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.errors import ContractError
 from deploy.graph.check import check_strongly_typed
-from tests.tiny import SIZE, rounded, tiny_batches, tiny_halves, tiny_model
+from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
 
 
 @functools.cache
-def quantized():
+def quantized(blocks: int = 2):
     halves = tiny_halves(2)
-    return rounded(calibrate(tiny_model("vit"), halves, CalibrateConfig("max")), halves)
-
-
-def with_int8_attention(blocks: int):
-    if blocks == 2:
-        return int8_attention(quantized(), tiny_halves(2), Config("all"))
-    names = quantized().family.attentions(quantized().net)[:blocks]
-    return offered(quantized(), tiny_halves(2)).candidate(quantized(), names).whole
+    plain = rounded(calibrated("vit", halves), halves)
+    fits = Attentions(plain, halves).together.whole
+    return with_attention(plain, {name: fits[name] for name in list(fits)[:blocks]})
 
 
 @functools.cache
 def exported(blocks: int):
-    model = with_int8_attention(blocks)
-    return quantized_net(model), *export_pair(quantized_net(model), (SIZE, SIZE))
+    net = quantized_net(quantized(blocks))
+    return net, *export_pair(net, (SIZE, SIZE))
 
 
 def test_parity_covers_the_four_roles():
@@ -41,7 +34,7 @@ def test_parity_covers_the_four_roles():
     images = tiny_batches(1)[0].numpy()
     found = compare_with_onnx(net, fp32, images)
     assert found.failure() is None
-    wrong = quantized_net(with_int8_attention(2))
+    wrong = quantized_net(quantized())
     wrong.blocks[1].attn.softmax.scale.mul_(2)
     assert compare_with_onnx(wrong, fp32, images).suspect == "blocks.1.attn.softmax"
 

@@ -18,13 +18,13 @@ from calib.scales.calibrate import Config, calibrate
 from calib.statistics.signed_ranges import SignedHistogram
 from deploy.bridge.export import export_float
 from deploy.recipe import load_recipe
-from tests.tiny import SIZE, tiny_batches, tiny_model
+from tests.tiny import SIZE, tiny_halves, tiny_model
 
-FOLDS = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
+HALVES = tiny_halves(2)
 
 
 def simulated(precision: Precision):
-    return calibrate_attention(replace(tiny_model("vit"), precision=precision), FOLDS)
+    return calibrate_attention(replace(tiny_model("vit"), precision=precision), HALVES)
 
 
 def uniform(x: np.ndarray, grid) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_softmax_grids_lose_least_among_those_tried():
     attention = model.net.blocks[1].attn
     handle = attention.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        model.net(torch.cat([*FOLDS[0], *FOLDS[1]]))
+        model.net(torch.cat([*HALVES[0], *HALVES[1]]))
         handle.remove()
         query, key, _ = attention.qkv(seen[0]).reshape(16, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
         weights = torch.softmax(query @ key.transpose(-2, -1) / 4, -1)
@@ -117,7 +117,7 @@ def test_rare_weights_of_softmax_are_not_clipped_where_they_carry_the_signal():
 
 
 def test_more_bits_bring_attention_nearer_to_float():
-    x = FOLDS[0][0]
+    x = next(iter(HALVES[0]))
 
     def error(precision: Precision) -> float:
         model = simulated(precision)
@@ -135,7 +135,7 @@ def test_inputs_of_32_bits_leave_attention_as_it_is():
 
 
 def test_a_network_without_attention_has_none_to_simulate():
-    model = calibrate_attention(replace(tiny_model("resnet"), precision=Precision(attention="uniform")), FOLDS)
+    model = calibrate_attention(replace(tiny_model("resnet"), precision=Precision(attention="uniform")), HALVES)
     assert model.quantizers == {}
     assert model.history[-1].notes == ("0 attentions simulated, softmax output uniform",)
 
@@ -144,14 +144,14 @@ def test_what_cannot_be_simulated_is_refused():
     model = replace(tiny_model("vit"), precision=Precision(attention="uniform"))
     model.net.blocks[1].attn.norm = nn.LayerNorm(48)
     with pytest.raises(UserError, match=r"attention 'blocks\.1\.attn' cannot be simulated: it has a gate or a norm"):
-        calibrate_attention(model, FOLDS)
+        calibrate_attention(model, HALVES)
     with pytest.raises(ValueError, match="attention 'log2' is not one of float, uniform, log_sqrt2, twin"):
         Precision(attention="log2")
 
 
 def test_it_has_no_engine(tmp_path):
-    model = calibrate(simulated(Precision(8, 8, attention="log_sqrt2")), FOLDS, Config("max"))
-    net = quantized_net(rtn.reduce_error(model, FOLDS, rtn.Config()))
+    model = calibrate(simulated(Precision(8, 8, attention="log_sqrt2")), HALVES, Config("max"))
+    net = quantized_net(rtn.nearest(model).whole)
     with pytest.raises(UserError, match=r"'blocks\.0\.attn:softmax' has a LogSqrt2 grid"):
         export_float(net, (SIZE, SIZE))
     path = tmp_path / "paper.toml"

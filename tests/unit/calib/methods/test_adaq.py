@@ -4,34 +4,28 @@ import pytest
 import torch
 from torch import nn
 
-from calib.judge.held_out import sqnr_db
+from calib.judge.held_out import Candidate, challenge
 from calib.methods import adaq, rtn
-from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
-from calib.network.rounded_layer import augmented_weight, rounded_layer, with_gain_and_offset, with_layers
+from calib.network.rounded_layer import (
+    augmented_weight,
+    rounded_layer,
+    rounded_layers,
+    with_gain_and_offset,
+    with_layers,
+)
+from calib.precision import Precision
 from calib.quantizer import fp16_scale, quantize
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
-from tests.tiny import tiny_batches, tiny_model
-
-
-def calibrated(family="vit"):
-    folds = [tiny_batches(4, seed=1), tiny_batches(4, seed=2)]
-    model = fold_affine(tiny_model(family), folds[0][0][:1])
-    return calibrate(model, folds, CalibrateConfig("max")), folds
+from tests.tiny import calibrated, output_db, tiny_halves
 
 
 def planted(model, low, high):
-    """`model`, already rounded, with gains from `low` to `high` and offsets planted in every layer; the layers before."""
-    layers = {
-        name: rounded_layer(model.net.get_submodule(name), model.quantizers[f"{name}:weight"])
-        for name in model.quantized_layers
-    }
+    """`model`, already rounded, with gains from `low` to `high` and offsets planted in every layer."""
     changed = {}
-    for name, layer in layers.items():
+    for name, layer in rounded_layers(model).items():
         gain = torch.linspace(low, high, layer.bias.numel()).reshape(layer.bias.shape)
         changed[name] = with_gain_and_offset(layer, gain, gain - 1)
-    return with_layers(model, changed), layers
+    return with_layers(model, changed)
 
 
 def linear(columns=12, rows=6):
@@ -126,12 +120,10 @@ def test_a_channel_that_never_varies_keeps_its_scale():
     assert torch.isfinite(found.weight).all()
 
 
-@pytest.mark.parametrize("base", adaq.BASES)
-def test_integers_stay_and_the_engine_computes_them_again(base):
-    model, folds = calibrated()
-    reduce_base, options = adaq.BASES[base]
-    plain = reduce_base(model, folds, options)
-    found, layers = planted(plain, 0.7, 1.3)
+def test_integers_stay_and_the_engine_computes_them_again():
+    halves = tiny_halves(1)
+    plain = rtn.nearest(calibrated("vit", halves)).whole
+    found, layers = planted(plain, 0.7, 1.3), rounded_layers(plain)
     for name in layers:
         weight, quantizer = found.net.get_parameter(f"{name}.weight"), found.quantizers[f"{name}:weight"]
         assert torch.equal(quantize(weight, quantizer).flatten(), layers[name].integers.flatten()), name
@@ -140,53 +132,77 @@ def test_integers_stay_and_the_engine_computes_them_again(base):
         assert before.dtype != torch.int8 or torch.equal(before, after)
 
 
-@pytest.mark.parametrize("base", adaq.BASES)
-def test_it_stands_on_the_base_and_is_never_worse_on_other_photographs(base):
-    model, folds = calibrated()
-    found = adaq.reduce_error(model, folds, adaq.Config(base))
-    assert [record.stage for record in found.history[-2:]] == [base, "adaq"]
-    assert found.history[-1].sqnr_after_db >= found.history[-1].sqnr_before_db
+def test_the_network_is_nearer_to_float_on_images_no_half_held():
+    halves = tiny_halves(8)
+    model = calibrated("vit", halves, Precision(weights=4))
+    plain = rtn.nearest(model)
+    found, gain, _ = challenge(plain, adaq.candidates(model, plain, halves, adaq.Config()).candidates, halves)
+    assert output_db(found.whole) > output_db(plain.whole) + 0.3
+    assert gain.after_db > gain.before_db + 0.3
 
 
-def test_a_net_dequantized_with_wrong_scales_is_repaired(monkeypatch):
-    model, folds = calibrated()
-    right = rtn.reduce_error(model, folds, rtn.Config())
-    broken, _ = planted(right, 0.9, 1.1)
-    monkeypatch.setitem(adaq.BASES, "rtn", (lambda *_: broken, None))
-    found = adaq.reduce_error(model, folds, adaq.Config())
-    new = [tiny_batches(4, seed=9)]
-    exact, harmed, repaired = sqnr_db(new, [right], [broken], [found])
-    assert harmed < exact - 3
-    assert repaired > exact - 0.5
-    assert found.history[-1].notes[0].startswith("8 of 8 layers corrected")
+def test_a_net_dequantized_with_wrong_scales_is_repaired():
+    halves = tiny_halves(4)
+    model = calibrated("vit", halves)
+    right = rtn.nearest(model).whole
+    broken = Candidate.unfitted("broken", planted(right, 0.9, 1.1))
+    offer = adaq.candidates(model, broken, halves, adaq.Config())
+    found, _, _ = challenge(broken, offer.candidates, halves)
+    assert output_db(broken.whole) < output_db(right) - 3
+    assert output_db(found.whole) > output_db(right) - 0.5
+    assert offer.notes == ("8 of 8 layers corrected",)
 
 
-def test_a_correction_has_to_help_across_folds():
+def quarters(layer, rounded, x, x_rounded):
+    """Sums of two halves of two parts each."""
+    pairs = zip(x.chunk(4), x_rounded.chunk(4), strict=True)
+    one, two, three, four = (sums_of(layer, rounded, pair) for pair in pairs)
+    return [[one, two], [three, four]]
+
+
+def offsets(*shifts):
+    """A shift for each quarter of 2000 rows."""
+    return torch.tensor(shifts).repeat_interleave(500)[:, None, None]
+
+
+def test_a_correction_has_to_help_on_the_other_half():
     layer, x_rounded = linear(), rows_of_input()[1]
-    rounded, halves = rounded_layer(layer), (slice(1000), slice(1000, None))
-    contrary = [sums_of(layer, rounded, (x_rounded + shift, x_rounded)) for shift in (-0.5, 0.5)]
-    assert adaq.best_fits(contrary) == ()
-    agreeing = [sums_of(layer, rounded, (x_rounded[half] + 0.5, x_rounded[half])) for half in halves]
-    fits = adaq.best_fits(agreeing)
-    assert len(fits) == 3
-    whole = sums_of(layer, rounded, (x_rounded + 0.5, x_rounded))
-    torch.testing.assert_close(
-        fits[-1].bias, with_gain_and_offset(rounded, *adaq.correction(whole)).bias, rtol=0, atol=1e-6
-    )
-    assert not torch.equal(fits[0].bias, fits[1].bias)
+    rounded = rounded_layer(layer)
+    contrary = quarters(layer, rounded, x_rounded + offsets(-0.5, -0.5, 0.5, 0.5), x_rounded)
+    assert adaq.best_correction(contrary) == ((None, None), None)
+    agreeing = quarters(layer, rounded, x_rounded + offsets(0.5, 0.5, 0.6, 0.6), x_rounded)
+    trials, whole = adaq.best_correction(agreeing)
+    sets = [*(trial for of_rotation in trials for trial in of_rotation), whole]
+    rows = [slice(1000), slice(1000, None), slice(1000), slice(1000, None), slice(None)]
+    for found, part in zip(sets, rows, strict=True):
+        x = x_rounded + offsets(0.5, 0.5, 0.6, 0.6)
+        of_part = sums_of(layer, rounded, (x[part], x_rounded[part]))
+        expected = with_gain_and_offset(rounded, *adaq.correction(of_part))
+        torch.testing.assert_close(found.bias, expected.bias, rtol=0, atol=1e-6)
+        assert torch.equal(found.params.scale, expected.params.scale)
+    assert not torch.equal(trials[0][0].bias, trials[0][1].bias)
+
+
+def test_each_rotation_asks_its_own_part_of_the_other_half():
+    """The halves agree on their first parts; on the second one, what the other half teaches harms."""
+    layer, x_rounded = linear(), rows_of_input()[1]
+    shifted = x_rounded + offsets(0.5, -0.4, 0.5, -0.4)
+    trials, whole = adaq.best_correction(quarters(layer, rounded_layer(layer), shifted, x_rounded))
+    assert trials[0] is not None
+    assert trials[1] is None
+    assert whole is not None
 
 
 def test_layers_that_gain_nothing_are_left_alone(monkeypatch):
-    model, folds = calibrated()
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves)
     monkeypatch.setattr(adaq, "correction", lambda sums: (torch.ones_like(sums.gain()), torch.ones_like(sums.gain())))
-    found = adaq.reduce_error(model, folds, adaq.Config())
-    reduce_base, options = adaq.BASES["rtn"]
-    base = reduce_base(model, folds, options).net.state_dict()
-    assert all(torch.equal(value, base[name]) for name, value in found.net.state_dict().items())
-    assert found.history[-1].notes[0].startswith("0 of 8")
+    offer = adaq.candidates(model, rtn.nearest(model), halves, adaq.Config())
+    assert offer.candidates == []
+    assert offer.notes == ("0 of 8 layers corrected",)
 
 
-@pytest.mark.parametrize("options", [{"base": "rtm"}, {"rows": 0}])
-def test_impossible_options_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        adaq.Config(**options)
+@pytest.mark.parametrize("rows", [0, -1])
+def test_impossible_options_are_refused(rows):
+    with pytest.raises(ValueError, match=f"rows {rows} is not a positive number"):
+        adaq.Config(rows)

@@ -4,28 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from calib.judge.held_out import sqnr_db
+from calib.images.batches import Half, Part
 from calib.learned.learned_layer import DEQUANT_SCALE, INPUT_SCALE, OFFSET, QUANT_SCALE, ROUNDING, SCALE
 from calib.methods import adaround, rtn
-from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.network.unit_io import readers_and_sizes, unit_io
 from calib.precision import Precision
 from calib.quantizer import fp16_scale
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
 from calib.store.checkpoint import Checkpoint
 from calib.store.watch import UNWATCHED, Watch
-from tests.tiny import same_numbers, tiny_batches, tiny_model
+from tests.tiny import calibrated, output_db, rounded, same_numbers, tiny_batches, tiny_halves, tiny_model
 
 FAST = adaround.Config(iterations=20, batch=4)
 UNFOLLOWED = adaround.Course(Checkpoint(None), UNWATCHED, FAST.iterations)
 
 
-def calibrated(family="vit", precision=None):
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
-    model = replace(tiny_model(family), precision=precision or Precision())
-    return calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max")), folds
+def offered(model, halves, config=FAST, watch=UNWATCHED):
+    return adaround.candidates(model, rtn.nearest(model), halves, config, watch)
 
 
 def learned(config):
@@ -69,36 +64,36 @@ def test_the_bits_of_a_task_are_the_most_of_its_layers():
 
 @pytest.mark.parametrize("case", adaround.CASES)
 def test_every_case_beats_round_to_nearest_at_few_bits(case):
-    model, folds = calibrated(precision=Precision(3, 4))
-    found = adaround.reduce_error(model, folds, replace(FAST, case=case))
-    record = found.history[-1]
-    assert not record.notes[0].startswith("dropped")
-    plain = rtn.reduce_error(model, folds, rtn.Config())
-    before, after = sqnr_db([tiny_batches(4, seed=9)], [plain], [found])
-    assert after > before
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(3, 4))
+    (found,) = offered(model, halves, replace(FAST, case=case)).candidates
+    assert found.name == f"case {case}"
+    assert output_db(found.whole) > output_db(rtn.nearest(model).whole)
 
 
 def test_layers_share_blocks_and_those_outside_stand_alone():
-    model, _ = calibrated("mobilenet")
+    model = tiny_model("mobilenet")
     units = adaround.units(model)
     assert [name for layers in units.values() for name in layers] == list(model.layers)
     assert units["blocks.1.0"] == ["blocks.1.0.conv_pw", "blocks.1.0.conv_dw", "blocks.1.0.conv_pwl"]
     assert units["conv_head"] == ["conv_head"]
 
 
-def test_depthwise_convolutions_and_the_whole_network_at_once():
-    model, folds = calibrated("mobilenet", Precision(3, 4))
-    found = adaround.reduce_error(model, folds, replace(FAST, by_block=False))
-    assert found.history[-1].notes[1].startswith("1 of 1 networks learned")
-    assert found.history[-1].sqnr_after_db >= found.history[-1].sqnr_before_db + 0.1
+def test_depthwise_convolutions_learn():
+    halves = tiny_halves(2)
+    model = calibrated("mobilenet", halves, Precision(3, 4))
+    found = rounded(model, halves, "adaround", iterations=20, batch=4)
+    assert found.history[-1].sqnr_after_db > found.history[-1].sqnr_before_db
+    assert output_db(found) > output_db(rounded(model, halves))
 
 
 def test_an_engine_gets_integers_fp16_scales_and_no_new_node():
-    model, folds = calibrated(precision=Precision(4, 8))
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(4, 8))
     assert model.precision.executable
-    plain = rtn.reduce_error(model, folds, rtn.Config())
-    found = adaround.reduce_error(model, folds, replace(FAST, iterations=80))
-    assert not found.history[-1].notes[0].startswith("dropped")
+    plain = rtn.nearest(model).whole
+    (candidate,) = offered(model, halves, replace(FAST, iterations=80)).candidates
+    found = candidate.whole
     assert found.quantizers.keys() == plain.quantizers.keys()
     for quantizer, params in found.quantizers.items():
         assert torch.equal(params.scale, fp16_scale(params.scale)), quantizer
@@ -113,29 +108,44 @@ def test_an_engine_gets_integers_fp16_scales_and_no_new_node():
 
 
 def test_input_steps_stay_if_asked():
-    model, folds = calibrated()
-    found = adaround.reduce_error(model, folds, replace(FAST, input_steps=False))
-    assert all(
-        found.quantizers[quantizer] is model.quantizers[quantizer]
-        or found.quantizers[quantizer] == model.quantizers[quantizer]
-        for quantizer in model.quantizers
-    )
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(3, 4))
+    (candidate,) = offered(model, halves, replace(FAST, input_steps=False)).candidates
+    assert not same_numbers(candidate.whole, model)
+    for quantizer, params in model.quantizers.items():
+        assert torch.equal(candidate.whole.qparams(quantizer).scale, params.scale), quantizer
 
 
-def test_what_does_not_help_other_photographs_is_dropped(monkeypatch):
-    model, folds = calibrated()
-    monkeypatch.setattr(adaround, "MARGIN_DB", 100.0)
-    found = adaround.reduce_error(model, folds, FAST)
-    assert same_numbers(found, rtn.nearest(model, folds))
-    assert found.history[-1].notes[0].startswith("dropped: network output")
+class Unread(list):
+    """Images that nobody may look at."""
+
+    def __iter__(self):
+        raise AssertionError("the images that judge were read")
+
+
+def test_it_is_tried_once_on_images_that_it_has_never_seen():
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(3, 4))
+    chooses, _ = halves[1].parts
+    (candidate,) = offered(model, [halves[0], Half((chooses, Part(Unread())))]).candidates
+    assert candidate.trials == ((candidate.whole, None), (None, None))
+
+
+def test_what_does_not_help_other_images_is_dropped(monkeypatch):
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves)
+    monkeypatch.setattr("calib.judge.held_out.MARGIN_DB", 100.0)
+    found = rounded(model, halves, "adaround", iterations=2)
+    assert same_numbers(found, model)
+    assert found.history[-1].notes[0].startswith("dropped: case 2.2: ")
     assert found.history[-1].sqnr_after_db == found.history[-1].sqnr_before_db
 
 
 def test_no_block_is_worse_on_images_held_out_than_it_started():
-    model, folds = calibrated()
-    seen = []
-    held_out, images = tiny_batches(1, seed=5)[0], torch.cat(folds[0])
-    plain = rtn.reduce_error(model, folds, rtn.Config())
+    halves, seen = tiny_halves(2), []
+    model = calibrated("vit", halves)
+    held_out, images = tiny_batches(1, seed=5)[0], torch.cat(list(halves[0]))
+    plain = rtn.nearest(model).whole
     for layers, before, after in adaround.learned_layers(model, plain, images, held_out, FAST, UNFOLLOWED):
         assert after <= before
         seen += layers
@@ -148,46 +158,55 @@ class InterruptionError(Exception):
 
 @pytest.mark.parametrize(
     ("options", "stop_at", "again"),
-    [({}, 3, 3), ({}, 31, 31), ({"case": "1.1.1", "drop": 0.5}, 17, 18), ({"by_block": False}, 10, 11)],
+    [({}, 3, 3), ({}, 31, 31), ({"case": "1.1.1", "drop": 0.5}, 17, 18)],
 )
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, options, stop_at, again):
     """20 iterations, looked at every second in one phase: the step after the last look is the next."""
     monkeypatch.setattr(adaround, "SAVE_EVERY", 0.0)
-    model, folds = calibrated(precision=Precision(3, 4))
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(3, 4))
     config = replace(FAST, **options)
-    whole, seen = adaround.reduce_error(model, folds, config), []
+    whole, seen = offered(model, halves, config), []
 
     def stop(step, _steps):
         if step == stop_at:
             raise InterruptionError
 
     with pytest.raises(InterruptionError):
-        adaround.reduce_error(model, folds, config, Watch(stop, tmp_path))
+        offered(model, halves, config, Watch(stop, tmp_path))
     (file,) = tmp_path.iterdir()
-    resumed = adaround.reduce_error(model, folds, config, Watch(lambda *step: seen.append(step), tmp_path))
-    count = len(adaround.units(model)) if config.by_block else 1
+    resumed = offered(model, halves, config, Watch(lambda *step: seen.append(step), tmp_path))
+    count = len(adaround.units(model))
     assert seen == [(step, 20 * count) for step in range(again, 20 * count + 1)]
-    one, other = (quantized_net(each).state_dict() for each in (resumed, whole))
+    one, other = (quantized_net(each.candidates[0].whole).state_dict() for each in (resumed, whole))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert resumed.history[-1].notes == (*whole.history[-1].notes, f"went on from checkpoint '{file}'")
+    assert resumed.notes == (*whole.notes, f"went on from checkpoint '{file}'")
     assert not list(tmp_path.iterdir())
 
 
 def test_another_run_does_not_go_on_from_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(adaround, "SAVE_EVERY", 0.0)
-    model, folds = calibrated(precision=Precision(3, 4))
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(3, 4))
 
     def stop(step, _steps):
         if step == 10:
             raise InterruptionError
 
     with pytest.raises(InterruptionError):
-        adaround.reduce_error(model, folds, FAST, Watch(stop, tmp_path))
-    others = [(model, folds, replace(FAST, regulariser=0.0)), (model, folds[::-1], FAST), (*calibrated("resnet"), FAST)]
+        offered(model, halves, FAST, Watch(stop, tmp_path))
+    others = [
+        (model, halves, replace(FAST, regulariser=0.0)),
+        (model, halves[::-1], FAST),
+        (calibrated("resnet", halves), halves, FAST),
+    ]
     for other in others:
         seen = []
-        adaround.reduce_error(*other, Watch(lambda step, _steps, seen=seen: seen.append(step), tmp_path))
+        offered(*other, Watch(lambda step, _steps, seen=seen: seen.append(step), tmp_path))
         assert seen[0] == 1
+    seen = []
+    offered(model, halves, FAST, Watch(lambda step, _steps: seen.append(step), tmp_path))
+    assert seen[0] > 1, "its own checkpoint is still there"
 
 
 def test_a_unit_reads_and_returns_what_hooks_see():

@@ -4,17 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from calib.judge.held_out import sqnr_db
 from calib.layerwise.layer_sums import LayerSums
 from calib.methods import gptq, rtn
-from calib.network.fold import fold_affine
 from calib.network.rounded_layer import augmented_weight, rounded_layer
 from calib.precision import Precision
-from calib.quant_model import QuantModel
 from calib.quantizer import channel_qparams
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
-from tests.tiny import tiny_batches, tiny_model
+from tests.tiny import calibrated, output_db, rounded, tiny_halves
 
 
 def problem(columns, rows=6, groups=2, high=7, seed=0):
@@ -83,41 +78,31 @@ def test_a_channel_that_is_never_active_rounds_to_nearest_and_breaks_nothing():
     torch.testing.assert_close(found.bias[0], layer.bias)
 
 
-def calibrated(family, bits):
-    folds = [tiny_batches(8, seed=1), tiny_batches(8, seed=2)]
-    tiny = tiny_model(family)
-    model = QuantModel.of(family, tiny.net, tiny.family, precision=Precision(weights=bits, first_last=8))
-    return calibrate(fold_affine(model, folds[0][0][:1]), folds, CalibrateConfig("max")), folds
-
-
 @pytest.mark.parametrize("family", ["vit", "mobilenet"])
-def test_the_network_is_nearer_to_float_on_photographs_no_fold_held(family):
-    model, folds = calibrated(family, 4)
-    found = gptq.reduce_error(model, folds, gptq.Config())
-    new = [tiny_batches(4, seed=9)]
-    fitted, plain = sqnr_db(new, [found], [rtn.reduce_error(model, folds, rtn.Config())])
-    assert fitted > plain + 0.3
+def test_the_network_is_nearer_to_float_on_images_no_half_held(family):
+    halves = tiny_halves(4)
+    model = calibrated(family, halves, Precision(weights=4, first_last=8))
+    found, plain = rounded(model, halves, "gptq"), rounded(model, halves)
+    assert output_db(found) > output_db(plain) + 0.3
     assert found.history[-1].sqnr_after_db > found.history[-1].sqnr_before_db
+
+
+def test_grids_and_biases_are_those_of_rounding_to_nearest_and_all_integers_fit_into_the_bits():
+    halves = tiny_halves(2)
+    model = calibrated("vit", halves, Precision(weights=4))
+    plain = rtn.nearest(model)
+    *_, every = gptq.candidates(model, plain, halves, gptq.Config()).candidates
+    assert every.name == "all 8 fitted layers"
+    for name in model.layers:
+        layer, params = every.whole.net.get_submodule(name), plain.whole.qparams(f"{name}:weight")
+        assert torch.equal(every.whole.qparams(f"{name}:weight").scale, params.scale)
+        assert torch.equal(layer.bias, model.net.get_submodule(name).bias)
+        steps = layer.weight.flatten(1) / params.scale[:, None]
+        assert float((steps - steps.round()).abs().max()) < 1e-5
+        assert float(steps.abs().max()) < 7.5
 
 
 @pytest.mark.parametrize("options", [{"damping": 0.0}, {"rows": 0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         gptq.Config(**options)
-
-
-def test_a_layer_that_rounds_to_nearest_better_across_photographs_is_left_alone():
-    """Two folds whose inputs are correlated the opposite way: what one teaches harms on the other."""
-    torch.manual_seed(0)
-    layer = nn.Linear(8, 32).requires_grad_(False)
-    plain = rounded_layer(layer, channel_qparams(layer.weight, 3))
-    even = torch.randn(500, 1, 4)
-
-    def sums(sign):
-        x = torch.cat([even, sign * even + 0.1 * torch.randn(500, 1, 4)], -1)
-        found = LayerSums(augmented_weight(layer))
-        found.update(x, x)
-        return found
-
-    assert gptq.fits_that_help(plain, [sums(1), sums(-1)], 0.01) == ()
-    assert len(gptq.fits_that_help(plain, [sums(1), sums(1)], 0.01)) == 3

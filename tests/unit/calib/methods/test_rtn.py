@@ -1,19 +1,12 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
 from calib.methods import rtn
 from calib.network.layer_rows import Extremes, Means, look_at_inputs
-from calib.network.qdq import quantized_net
 from calib.precision import UNROUNDED, Precision
 from calib.quantizer import channel_qparams
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
-from tests.tiny import TINY, tiny_batches, tiny_model
-
-CORRECTED = rtn.Config(bias_correction=True)
+from tests.tiny import TINY, calibrated, half_of, output_db, rounded, tiny_batches, tiny_halves, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -27,7 +20,7 @@ def test_the_mean_output_is_that_of_the_exact_weight(layer):
     look_at_inputs(nn.Sequential(layer), ["0"], [x], means)
     with torch.no_grad():
         exact = layer(x).transpose(0, 1).flatten(1).mean(1)
-        change = rtn.mean_repair(layer, params, means.of("0"))
+        change = rtn.mean_correction(layer, params, means.of("0"))
         layer.weight.copy_(params.fake_quantize(layer.weight))
         rounded = layer(x).transpose(0, 1).flatten(1).mean(1)
     # a patch sees a little less of the edges than the channel's mean does
@@ -37,43 +30,64 @@ def test_the_mean_output_is_that_of_the_exact_weight(layer):
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_biases_of_every_family_follow_and_the_exact_network_stays(family, monkeypatch):
-    folds = [tiny_batches(2, seed=1), tiny_batches(2, seed=2)]
-    model = calibrate(tiny_model(family), folds, CalibrateConfig("max"))
+def test_biases_of_every_family_follow_and_the_exact_network_stays(family):
+    halves = tiny_halves(2)
+    model = calibrated(family, halves)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
-    monkeypatch.setattr("calib.methods.rtn.sqnr_db", lambda *_, **__: [1.0, 2.0])
-    found = rtn.reduce_error(model, folds, CORRECTED)
-    plain = rtn.reduce_error(model, folds, rtn.Config())
+    plain = rtn.nearest(model).whole
+    found = rtn.bias_corrected(plain, halves).whole
+    assert plain.net is model.net
+    assert set(plain.quantized_layers) == set(model.layers)
     assert found.quantizers.keys() == plain.quantizers.keys()
     assert found.exact_net is model.exact_net
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     for name in model.layers:
         layer, old = found.net.get_submodule(name), model.net.get_submodule(name)
         assert torch.equal(layer.weight, old.weight)
-        assert not torch.equal(layer.bias, old.bias if old.bias is not None else torch.zeros(()))
-    assert plain.net is model.net
+        assert not torch.equal(layer.bias, old.bias)
+
+
+def test_each_trial_is_corrected_by_its_own_half_and_the_whole_by_both():
+    halves, name = tiny_halves(2), "blocks.1.mlp.fc2"
+    model = calibrated("vit", halves)
+    found = rtn.bias_corrected(rtn.nearest(model).whole, halves)
+    layer, means = model.net.get_submodule(name), []
+    for half in halves:
+        seen = []
+        handle = layer.register_forward_pre_hook(lambda _layer, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            model.net(torch.cat(list(half)))
+        handle.remove()
+        means.append(seen[0].mean(0))
+    lost = layer.weight - channel_qparams(layer.weight).fake_quantize(layer.weight)
+    by_half, whole = [layer.bias + lost @ mean for mean in means], layer.bias + lost @ (means[0] + means[1]) / 2
+    assert float((by_half[0] - by_half[1]).abs().max()) > 1e-5
+    pairs = [*zip(found.trials[0], by_half, strict=True), *zip(found.trials[1], by_half, strict=True)]
+    for trial, expected in [*pairs, (found.whole, whole)]:
+        torch.testing.assert_close(trial.net.get_submodule(name).bias, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_coarse_weights_lose_less_with_corrected_biases():
-    folds = [tiny_batches(4, seed=1), tiny_batches(4, seed=2)]
-    model = replace(tiny_model("mobilenet"), precision=Precision(weights=4, inputs=UNROUNDED))
-    x = torch.cat(tiny_batches(4, seed=3))
+    halves = tiny_halves(4)
+    model = calibrated("mobilenet", halves, Precision(weights=4, inputs=UNROUNDED))
+    corrected, plain = rounded(model, halves, bias_correction=True), rounded(model, halves)
+    assert output_db(corrected) > output_db(plain) + 0.4
 
-    def error(config) -> float:
-        coarse = rtn.reduce_error(calibrate(model, folds, CalibrateConfig("max")), folds, config)
-        with torch.no_grad():
-            return float((quantized_net(coarse)(x) - model.float_net(x)).pow(2).sum())
 
-    assert error(CORRECTED) < 0.9 * error(rtn.Config())
+def test_biases_stay_where_nobody_asked():
+    halves = tiny_halves(1)
+    model = calibrated("resnet", halves)
+    assert rtn.candidates(model, rtn.nearest(model), halves, rtn.Config()).candidates == []
+    assert rounded(model, halves).net is model.net
 
 
 def test_a_correction_that_harms_is_dropped_and_said():
     """The mean of inputs that are nothing like the others' is none of theirs."""
-    folds = [tiny_batches(2, seed=1), [1e3 + batch for batch in tiny_batches(2, seed=2)]]
-    model = calibrate(replace(tiny_model("mobilenet"), precision=Precision(weights=3)), folds, CalibrateConfig("max"))
-    found = rtn.reduce_error(model, folds, CORRECTED)
+    halves = [half_of(tiny_batches(2, seed=1)), half_of([1e3 + batch for batch in tiny_batches(2, seed=2)])]
+    model = calibrated("mobilenet", halves, Precision(weights=3))
+    found = rounded(model, halves, bias_correction=True)
     assert found.net is model.net
-    assert "dropped" in found.history[-1].notes[-1]
+    assert found.history[-1].notes[0].startswith("dropped: bias correction: ")
     assert found.history[-1].sqnr_after_db == found.history[-1].sqnr_before_db
 
 
