@@ -4,7 +4,8 @@ A layer's own error does not tell: in a transformer a few huge activations decid
 is fitted on either half of the calibration images and tried on the other, whose two parts (calib/images/batches.py) choose
 among candidates and judge the choice, first one way round, then the other. In each of these rotations the images that fit,
 choose and judge have no source image in common, and over both of them every source image judges once. What stays is fitted
-on all images, with the choice that both parts together make.
+on all images, with the choice that both parts together make. (A choice that both halves make together, such as a ridge,
+compares fits of either half, so the images that judge one half's fit reach it indirectly, through the fit of the other.)
 
 Gains are counted per source image, because crops of one source image are no independent evidence: a candidate has to gain
 more than the standard error of its gain over source images, and at least `MARGIN_DB` on all of them together. Otherwise the

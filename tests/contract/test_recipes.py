@@ -12,8 +12,15 @@ pytest.importorskip("tensorrt_rtx")
 MODELS = {"vit": "test_vit", "cnn": "test_resnet"}
 
 
-def report_of(tmp_path, monkeypatch, model, recipe, *options):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for all recipes: many begin with the same stages, which are then replayed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def report_of(tmp_path, model, recipe, *options):
     command = ["engine", "--model", model, "--weights", "random", "--calib-images", "48", "--sm", "89"]
     assert cli.main([*command, "--recipe", recipe, "--out", str(tmp_path / "out"), *options]) == 0
     (path,) = tmp_path.rglob("report.json")
@@ -21,8 +28,8 @@ def report_of(tmp_path, monkeypatch, model, recipe, *options):
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, recipe):
-    report = report_of(tmp_path, monkeypatch, MODELS["vit"], recipe)
+def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, recipe):
+    report = report_of(tmp_path, MODELS["vit"], recipe)
     stages = [record["stage"] for record in report["history"]]
     loaded = load_recipe(recipe)
     expected = {
@@ -41,13 +48,13 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, monkeypatch, r
 
 
 @pytest.mark.parametrize("recipe", ["int8_erq", "int8_plain_qwt"])
-def test_repairs_run_on_a_cnn(tmp_path, monkeypatch, recipe):
-    report = report_of(tmp_path, monkeypatch, MODELS["cnn"], recipe)
+def test_repairs_run_on_a_cnn(tmp_path, recipe):
+    report = report_of(tmp_path, MODELS["cnn"], recipe)
     assert report["engine"]["int8_convs"] == report["engine"]["planned"]
 
 
-def test_no_extra_kernel_means_none(tmp_path, monkeypatch):
-    report = report_of(tmp_path, monkeypatch, MODELS["vit"], "int8_qwt", "--max-extra-kernels", "0")
+def test_no_extra_kernel_means_none(tmp_path):
+    report = report_of(tmp_path, MODELS["vit"], "int8_qwt", "--max-extra-kernels", "0")
     assert report["branches"]
     assert report["engine"]["kernels"] <= report["engine"]["kernels_without_branches"]
     (record,) = (record for record in report["history"] if record["stage"] == "qwt")
@@ -59,8 +66,7 @@ def test_limits_without_branches_are_refused(capsys):
     assert "adds no branches to limit" in capsys.readouterr().err
 
 
-def test_attention_on_a_network_without_any_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_attention_on_a_network_without_any_is_refused(tmp_path, capsys):
     command = ["engine", "--model", MODELS["cnn"], "--weights", "random", "--calib-images", "16", "--sm", "89"]
     assert cli.main([*command, "--recipe", "int8_attention", "--out", str(tmp_path)]) == 2
     assert "family 'resnet' has none" in capsys.readouterr().err
