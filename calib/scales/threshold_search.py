@@ -2,9 +2,9 @@
 
 A layer's own error does not tell: in a transformer it favours clipping the few huge activations that later layers need.
 What the error of every threshold at every layer does to the output, to first order (calib/judge/first_order.py), ranks
-rules that all layers follow, and picks a threshold for each layer. The plainest choice is the best rule. Thresholds picked
-layer by layer replace it only if the judge says so (calib/judge/held_out.py), and a layer leaves the rule only where its
-gain exceeds the standard error over source images: few source images do not tell for new ones.
+rules that all layers follow, and picks a threshold for each layer. The plainest choice is the best rule; then a layer leaves
+the rule only where its gain exceeds the standard error over source images; then every layer takes the threshold with the
+least error. A choice replaces a plainer one only if the judge says so (calib/judge/held_out.py).
 
 Thresholds come from one half of the calibration images, the images that choose and judge from the other. Both halves must
 be new to each other, equalisation included (calib/scales/channel_scale.py): with the channel scales of all calibration
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calib.hooks import input_hooks
 from calib.images.batches import ROTATIONS
 from calib.judge.first_order import noise_by_image, output_gradients
-from calib.judge.held_out import Errors, Gain
+from calib.judge.held_out import Errors, Gain, plainest_best
 from calib.network.layer_rows import channel_axis
 from calib.quant_model import QuantModel
 from calib.scales.channel_scale import FoldScale
@@ -32,7 +32,7 @@ MARGINS = (1.25, 1.6, 2.0, 2.5)  # of the maximum: new images exceed it
 FEW_BITS = (0.8, 0.65, 0.5, 0.35, 0.25)  # of the maximum: where levels are few, clipping pays
 NOT_FOR_ALL = ("max x1.6", "max x2", "max x2.5")  # some layers need that much, never all of them: not tried as a rule
 MEASURED_RULES = 3  # whose output error is measured: those with the least error to first order
-PER_LAYER = "per layer"
+PER_LAYER = "least error per layer"
 
 Offers = Mapping[str, Mapping[str, float]]  # layer -> candidate -> threshold
 Thresholds = Mapping[str, float]  # by layer
@@ -141,9 +141,14 @@ def _joined(parts: Sequence[Noise]) -> Noise:
     }
 
 
+def least(of_layer: Mapping[str, Tensor]) -> str:
+    """Return the candidate with the least noise over all source images."""
+    return min(of_layer, key=lambda each: float(of_layer[each].sum()))
+
+
 def better_than(rule: str, of_layer: Mapping[str, Tensor]) -> str:
-    """Return the candidate with the least noise, or `rule` unless its gain exceeds its standard error over source images."""
-    best = min(of_layer, key=lambda each: float(of_layer[each].sum()))
+    """Return the candidate with the least noise, or `rule` unless the gain exceeds its standard error over source images."""
+    best = least(of_layer)
     gains = of_layer[rule] - of_layer[best]
     error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
     return best if float(gains.mean()) > error else rule
@@ -160,17 +165,15 @@ class Search:
         thresholds = [self.thresholds(dict.fromkeys(noise, rule)) for rule in measured]
         errors = inputs.errors(inputs.choose, parts, thresholds)
         self.rule = max(zip(measured, range(len(measured)), strict=True), key=lambda each: errors.db(each[1]))[0]
-        self.plain: Picks = dict.fromkeys(noise, self.rule)
-        self.picks: Picks = {layer: better_than(self.rule, of_layer) for layer, of_layer in noise.items()}
+        self.choices: dict[str, Picks] = {
+            f"'{self.rule}'": dict.fromkeys(noise, self.rule),
+            "certain gains": {layer: better_than(self.rule, of_layer) for layer, of_layer in noise.items()},
+            PER_LAYER: {layer: least(of_layer) for layer, of_layer in noise.items()},
+        }
 
     def thresholds(self, picks: Picks) -> list[Thresholds]:
         """Return the thresholds of `picks` by half."""
         return [{layer: of_half[layer][pick] for layer, pick in picks.items()} for of_half in self.offers]
-
-    def text(self) -> str:
-        """Return what was chosen, in words."""
-        others = sum(pick != self.rule for pick in self.picks.values())
-        return f"{PER_LAYER}, {others} of {len(self.picks)} not by '{self.rule}'"
 
 
 def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[Picks, Gain, str]:
@@ -179,16 +182,14 @@ def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[Picks, Gain
     `offers`: by half, the same candidates for every layer.
     """
     alone = inputs.alone(offers)
-    errors = Errors(2)
+    found = Search(inputs, offers, _joined(alone), [choose for choose, _ in ROTATIONS])
+    errors = Errors(len(found.choices))
     for choose, judge in ROTATIONS:
         here = Search(inputs, offers, alone[choose], [choose])
-        errors.merge(inputs.errors(inputs.judge, [judge], [here.thresholds(here.plain), here.thresholds(here.picks)]))
-    found = Search(inputs, offers, _joined(alone), [choose for choose, _ in ROTATIONS])
-    gain = errors.gain(0, 1)
-    if gain.holds:
-        return found.picks, gain, f"{found.text()}: {gain.text()}"
-    return (
-        found.plain,
-        gain._replace(after_db=gain.before_db),
-        f"'{found.rule}'; dropped: {found.text()}: {gain.text()}",
-    )
+        errors.merge(inputs.errors(inputs.judge, [judge], [here.thresholds(each) for each in here.choices.values()]))
+    kept = plainest_best(errors)
+    names = list(found.choices)
+    others = (f"{name} {errors.gain(0, index).mean_db:+.2f} dB" for index, name in enumerate(names) if index)
+    measured = f"{errors.db(0):.2f} dB by the best rule for all layers; {', '.join(others)}"
+    picks = found.choices[names[kept]]
+    return picks, errors.gain(0, kept), f"by {names[kept]} (output SQNR on held-out images {measured})"

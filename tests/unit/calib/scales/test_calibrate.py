@@ -12,8 +12,8 @@ from tests.tiny import half_of, tiny_batches, tiny_halves, tiny_model
 def test_the_search_says_what_it_chose_and_what_it_gained_on_held_out_images():
     found = calibrate(tiny_model("vit"), tiny_halves(2), Config("search"))
     note = found.history[-1].notes[0]
-    assert note.startswith("8 activation scales '")
-    assert "on held-out images (gain " in note
+    assert note.startswith("8 activation scales by ")
+    assert "(output SQNR on held-out images " in note
     assert {name for name in found.quantizers if name.endswith(":input")} == {
         f"{layer}:input" for layer in tiny_model("vit").layers
     }

@@ -12,7 +12,15 @@ from calib.scales.calibrate import _fold_scales, _observe
 from calib.scales.channel_scale import FoldScale
 from calib.scales.equalise import Config as EqualiseConfig
 from calib.scales.equalise import equalise
-from calib.scales.threshold_search import PER_LAYER, RoundedInputs, candidates, rounded_inputs, search
+from calib.scales.threshold_search import (
+    PER_LAYER,
+    RoundedInputs,
+    better_than,
+    candidates,
+    least,
+    rounded_inputs,
+    search,
+)
 from calib.statistics.observers import Histogram
 from tests.tiny import half_of, tiny_batches, tiny_halves, tiny_model, tiny_net
 
@@ -78,7 +86,7 @@ def test_the_best_for_a_layer_makes_the_least_noise_at_the_output():
                 )
                 for candidate in foretold
             }
-            chosen = min(foretold, key=lambda candidate, of=foretold: of[candidate])
+            chosen = least(foretold)
             assert noise[chosen] < 1.6 * min(noise.values()), name  # few random vectors: 2 dB
 
 
@@ -109,7 +117,7 @@ def test_a_layer_clips_an_outlier_that_carries_nothing_and_keeps_one_that_does()
             assert thresholds[picks["second"]] > 0.9 * thresholds["max"]
         else:
             noise = inputs.alone(offers)[0]["second"]
-            assert thresholds[min(noise, key=lambda each: noise[each])] == min(thresholds.values()) < thresholds["max"]
+            assert thresholds[least(noise)] == min(thresholds.values()) < thresholds["max"]
         assert PER_LAYER in text
         assert (set(picks.values()) == {picks["first"]}) or gain.holds  # one rule for all, unless the judge says so
 
@@ -120,7 +128,7 @@ def test_layers_that_another_source_image_exceeds_get_a_margin():
     inputs, offers = inputs_of(model, [half_of(same), half_of([batch * 2 for batch in same])])
     # the smaller half's thresholds clip the larger one's images
     for of_part in inputs.alone([offers[0], offers[0]]):
-        margins = [min(found, key=lambda candidate, of=found: of[candidate]) for found in of_part.values()]
+        margins = [least(found) for found in of_part.values()]
         assert sum(margin in ("max x1.6", "max x2", "max x2.5") for margin in margins) > len(margins) / 2
 
 
@@ -136,7 +144,34 @@ def test_thresholds_by_layer_that_do_not_hold_on_the_images_that_judge_are_dropp
     picks, gain, text = search(inputs, offers)
     assert len(set(picks.values())) == 1
     assert gain.after_db == gain.before_db
-    assert "dropped: 'per layer" in text
+    assert text.startswith(f"by '{next(iter(picks.values()))}' (")
+    assert f"{PER_LAYER} -" in text  # how much it would have lost
+
+
+def test_the_noise_of_a_part_is_kept_by_source_image():
+    model = tiny_model("vit")
+    inputs, offers = inputs_of(model, tiny_halves(2))
+    apart = inputs.alone(offers)
+    for of_half in (*inputs.choose, *inputs.judge):
+        for images, sources in of_half:
+            sources[:] = [0] * len(images)  # crops of one source image
+    together = inputs.alone(offers)
+    for one, other in zip(apart, together, strict=True):
+        for name, found in one.items():
+            for candidate, noise in found.items():
+                assert (len(noise), len(other[name][candidate])) == (
+                    8,
+                    2,
+                )  # 4 images of each half, a source each or one
+                torch.testing.assert_close(noise.sum(), other[name][candidate].sum())
+
+
+def test_a_layer_leaves_the_rule_only_where_its_gain_exceeds_the_standard_error():
+    noise = {"max": torch.tensor([4.0, 4.0, 4.0]), "mse": torch.tensor([3.0, 3.0, 3.5])}
+    assert better_than("max", noise) == "mse"
+    assert better_than("max", noise | {"mse": torch.tensor([0.0, 6.0, 5.0])}) == "max"  # less in all, not over most
+    assert better_than("mse", noise) == "mse"
+    assert least(noise | {"mse": torch.tensor([0.0, 6.0, 5.0])}) == "mse"
 
 
 def test_equalised_halves_are_new_to_each_other():
