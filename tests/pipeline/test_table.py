@@ -119,7 +119,7 @@ def test_an_interrupted_table_goes_on_where_it_stopped(paper, monkeypatch, capsy
 
     monkeypatch.setattr(table.Bench, "measure", stop_at_second)
     assert run(paper, "--models", "vit_s") == cli.EXIT_INTERRUPTED
-    assert "finished rows are kept" in capsys.readouterr().err
+    assert "finished rows are stored" in capsys.readouterr().err
     assert not (paper.parent / "results").exists()
 
     def count(bench, experiment, watch):

@@ -49,7 +49,7 @@ def test_what_a_stage_reads_was_written_before_it(name):
 
 def test_the_spine_of_a_recipe_has_its_stages_in_order():
     assert [stage.name for stage in spine(EVERYTHING)] == [
-        "load", "images", "fold", "equalise", "attention", "calibrate", "range", "rtn", "choose attention", "compensate",
+        "load", "images", "fold", "equalise", "calibrate", "range", "rtn", "attention", "compensate",
         "finetune", "coverage", "export", "parity", "check", "build", "audit", "verify", "benchmark", "package",
     ]  # fmt: skip
     names = [stage.name for stage in spine(load_recipe("int8_erq"))]
@@ -65,7 +65,7 @@ def test_the_spine_of_a_recipe_has_its_stages_in_order():
 def test_the_names_of_all_stages_tell_which_are_optional():
     assert stage_names() == {
         "torch": (
-            "load", "images", "fold", "[equalise]", "[attention]", "calibrate", "range", "rtn", "[choose attention]",
+            "load", "images", "fold", "[equalise]", "calibrate", "range", "rtn", "[attention]",
             "[compensate]", "[finetune]", "coverage",
         ),
         "bridge": ("export", "parity"),

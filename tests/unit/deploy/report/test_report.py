@@ -26,7 +26,7 @@ def test_the_waterfall_starts_at_the_first_judge_and_tells_what_each_step_brings
     assert [step["step"] for step in steps] == ["erq", "qwt"]
     assert [step["gain_db"] for step in steps] == pytest.approx([1.25, -0.1])
     assert shown({}, SILENT, ERQ, QWT) == {
-        "repairs, on other photographs": "float -> rounded 28.0 dB -> erq +1.2 dB -> qwt -0.1 dB"
+        "stages, on held-out images": "float -> rounded 28.0 dB -> erq +1.2 dB -> qwt -0.1 dB"
     }
 
 
@@ -39,6 +39,6 @@ def test_the_branches_row_tells_forms_scores_and_costs():
     untrained = {"b.2": {"form": "dense", "bytes": 12}}
     found = {"b.0": {"form": "shared", "r2_cv": 0.19}, "b.1": {"form": "dense", "r2_cv": 0.02}} | untrained
     assert shown(found, QWT)["branches"] == (
-        "shared x1, dense x2, R2 0.02 to 0.19 on other photographs; +1 kernels, +1.50 MB"
+        "shared x1, dense x2, R2 0.02 to 0.19 on held-out images; +1 kernels, +1.50 MB"
     )
     assert shown(untrained)["branches"] == "dense x1; +1 kernels, +1.50 MB"
