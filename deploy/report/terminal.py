@@ -39,9 +39,9 @@ def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _interval(fidelity: dict[str, Any]) -> str:
-    if fidelity["sqnr_interval_db"] is None:
+    if (interval := fidelity.get("sqnr_interval_db")) is None:  # unknown source images, or a report of an older version
         return ""
-    low, high = fidelity["sqnr_interval_db"]
+    low, high = interval
     return f" (95 %: {low:.1f} to {high:.1f}, {fidelity['sources']} source images)"
 
 
