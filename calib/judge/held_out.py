@@ -106,8 +106,9 @@ class Errors:
         for batch, of_batch in zip(images.split(BATCH), _split(sources, BATCH), strict=True):
             wanted = exact(batch).double()
             self.signal += float(wanted.square().sum())
+            lost_by_net = {net: (net(batch) - wanted).square().flatten(1).sum(1).tolist() for net in {*nets}}
             for which, net in enumerate(nets):
-                lost = (net(batch) - wanted).square().flatten(1).sum(1).tolist()
+                lost = lost_by_net[net]
                 self.noise[which] += sum(lost)
                 for source, one in zip(of_batch, lost, strict=True):
                     self.by_source.setdefault(source, [0.0] * len(nets))[which] += one
@@ -192,14 +193,12 @@ def choose(candidates: Sequence[Candidate], halves: Sequence[Half], images: int 
     return by_rotation, plainest_best(together)
 
 
-def held_out_gain(
-    incumbent: Candidate, chosen: Sequence[Candidate], halves: Sequence[Half], images: int = IMAGES
-) -> Gain:
-    """Return the gain of `chosen[r]`, for every rotation r, over `incumbent` on the images that judge."""
-    errors = Errors(2)
+def held_out_errors(candidates: Sequence[Sequence[Candidate]], halves: Sequence[Half], images: int = IMAGES) -> Errors:
+    """Return the errors of `candidates[r]`, for every rotation r, on the images that judge in it."""
+    errors = Errors(len(candidates[0]))
     for rotation, (_, part) in enumerate(ROTATIONS):
-        add_errors(errors, [incumbent, chosen[rotation]], rotation, part, halves, images)
-    return errors.gain(0, 1)
+        add_errors(errors, candidates[rotation], rotation, part, halves, images)
+    return errors
 
 
 def challenge(
@@ -214,11 +213,12 @@ def challenge(
         return incumbent, None, ""
     by_rotation, best = choose(challengers, halves, images)
     chosen = challengers[best]
-    gain = held_out_gain(incumbent, [challengers[index] for index in by_rotation], halves, images)
+    whole = [Candidate.unfitted(each.name, each.whole) for each in (incumbent, chosen)]
+    judged = [[incumbent, challengers[index], *whole] for index in by_rotation]
+    errors = held_out_errors(judged, halves, images)
+    gain, fitted = errors.gain(0, 1), errors.gain(2, 3)
     if not gain.holds:
         return incumbent, gain._replace(after_db=gain.before_db), f"dropped: {chosen.name}: {gain.text()}"
-    whole = [Candidate.unfitted(each.name, each.whole) for each in (incumbent, chosen)]
-    fitted = held_out_gain(whole[0], [whole[1]] * len(ROTATIONS), halves, images)
     if not fitted.after_db >= fitted.before_db:
         note = f"dropped: {chosen.name}: {gain.text()}, but fitted on all images {fitted.after_db:.2f} dB"
         return incumbent, gain._replace(after_db=gain.before_db), note

@@ -11,7 +11,7 @@ from torch import nn
 from calib.errors import UserError
 from calib.grids import Unrounded, input_grid, straight_through, why_not_int8
 from calib.hooks import input_hooks
-from calib.judge.held_out import held_out_gain
+from calib.judge.held_out import held_out_errors
 from calib.methods import erq, rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import QuantLinear, quantized_net
@@ -124,7 +124,7 @@ def test_erq_at_few_bits_stays_on_its_grid_and_beats_rounding_to_nearest(bits):
         assert params.bits == bits
         assert int(quantize(weight, params).abs().max()) <= 2 ** (bits - 1) - 1
         assert torch.equal(params.fake_quantize(weight), weight)
-    assert held_out_gain(plain, [candidate] * 2, halves).mean_db > 0
+    assert held_out_errors([[plain, candidate]] * 2, halves).gain(0, 1).mean_db > 0
 
 
 def test_few_bits_of_weights_run_as_int8_and_fewer_of_inputs_are_refused_by_name():

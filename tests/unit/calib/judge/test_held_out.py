@@ -17,7 +17,7 @@ from calib.judge.held_out import (
     add_errors,
     challenge,
     choose,
-    held_out_gain,
+    held_out_errors,
 )
 from calib.network.rounded_layer import with_biases
 from calib.quant_model import QuantModel
@@ -116,7 +116,7 @@ def test_every_trial_runs_on_the_half_it_was_not_fitted_on_and_every_source_imag
             )
             assert errors.noise[0] == pytest.approx(expected, rel=1e-4)
     plain, better = (Candidate.unfitted("", network(factor)) for factor in (1.2, 1.1))
-    assert held_out_gain(plain, [better, better], HALVES).sources == 6
+    assert held_out_errors([[plain, better]] * 2, HALVES).gain(0, 1).sources == 6
 
 
 def test_the_best_is_chosen_and_a_tie_goes_to_the_plainer():
