@@ -113,8 +113,10 @@ def test_an_interval_is_shown_where_it_was_measured():
 @pytest.mark.parametrize("table", [results_table, recipes_table])
 def test_a_table_explains_its_intervals(table):
     found = copy.deepcopy(REPORTS)
+    for report in found.values():
+        report["fidelity"] |= {"sqnr_interval_db": None, "sources": None}
     assert "interval" not in table(found)
-    found[readme.SHOWN]["fidelity"] |= {"sqnr_interval_db": [27.94, 30.61], "sources": 4}
+    found[readme.SHOWN]["fidelity"] |= {"sqnr_db": 29.21, "sqnr_interval_db": [27.94, 30.61], "sources": 4}
     assert "29.2 dB (27.9 to 30.6) | 128 images of 4 sources |" in table(found)
     assert table(found).endswith("In brackets: the interval over source images.")
 
