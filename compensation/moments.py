@@ -120,9 +120,9 @@ class Moments:
         return float((self.q - self.b[-1].square() / self.count).sum())
 
 
-def pooled(folds: Sequence[Moments]) -> Moments:
-    """The samples of all `folds`."""
-    return reduce(Moments.merge, folds)
+def pooled(parts: Sequence[Moments]) -> Moments:
+    """Return the sums of the samples of all `parts`."""
+    return reduce(Moments.merge, parts)
 
 
 def r2(groups: Sequence[Moments], fits: Sequence[Fit]) -> float:

@@ -91,8 +91,8 @@ def _behind_gelu(model: QuantModel) -> list[str]:
 
 def _check_gelu(layers: Iterable[str], observed: Iterable[Observed]) -> None:
     """Raises UserError for a layer that reads less than any GELU returns."""
-    for fold, name in itertools.product(observed, layers):
-        if (low := float(fold.extremes.low[name].min())) < GELU_LEAST:
+    for half, name in itertools.product(observed, layers):
+        if (low := float(half.extremes.low[name].min())) < GELU_LEAST:
             raise UserError(
                 f"[precision] gelu 'twin': layer '{name}' reads {low:.3f}, which no GELU returns; expected a network with "
                 f"GELU and a recipe without [equalise], which scales what it returns"

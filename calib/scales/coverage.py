@@ -77,7 +77,7 @@ class Coverage:
         return max(self.spread, key=lambda layer: self.spread[layer])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the report; `spread` is None where there is one fold only."""
+        """Plain values for the report; `spread` is None where there is one half only."""
         spread = {
             "median": statistics.median(self.spread.values()),
             "worst": self.spread[self._widest],
@@ -91,8 +91,10 @@ class Coverage:
 
 
 def spread(thresholds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Largest over smallest threshold by layer. A layer that reads zeros only in a fold is left out: it has no ratio."""
-    return {layer: max(folds) / min(folds) for layer, folds in thresholds.items() if len(folds) > 1 and min(folds) > 0}
+    """Largest over smallest threshold by layer. A layer that reads zeros only in a half is left out: it has no ratio."""
+    return {
+        layer: max(halves) / min(halves) for layer, halves in thresholds.items() if len(halves) > 1 and min(halves) > 0
+    }
 
 
 def outside(model: QuantModel, batches: Iterable[Tensor]) -> tuple[tuple[Outside, ...], int]:
