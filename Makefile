@@ -25,7 +25,7 @@ RUN := $(VENV)/bin/python
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
-.PHONY: help setup engine verify doctor test test-fast lint bench photographs table clean
+.PHONY: help setup engine verify doctor structure test test-fast lint bench photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -54,6 +54,9 @@ verify: $(VENV)/.ready ## Check a finished package again: MODEL= RECIPE= OUT=
 
 doctor: $(VENV)/.ready ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor
+
+structure: $(VENV)/.ready ## What a network consists of, and what stays in float and why: MODEL=
+	@$(RUN) -m deploy structure "$(MODEL)"
 
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
 	@$(PYTEST_SIDE_BY_SIDE) -m "not alone"

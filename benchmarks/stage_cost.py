@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.families import family_of
 from calib.images.batches import Batches as AnyBatches
 from calib.images.image_set import image_sets
 from calib.images.preprocess import preprocessing_from_config
@@ -54,7 +53,7 @@ def measure(name: str, recipe_name: str) -> dict[str, Any]:
     calibration, _ = image_sets(None, None, preprocessing, options.calib_images, seed=options.seed)
     halves = halves_of(calibration, lambda part: Batches(part, progress, torch.from_numpy))
     images = CalibrationImages(next(iter(halves[0]))[:1], halves)
-    model = QuantModel.of(name, loaded.net, family_of(loaded.net), recipe.precision)
+    model = QuantModel.of(name, loaded.net, precision=recipe.precision)
     passes = []
     with progress.stage("float"):
         passes.append(float_pass(loaded.net, halves))

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from torch import nn
 
 from calib.errors import UserError
-from calib.families import Family
 from calib.grids import Grid
 from calib.precision import INT8_ENGINE, LayerBits, Precision
 from calib.quantizer import QParams
 from calib.structure.moves import Moved
+from calib.structure.structure import Structure
 
 ATTENTION_ROLES = ("query", "key", "softmax", "value")  # what rounds in an INT8 attention: all of it or nothing
 
@@ -52,6 +52,8 @@ class QuantModel:
     folded, channels equalised), so that single blocks can be compared: stages that move coordinates set both, stages that
     change the function set `net` alone. They are one object until then, and nobody edits it.
 
+    `structure` says what `net` consists of (calib/structure/structure.py): it is read once BatchNorm is folded.
+
     `quantizers` maps every tensor that rounds to its grid: `blocks.3.attn.qkv:input` (an activation),
     `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
     `moved` holds the channel scales already in `net`, `precision` the bits. `branches` maps blocks to what runs beside
@@ -65,7 +67,7 @@ class QuantModel:
     float_net: nn.Module
     net: nn.Module
     exact_net: nn.Module
-    family: Family
+    structure: Structure
     quantizers: dict[str, Grid] = field(default_factory=dict)
     history: tuple[StageRecord, ...] = ()
     branches: dict[str, Branch] = field(default_factory=dict)
@@ -76,9 +78,11 @@ class QuantModel:
     precision: Precision = INT8_ENGINE
 
     @classmethod
-    def of(cls, name: str, net: nn.Module, family: Family, precision: Precision = INT8_ENGINE) -> "QuantModel":
-        """Return the float network `net` of which nothing is quantized yet."""
-        return cls(name, net, net, net, family, precision=precision)
+    def of(
+        cls, name: str, net: nn.Module, structure: Structure | None = None, precision: Precision = INT8_ENGINE
+    ) -> "QuantModel":
+        """Return the float network `net` of which nothing is quantized yet; without `structure`, folding reads it."""
+        return cls(name, net, net, net, structure or Structure(type(net).__name__, {}), precision=precision)
 
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `quantizers` added (same names replaced)."""
@@ -92,15 +96,14 @@ class QuantModel:
     def layers(self) -> tuple[str, ...]:
         """Names of the Linear and Conv2d layers to be quantized, in the order of definition."""
         return tuple(
-            name
-            for name, module in self.net.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
-            and (self.precision.first_last or self.family.float_reason(name) is None)
+            layer.name
+            for layer in self.structure.layers.values()
+            if layer.why_float is None or (self.precision.first_last and layer.roundable)
         )
 
     def bits(self, layer: str) -> LayerBits:
         """Bits of the weight and the input of `layer`."""
-        if self.family.float_reason(layer) is not None:
+        if self.structure.why_float(layer) is not None:
             return LayerBits(self.precision.first_last, self.precision.first_last)
         return LayerBits(self.precision.weights, self.precision.inputs)
 
@@ -127,13 +130,10 @@ class QuantModel:
 
     @property
     def float_layers(self) -> dict[str, str]:
-        """Linear and Conv2d layers that stay in FP16, with the reason."""
-        reasons = {
-            name: self.family.float_reason(name)
-            for name, module in self.net.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and name not in self.layers
-        }
-        return {name: reason for name, reason in reasons.items() if reason is not None}
+        """Linear and convolution layers that stay in FP16, with the reason."""
+        layers = {*self.layers}
+        reasons = {layer.name: layer.why_float for layer in self.structure.layers.values() if layer.name not in layers}
+        return {name: reason for name, reason in {**reasons, **self.structure.unknown}.items() if reason is not None}
 
     @property
     def is_classifier(self) -> bool:

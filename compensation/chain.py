@@ -29,8 +29,9 @@ def block_layouts(model: QuantModel, net: nn.Module, images: Tensor) -> dict[str
 
     Raises ValueError naming the blocks if they are no chain, or one that no branch can serve.
     """
-    shapes = chain_shapes(net, model.family.blocks(model.net), images)
-    return {name: layout_from_shapes(name, *shape, model.family.channels_last) for name, shape in shapes.items()}
+    blocks = model.structure.blocks
+    shapes = chain_shapes(net, tuple(blocks), images)
+    return {name: layout_from_shapes(name, *shape, blocks[name].channels_last) for name, shape in shapes.items()}
 
 
 def chain_shapes(net: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Size, Size]]:

@@ -244,7 +244,7 @@ def places(model: QuantModel, net: nn.Module, images: Tensor) -> dict[str, Place
     found = {}
     for name, layout in block_layouts(model, net, images).items():
         shared = {}
-        for form, reader in model.family.shared.items():
+        for form, reader in model.structure.shared.get(name, {}).items():
             grid = model.quantizers.get(f"{name}.{reader}:input")
             if isinstance(grid, QParams) and not why_not_int8(grid):  # an INT8 branch reads its integers
                 shared[form] = (reader, grid)
@@ -329,7 +329,7 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
     Branches that `model` has are replaced. Raises ValueError naming the blocks if they are no chain.
     """
     model, images = replace(model, branches={}, branch_figures={}), Joined(halves)
-    names = model.family.blocks(model.net)
+    names = tuple(model.structure.blocks)
     kept, tried = _fit_blocks(model, images, config, dict.fromkeys(names, config.forms))
     options = [option(name, found) for name, several in tried.items() for found in several if found["kept"]]
     chosen = select(options, config.min_r2_per_kernel, *config.limits)
@@ -391,8 +391,8 @@ def _notes(
     )
     used = {found["form"] for several in tried.values() for found in several}
     unused = tuple(
-        f"form '{form}' does not apply: it needs blocks with an INT8 layer behind a norm, and those of family "
-        f"'{model.family.name}' have none it could join"
+        f"form '{form}' does not apply: it needs blocks with an INT8 layer behind a norm, and those of "
+        f"{model.structure.kind} have none it could join"
         for form in config.forms
         if form not in used
     )

@@ -80,7 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     verify.add_argument("folder", type=Path)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
-    verbs.add_parser("list", help="models, recipes, methods, families, backends and stages")
+    verbs.add_parser("list", help="models, recipes, methods, backends and stages")
+    structure = verbs.add_parser(
+        "structure", help="what a network consists of: layers, what stays in float and why, blocks, channel scales"
+    )
+    structure.add_argument("model", help="short name (see `list`) or any timm name")
+    structure.add_argument(
+        "--weights", default="random", help="as for `engine`; the structure needs none (default random)"
+    )
+    structure.add_argument("--json", action="store_true", help="print it as JSON")
     explain = verbs.add_parser("explain", help="print a recipe with every option resolved")
     explain.add_argument("recipe")
     return parser
@@ -146,27 +154,41 @@ def _list(_args: argparse.Namespace) -> int:
     import pkgutil
 
     import calib.methods
-    from calib.families import families
     from calib.weights.zoo import ZOO
     from deploy.engine.backends import backends
     from deploy.pipeline import stage_names
     from deploy.recipe import recipe_names
 
     width = max(map(len, ZOO))
-    print("models (any other timm name works too if its family is listed):")
+    print("models (any other timm name works too):")
     for spec in ZOO.values():
         print(f"  {spec.name:<{width}}  {spec.tag}")
     methods = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
     for title, names in (
         ("recipes", recipe_names()),
         ("methods", methods),
-        ("families", families()),
         ("backends", backends()),
     ):
         print(f"{title}: {', '.join(sorted(names))}")
     print("stages, in order (--from, --until); in brackets those that not every recipe has, rtn or another method:")
     for half, names in stage_names().items():
         print(f"  {half}: {', '.join(names)}")
+    return 0
+
+
+def _structure(args: argparse.Namespace) -> int:
+    import torch
+
+    from calib.network.fold import fold_affine
+    from calib.quant_model import QuantModel
+    from calib.weights.load import load_net
+    from calib.weights.zoo import resolve_model
+    from deploy.report.structure import structure_json, structure_lines
+
+    loaded = load_net(resolve_model(args.model), args.weights)
+    example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    structure = fold_affine(QuantModel.of(args.model, loaded.net), example).structure
+    print(json.dumps(structure_json(structure), indent=2) if args.json else "\n".join(structure_lines(structure)))
     return 0
 
 
@@ -177,7 +199,14 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"engine": _engine, "verify": _verify, "doctor": _doctor, "list": _list, "explain": _explain}
+VERBS = {
+    "engine": _engine,
+    "verify": _verify,
+    "doctor": _doctor,
+    "list": _list,
+    "structure": _structure,
+    "explain": _explain,
+}
 
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:

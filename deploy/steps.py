@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.families import family_of
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.network.fp16_range import fp16_range
@@ -72,10 +71,10 @@ def _hold(contract: Any) -> None:
 
 
 def load(run: Run) -> Lines:
-    """The float network, of a family that the tool knows."""
+    """The float network."""
     run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
     net = run.loaded.net
-    run.model = QuantModel.of(run.name, net, family_of(net), run.recipe.precision)
+    run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
     return (run.loaded.source,)
 
 

@@ -6,13 +6,13 @@ import timm
 import torch
 from torch import nn
 
-from calib.families import family_of
 from calib.images.batches import Half, Part
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.precision import INT8_ENGINE, Precision
 from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config, calibrate
+from calib.structure.structure import structure_of
 from deploy.recipe import recipe_from_tables
 from deploy.stages import CalibrationImages, repair_stages
 
@@ -52,7 +52,7 @@ def tiny_net(family: str, seed: int = 0) -> nn.Module:
 
 def tiny_model(family: str, seed: int = 0) -> QuantModel:
     net = tiny_net(family, seed)
-    return QuantModel.of(family, net, family_of(net))
+    return QuantModel.of(family, net, structure_of(net, torch.zeros(1, 3, SIZE, SIZE)))
 
 
 def tiny_batches(count: int = 3, batch: int = 4, seed: int = 1) -> list[torch.Tensor]:

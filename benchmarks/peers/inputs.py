@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 
 from calib.errors import UserError
-from calib.families import family_of
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.quant_model import QuantModel
@@ -48,7 +47,7 @@ def write_inputs(model: str, folder: Path, calib_images: int, eval_images: int) 
     about = {
         "model": model,
         "weights_source": loaded.source,
-        "classifier": QuantModel.of(model, loaded.net, family_of(loaded.net)).is_classifier,
+        "classifier": QuantModel.of(model, loaded.net).is_classifier,
         "calibration": _save(calibration, folder / CALIBRATION),
         "evaluation": _save(evaluation, folder / EVALUATION),
         "machine": host.describe(),

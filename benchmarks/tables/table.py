@@ -25,7 +25,6 @@ from torch import nn
 
 from benchmarks.tables.experiments import FLOAT_BITS, Experiment, Table, load_table
 from calib.errors import UserError
-from calib.families import family_of
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import Preprocessing, preprocessing_from_config
 from calib.network.qdq import quantized_net
@@ -122,7 +121,7 @@ class Bench:
         self.loaded = load_net(spec)
         self.calibration, self.evaluation = _images(options, preprocessing_from_config(self.loaded.data_config))
         net = self.loaded.net
-        self.model = QuantModel.of(spec.name, net, family_of(net))
+        self.model = QuantModel.of(spec.name, net)
         self._simulator: Simulator | None = None
         self._reference = np.empty(0)
 

@@ -53,7 +53,7 @@ def factor_grid(role: str, histogram: SignedHistogram, precision: Precision) -> 
 def calibrate_attention(model: QuantModel, halves: Sequence[Half]) -> QuantModel:
     """`model` with quantizers for every attention; there may be none. Raises UserError for one that cannot be simulated."""
     start = time.perf_counter()
-    names = model.family.attentions(model.net)
+    names = model.structure.attentions
     histograms = {f"{name}:{role}": SignedHistogram() for name in names for role in ATTENTION_ROLES}
 
     def look(name: str, attention: nn.Module, x: Tensor) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks, output_hooks
-from calib.network.layer_rows import along_inputs, channel_axis
+from calib.network.layer_rows import channel_axis
+from calib.structure.moves import along_inputs
 
 PROJECTIONS = 4  # r per image: with 32 images 128 samples of the mean, 1 dB
 BATCH = 2  # images at a time: every layer's input and its gradients are in memory

@@ -113,7 +113,7 @@ def least_squares_quantizers(model: QuantModel) -> dict[str, QParams]:
 
 def units(model: QuantModel) -> dict[str, list[str]]:
     """Layers to be quantized by the block they are in; a layer outside all blocks is its own."""
-    blocks = model.family.blocks(model.net)
+    blocks = model.structure.blocks
     found: dict[str, list[str]] = {}
     for name in model.layers:
         found.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)

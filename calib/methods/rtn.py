@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from calib.images.batches import Half, spread_images
 from calib.judge.held_out import Candidate, Offer
-from calib.network.layer_rows import Means, along_inputs, look_at_inputs
+from calib.network.layer_rows import Means, look_at_inputs
 from calib.network.rounded_layer import with_biases
 from calib.quant_model import QuantModel
 from calib.quantizer import QParams, channel_qparams
 from calib.store.watch import UNWATCHED, Watch
+from calib.structure.moves import along_inputs
 
 IMAGES = 32  # per half: a mean needs no more
 BATCH = 16

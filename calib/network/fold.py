@@ -4,21 +4,32 @@
     LayerScale:    g = gamma                          o = 0
 
 No TensorRT INT8 convolution has a BatchNorm behind it, and scales must be computed on the weights that the engine runs.
+What reads a layer's output is taken from the traced network (calib/structure/), so that a layer with a second reader, or one
+that is called twice, is left alone.
 """
 
 import copy
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from timm.layers import LayerScale
-from torch import Tensor, nn
+from timm.layers import LayerScale, LayerScale2d
+from torch import Tensor, fx, nn
 
 from calib.modules import replace_module
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QMAX, SMALLEST_SCALE
+from calib.structure.channels import PRODUCTS, reach_of
+from calib.structure.layers import plain_calls
+from calib.structure.lowering import lowered
+from calib.structure.places import absorbing, channel_map
+from calib.structure.proof import difference, output_of, preserving
+from calib.structure.structure import structure_of
+from calib.structure.trace import Trace, aten, calls
 
-AFFINE = (nn.BatchNorm2d, LayerScale)
+AFFINE = (nn.BatchNorm1d, nn.BatchNorm2d, LayerScale, LayerScale2d)
+SCALES = (LayerScale, LayerScale2d)
 # A LayerScale can make rows of a weight too small for an FP16 scale. They do not matter beside a row this many times larger.
 SMALL_ROWS = 64
 
@@ -28,9 +39,9 @@ def gain_and_offset(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
     Raises ValueError for a BatchNorm without running statistics.
     """
-    if isinstance(module, LayerScale):
+    if isinstance(module, SCALES):
         return module.gamma.detach(), torch.zeros_like(module.gamma)
-    if not isinstance(module, nn.BatchNorm2d):
+    if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         return None
     mean, var = module.running_mean, module.running_var
     if mean is None or var is None:
@@ -54,38 +65,24 @@ def leaves_scales(layer: nn.Module, gain: Tensor) -> bool:
     return float(rows.max()) / QMAX >= SMALL_ROWS * SMALLEST_SCALE
 
 
-def affine_pairs(net: nn.Module, example: Tensor) -> dict[str, str]:
-    """Name of an affine module -> name of the layer whose output it reads, found by a forward pass of `example`."""
-    producer: dict[int, str] = {}
-    pairs: dict[str, str] = {}
-    alive: list[Tensor] = []  # references to all outputs, so that no id is used twice
-    hooks = []
+def _affine_calls(trace: Trace) -> dict[fx.Node, str]:
+    """Return the calls of affine modules that are called once, and their names."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in calls(trace.nodes, aten.batch_norm.default, *PRODUCTS):
+        name = trace.owner(node)
+        if isinstance(trace.net.get_submodule(name), AFFINE):
+            found.setdefault(name, []).append(node)
+    return {nodes[0]: name for name, nodes in found.items() if len(nodes) == 1}
 
-    def after_layer(name: str):
-        def hook(_module, _inputs, output):
-            producer[id(output)] = name
-            alive.append(output)
 
-        return hook
-
-    def before_affine(name: str):
-        def hook(_module, inputs):
-            if id(inputs[0]) in producer:
-                pairs[name] = producer[id(inputs[0])]
-
-        return hook
-
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            hooks.append(module.register_forward_hook(after_layer(name)))
-        elif isinstance(module, AFFINE):
-            hooks.append(module.register_forward_pre_hook(before_affine(name)))
-    try:
-        with torch.no_grad():
-            net(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def affine_pairs(trace: Trace) -> dict[str, str]:
+    """Return the name of an affine module -> name of the layer whose output it reads and nothing else reads."""
+    affine, pairs = _affine_calls(trace), {}
+    for node, layer in absorbing(trace, plain_calls(trace)).items():
+        reach = reach_of(trace, node, -1 if node.target is aten.linear.default else 1, affine)
+        rows = channel_map(reach)
+        if len(reach.readers) == 1 and reach.linear and reach.shifts and rows == tuple(range(len(rows or ()))):
+            pairs[next(iter(reach.readers))] = layer
     return pairs
 
 
@@ -95,27 +92,48 @@ def _remainder(module: nn.Module) -> nn.Module:
     return act if isinstance(act, nn.Module) else nn.Identity()
 
 
-def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
-    """`model` with every BatchNorm and LayerScale folded into the preceding layer; `example` is (1, 3, H, W).
-
-    A LayerScale is kept if it is so small that FP16 could not hold the scales of the folded weight.
-    """
-    start = time.perf_counter()
-    net = copy.deepcopy(model.net)
-    pairs = affine_pairs(net, example)
-    folded = []
-    for name, layer in pairs.items():
+def _fold(net: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    """Fold these (affine module, layer) (edits `net`)."""
+    for name, layer in pairs:
         found = gain_and_offset(net.get_submodule(name))
         assert found is not None
-        if isinstance(net.get_submodule(name), nn.BatchNorm2d) or leaves_scales(net.get_submodule(layer), found[0]):
-            fold_into(net.get_submodule(layer), *found)
-            replace_module(net, name, _remainder(net.get_submodule(name)))
-            folded.append(name)
-    notes = tuple(
-        f"{sum(isinstance(model.net.get_submodule(name), kind) for name in folded)} of {total} {kind.__name__}s folded"
-        for kind in AFFINE
-        if (total := sum(isinstance(module, kind) for module in model.net.modules()))
+        fold_into(net.get_submodule(layer), *found)
+        replace_module(net, name, _remainder(net.get_submodule(name)))
+
+
+def _foldable(net: nn.Module, name: str, layer: str) -> bool:
+    found = gain_and_offset(net.get_submodule(name))
+    assert found is not None
+    return not isinstance(net.get_submodule(name), SCALES) or leaves_scales(net.get_submodule(layer), found[0])
+
+
+def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
+    """`model` with plain layers, every BatchNorm and LayerScale folded into the layer before it, and its structure read.
+
+    `example` is (1, 3, H, W). A LayerScale is kept if it is so small that FP16 could not hold the scales of the folded
+    weight. Every step is proved on `example`; one that changes the network's output is taken back, and a note says so.
+    Raises UserError if `torch.export` cannot trace the network.
+    """
+    start = time.perf_counter()
+    plain, made_plain = lowered(model.net, example)
+    pairs = [pair for pair in affine_pairs(Trace(plain, example)).items() if _foldable(plain, *pair)]
+    exact = output_of(plain, example)
+    kept, refused = preserving(
+        pairs, lambda some: difference(exact, output_of(plain, example, lambda net: _fold(net, some)))
     )
-    record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes or ("nothing to fold",))
+    net = copy.deepcopy(plain)
+    _fold(net, kept)
     net.requires_grad_(False)
-    return replace(model, net=net, exact_net=net).with_record(record)
+    folded = [name for name, _ in kept]
+    notes = tuple(
+        f"{sum(isinstance(plain.get_submodule(name), kind) for name in folded)} of {total} {kind.__name__}s folded"
+        for kind in AFFINE
+        if (total := sum(isinstance(module, kind) for module in plain.modules()))
+    )
+    taken_back = tuple(
+        f"{name} is not folded: in '{layer}' it changes the output by {apart:.1e}" for (name, layer), apart in refused
+    )
+    structure = structure_of(net, example)
+    notes = (*(notes or ("nothing to fold",)), *made_plain, *taken_back, structure.summary())
+    record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes)
+    return replace(model, net=net, exact_net=net, structure=structure).with_record(record)

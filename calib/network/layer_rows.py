@@ -20,21 +20,13 @@ from calib.hooks import input_hooks
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight of a Linear or Conv2d as (G, N, K)."""
     weight = layer.get_parameter("weight").detach()
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    groups = int(getattr(layer, "groups", 1))
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def channel_axis(layer: nn.Module) -> int:
     """The axis of the channels in the input of a Linear or Conv2d."""
     return 1 if isinstance(layer, nn.Conv2d) else -1
-
-
-def along_inputs(layer: nn.Module, values: Tensor) -> Tensor:
-    """`values` (C,), one per input channel of a Linear or Conv2d, in a shape that broadcasts over its weight."""
-    weight = layer.get_parameter("weight")
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    by_output = values.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
-    return by_output.reshape(len(weight), -1, *[1] * (weight.ndim - 2))
 
 
 def sample_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ class Config:
     observer: str = (
         "search"  # search | max | percentile | mse | entropy | repq; search = least error of the network's output
     )
-    percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = the family's
+    percentile: float = 0.0  # % of elements not clipped, used by `percentile` only; 0 = that of the network's structure
 
     def __post_init__(self) -> None:
         if self.observer not in (known := ("search", *OBSERVERS, REPQ)):
@@ -76,7 +75,7 @@ def _fold_scales(model: QuantModel, half: Extremes) -> dict[str, FoldScale]:
     """Return how the half alone would have equalised, by layer."""
     found = {}
     for name, low in half.low.items():
-        moved = next((each for each in model.moved if each.consumer == name), None)
+        moved = next((each for each in model.moved if name in each.readers), None)
         exponent, centred = model.equalised.get(name, (0.0, False))
         found[name] = fold_scale(low, half.high[name], moved, exponent, centred, model.precision.zero_points)
     return found
@@ -86,7 +85,7 @@ def _behind_gelu(model: QuantModel) -> list[str]:
     """Layers whose inputs take PTQ4ViT's twin grid."""
     if model.precision.gelu != "twin":
         return []
-    return [name for name in model.layers if re.fullmatch(model.family.after_gelu, name)]
+    return [name for name in model.layers if name in model.structure.after_gelu]
 
 
 def _check_gelu(layers: Iterable[str], observed: Iterable[Observed]) -> None:
@@ -202,7 +201,7 @@ def calibrate(model: QuantModel, halves: Sequence[Half], config: Config) -> Quan
     calib/statistics/signed_ranges.py. Raises UserError where [precision] asks for the grid of GELU outputs and a layer reads
     something else, and for an observer that does not know ranges of the kind asked for.
     """
-    config = replace(config, percentile=config.percentile or model.family.percentile)
+    config = replace(config, percentile=config.percentile or model.structure.percentile)
     if model.precision.zero_points and config.observer != "search":
         return _with_asymmetric_inputs(model, halves, config)
     if config.observer == REPQ:

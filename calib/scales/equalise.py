@@ -1,7 +1,7 @@
 """Cross-layer equalization: migrate per-channel scales between consecutive layers, so that channels have similar ranges.
 
 TensorRT quantizes activations with one scale per tensor, so a channel with a small range next to one with a large range
-keeps few levels. For every `Move` of the family (calib/structure/moves.py) the range h_c of channel c becomes
+keeps few levels. At every place of the network's structure (calib/structure/places.py) the range h_c of channel c becomes
 
     r_c = (h_c / mean h)^a         x' = (x - m) / r         (mean: geometric, so that nothing grows as a whole)
 
@@ -21,7 +21,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -32,13 +32,15 @@ from calib.grids import input_grid, sides_of
 from calib.hooks import input_hooks
 from calib.images.batches import Half, spread_images
 from calib.judge.first_order import output_gradients, output_noise
-from calib.network.layer_rows import Extremes, Means, along_inputs, channel_axis, look_at_inputs
+from calib.network.fp16_range import FP16_MAX
+from calib.network.layer_rows import Extremes, Means, channel_axis, look_at_inputs, weight_matrix
 from calib.precision import UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
 from calib.scales.channel_scale import FoldScale, channel_scale
 from calib.scales.repq import Reparametrised, channel_ranges, reparametrised
-from calib.structure.moves import Move, Moved, Norm
+from calib.structure.moves import INSERT, NORM, Moved, Place, along_inputs, move
+from calib.structure.proof import difference, output_of, preserving
 
 RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
@@ -46,6 +48,7 @@ REPQ_IMAGES = 32  # the paper's one batch
 THRESHOLDS = (0.6, 0.8, 1.0, 1.25, 1.6)
 FEW_BITS = (0.25, 0.4)  # where levels are few, clipping pays
 CHOOSE_IMAGES = 8  # per half
+FP16_MARGIN = 8.0  # new images exceed what calibration saw
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,15 @@ class Trial:
         }
 
 
-def _chosen(
+def _noise(
     model: QuantModel,
     shifts: Mapping[str, bool],
     halves: Sequence[Half],
     ranges: Sequence[Extremes],
     means: Sequence[Means],
     config: Config,
-) -> dict[str, Candidate]:
-    """Return (exponent, centred) by layer: the least noise on the images that choose; ties go to the one that changes least.
+) -> dict[str, dict[Candidate, Tensor]]:
+    """Return the noise on the images that choose at each of `thresholds`, by layer and (exponent, centred).
 
     `shifts`: by layer, whether it can be centred.
     """
@@ -151,37 +154,72 @@ def _chosen(
                     noise = trial.noise(seen.inputs[name], seen.gradients[name], seen.weights[name], model.bits(name))
                     for candidate, of_image in noise.items():
                         total[name][candidate] = total[name].get(candidate, 0.0) + of_image
-    return {name: min(noise, key=lambda each: float(noise[each].min())) for name, noise in total.items()}
+    return total
 
 
-def _consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    """Make `layer` read (x - shift) / scale instead of x (edits it)."""
-    weight = layer.get_parameter("weight").data
-    if shift.any():
-        moved = (weight * along_inputs(layer, shift)).flatten(1).sum(1)
-        bias = getattr(layer, "bias", None)
-        layer.bias = nn.Parameter(moved if bias is None else bias.data + moved, requires_grad=False)
-    weight.mul_(along_inputs(layer, scale))
+def _least(noises: Sequence[Mapping[Candidate, Tensor]]) -> Candidate:
+    """Return the candidate with the least noise over all readers of a place, each at its best threshold.
+
+    Ties go to the one that changes least.
+    """
+    return min(noises[0], key=lambda each: sum(float(noise[each].min()) for noise in noises))
 
 
-def placed_moves(model: QuantModel) -> Iterator[tuple[Move, str, str]]:
-    """(move, producer, consumer) with full names, for every place of `model.net` where a move of the family applies."""
-    for block, module in model.net.named_modules():
-        for move in model.family.moves:
-            if type(module).__name__ == move.block and move.applies(module):
-                prefix = f"{block}." if block else ""
-                yield move, prefix + move.producer, prefix + move.consumer
+def quantized_readers(model: QuantModel) -> dict[Place, tuple[str, ...]]:
+    """Return the layers to be quantized that read at each place where scales can move, if there are any."""
+    layers = {*model.layers}
+    found = {place: tuple(name for name in place.readers if name in layers) for place in model.structure.places}
+    return {place: readers for place, readers in found.items() if readers}
 
 
 def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
-    """`model` with these scales and shifts moved, each at a place where a move of the family applies."""
+    """`model` with these scales and shifts moved, each at a place of its structure."""
     net = copy.deepcopy(model.net)
-    places = {(producer, consumer): move for move, producer, consumer in placed_moves(model)}
+    places = {place.readers: place for place in model.structure.places}
     moved = tuple(moved)
     for each in moved:
-        places[each.producer, each.consumer].produce(net, each.producer, each.scale, each.shift)
-        _consume(net.get_submodule(each.consumer), each.scale, each.shift)
+        move(net, places[each.readers], each.scale, each.shift)
     return replace(model, net=net, exact_net=net, moved=(*model.moved, *moved))
+
+
+def largest_by_input(layer: nn.Module) -> Tensor:
+    """Return the largest |weight| (C,) that meets each input channel of a Linear or Conv2d."""
+    groups = weight_matrix(layer).abs().amax(1)
+    channels = groups.shape[0] * layer.get_parameter("weight").shape[1]
+    return groups.reshape(channels, -1).amax(1)
+
+
+def within_fp16(net: nn.Module, place: Place, reach: Tensor, scale: Tensor) -> Tensor:
+    """Return `scale` (C,) held to what keeps weights and values at `place` within FP16, with a margin for new images.
+
+    `reach` (C,): the largest |x - m| that calibration saw. Where a value is beyond that without any scale, 1 is allowed.
+    """
+    most = FP16_MAX / FP16_MARGIN
+    least = reach / most
+    if place.kind != INSERT:
+        weight = net.get_submodule(place.producer).get_parameter("weight")[list(place.rows)]
+        least = torch.maximum(least, weight.abs().reshape(len(weight), -1).amax(1) / most)
+    largest = torch.stack([largest_by_input(net.get_submodule(name)) for name in place.readers]).amax(0)
+    return scale.clamp(least.clamp(max=1.0), (most / largest.clamp(min=torch.finfo(scale.dtype).tiny)).clamp(min=1.0))
+
+
+def _sound(model: QuantModel, moved: Sequence[Moved], example: Tensor) -> tuple[list[Moved], tuple[str, ...]]:
+    """Return (those of `moved` that leave the output on `example` as it is, notes on those that do not)."""
+    places = {place.readers: place for place in model.structure.places}
+    exact = output_of(model.net, example)
+
+    def difference_of(some: Sequence[Moved]) -> float:
+        def edit(net: nn.Module) -> None:
+            for each in some:
+                move(net, places[each.readers], each.scale, each.shift)
+
+        return difference(exact, output_of(model.net, example, edit))
+
+    kept, refused = preserving(moved, difference_of)
+    notes = tuple(
+        f"taken back: scales of '{each.readers[0]}' change the output by {apart:.1e}" for each, apart in refused
+    )
+    return list(kept), notes
 
 
 def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
@@ -189,7 +227,9 @@ def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantMod
     if not model.precision.zero_points or model.precision.inputs == UNROUNDED:
         raise UserError("[equalise] rule 'repq' is for inputs that round with zero points: set them in [precision]")
     start = time.perf_counter()
-    places = {consumer: producer for move, producer, consumer in placed_moves(model) if isinstance(move, Norm)}
+    places = {
+        readers[0]: place for place, readers in quantized_readers(model).items() if place.kind == NORM and place.shifts
+    }
     images = torch.cat([spread_images(half, math.ceil(REPQ_IMAGES / len(halves))) for half in halves])
     found: dict[str, Reparametrised] = {}
 
@@ -199,10 +239,14 @@ def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantMod
 
     with input_hooks(model.net, places, look), torch.no_grad():
         model.net(images)
-    moved = [Moved(places[name], name, each.scale, each.shift) for name, each in found.items()]
+    moved = [Moved(places[name].producer, places[name].readers, each.scale, each.shift) for name, each in found.items()]
     notes = (f"{len(moved)} LayerNorms reparametrised as in RepQ-ViT, on {len(images)} images",)
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
-    quantizers = {f"{name}:input": each.grid for name, each in found.items()}
+    quantizers = {
+        f"{reader}:input": each.grid
+        for name, each in found.items()
+        for reader in quantized_readers(model)[places[name]]
+    }
     return apply_moves(model, moved).with_quantizers(quantizers).with_record(record)
 
 
@@ -214,22 +258,31 @@ def equalise(model: QuantModel, halves: Sequence[Half], config: Config) -> Quant
     if config.rule == "repq":
         return _repq(model, halves, config)
     start = time.perf_counter()
-    places = list(placed_moves(model))
-    shifts = {consumer: move.shifts(model.net, producer, consumer) for move, producer, consumer in places}
+    places = quantized_readers(model)
+    shifts = {name: place.shifts and not place.attention for place, readers in places.items() for name in readers}
     ranges, means = [Extremes() for _ in halves], [Means() for _ in halves]
     for half, extremes, mean in zip(halves, ranges, means, strict=True):
         look_at_inputs(model.net, shifts, half, extremes, mean)
     whole = functools.reduce(Extremes.merge, ranges)
-    chosen = _chosen(model, shifts, halves, ranges, means, config)
+    noise = _noise(model, shifts, halves, ranges, means, config)
+    chosen = {place: _least([noise[name] for name in readers]) for place, readers in places.items()}
     moved = []
-    for _, producer, consumer in places:
-        if any(chosen[consumer]):
-            low, high = whole.low[consumer], whole.high[consumer]
-            moved.append(Moved(producer, consumer, *channel_scale(low, high, *chosen[consumer])))
-    exponents = [exponent for exponent, _ in chosen.values()]
+    for place, readers in places.items():
+        if any(chosen[place]):
+            low = torch.stack([whole.low[name] for name in readers]).amin(0)
+            high = torch.stack([whole.high[name] for name in readers]).amax(0)
+            scale, shift = channel_scale(low, high, *chosen[place])
+            scale = within_fp16(model.net, place, torch.maximum(high - shift, shift - low), scale)
+            moved.append(Moved(place.producer, place.readers, scale, shift))
+    moved, taken_back = _sound(model, moved, next(iter(halves[0]))[:1])
+    kept = {each.readers for each in moved}
+    equalised = {name: chosen[place] for place, readers in places.items() for name in readers if place.readers in kept}
+    exponents = [chosen[place][0] for place in places if place.readers in kept]
+    counts = ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents)))
     notes = (
-        f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(c for _, c in chosen.values())} centred; "
-        "exponents " + ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents))),
+        f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(bool(e.shift.any()) for e in moved)} centred; "
+        f"exponents {counts or 'none'}",
+        *taken_back,
     )
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
-    return replace(apply_moves(model, moved), equalised=chosen).with_record(record)
+    return replace(apply_moves(model, moved), equalised=equalised).with_record(record)

@@ -6,11 +6,12 @@ padded)
 
     x' = (x - m) / r        W' = W diag(r)        b' = b + W m        =>   W' x' + b' = W x + b
 
-and the producer of x has to return x' instead: `Norm` absorbs r and m in its affine parameters, `Value` in the rows of v,
-`Act` in the rows of the layer before a positively homogeneous activation, and `Insert` adds an element-wise operation.
+and the producer of x has to return x' instead. A norm absorbs r and m in its affine parameters, a layer in its rows and
+biases, if what lies between is positively homogeneous, and behind any other activation an element-wise operation is added.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,20 @@ from calib.modules import replace_module
 
 
 class ChannelAffine(nn.Module):
-    """The operation (x - shift) / scale per channel of the last axis. An engine fuses it into the activation before it."""
+    """The operation (x - shift) / scale per channel, behind an `activation` that an engine fuses it into.
 
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+    `scale` and `shift` have a shape that broadcasts over x.
+    """
+
+    def __init__(self, activation: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
+        self.activation = activation
         self.factor = nn.Buffer(1 / scale)
         self.offset = nn.Buffer(-shift / scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return x * self.factor + self.offset
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the activation returns, shifted and scaled, in the same shape."""
+        return self.activation(*args, **kwargs) * self.factor + self.offset
 
 
 class ChannelClamp(nn.Module):
@@ -44,125 +49,89 @@ class ChannelClamp(nn.Module):
         return torch.minimum(torch.relu(x) if self.low is None else torch.maximum(x, self.low), self.high)
 
 
-def _divide_bias(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    """Replace the last len(scale) biases b of `layer` by (b - shift) / scale (edits it); a layer without bias has b = 0."""
-    if getattr(layer, "bias", None) is None:
-        if not shift.any():
-            return
-        weight = layer.get_parameter("weight")
-        layer.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
-    layer.get_parameter("bias").data[-len(scale) :].sub_(shift).div_(scale)
+NORM, LAYER, INSERT = "norm", "layer", "insert"
 
 
 @dataclass(frozen=True)
-class Move:
-    """A place where scale migration is possible, as module names relative to a block.
+class Place:
+    """Where a tensor can be scaled per channel: all that has to change with it.
 
-    `block`: the class of the blocks it applies to, or of the network. `producer`: the module that returns the tensor.
-    `consumer`: the layer that reads it.
+    `kind`: what absorbs the scale, a norm or layer called `producer`, or an operation inserted behind the activation
+    `producer`. `rows`: the producer's channel that each channel of the readers is. `readers`: all layers that read it.
+    `shifts`: whether a shift can move as well. `limits`: a ReLU6 on the way, which gets limits per channel. `axis`: that of
+    the channels that an activation returns, counted from the last. `attention`: whether an attention lies between, which
+    mixes tokens with weights that sum to 1, never channels.
     """
 
-    block: str
+    kind: str
     producer: str
-    consumer: str
-
-    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002 - subclasses use them
-        """Whether a shift may move as well between these two modules of `net`, named in full."""
-        return False
-
-    def applies(self, block: nn.Module) -> bool:  # noqa: ARG002 - subclasses use it
-        """Whether scale migration preserves the function of this block."""
-        return True
-
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Make `producer` return (x - shift) / scale instead of x, both (C,) (edits `net`)."""
-        raise NotImplementedError
-
-
-class Norm(Move):
-    """Scale migration into the affine parameters of a LayerNorm, as in SmoothQuant."""
-
-    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002
-        """Return True: the bias of the norm absorbs any shift."""
-        return True
-
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Set gamma' = gamma / scale and beta' = (beta - shift) / scale (edits `net`)."""
-        norm = net.get_submodule(producer)
-        norm.get_parameter("weight").data.div_(scale)
-        norm.get_parameter("bias").data.sub_(shift).div_(scale)
-
-
-class Value(Move):
-    """Scale migration into the rows of v in a packed qkv.
-
-    It is exact because attention mixes tokens, never channels, with weights that sum to 1.
-    """
-
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Divide the last len(scale) rows by `scale`, after subtracting `shift` from their biases (edits `net`)."""
-        qkv = net.get_submodule(producer)
-        qkv.get_parameter("weight").data[-len(scale) :].div_(scale[:, None])
-        _divide_bias(qkv, scale, shift)
-
-
-class Insert(Move):
-    """Scale migration into a new element-wise operation, in the place of a module without effect (a Dropout)."""
-
-    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:  # noqa: ARG002
-        """Return True: the new operation subtracts any shift."""
-        return True
-
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Put a ChannelAffine in the place of `producer` (edits `net`)."""
-        replace_module(net, producer, ChannelAffine(scale, shift))
+    rows: tuple[int, ...]
+    readers: tuple[str, ...]
+    shifts: bool
+    limits: tuple[str, ...] = ()
+    axis: int = -1
+    attention: bool = False
 
 
 @dataclass(frozen=True)
 class Moved:
-    """One scale migration that was made: `scale` r and `shift` m, both (C,), of the tensor between two modules of a net."""
+    """One scale migration that was made: `scale` r and `shift` m, both (C,), of what all `readers` of a `producer` read."""
 
     producer: str
-    consumer: str
+    readers: tuple[str, ...]
     scale: Tensor
     shift: Tensor
 
 
-@dataclass(frozen=True)
-class Act(Move):
-    """Scale migration into the rows of the layer before `activation`, which is ReLU, ReLU6 or Identity.
+def along_inputs(layer: nn.Module, values: Tensor) -> Tensor:
+    """`values` (C,), one per input channel of a Linear or convolution, in a shape that broadcasts over its weight."""
+    weight = layer.get_parameter("weight")
+    groups = int(getattr(layer, "groups", 1))
+    by_output = values.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+    return by_output.reshape(len(weight), -1, *[1] * (weight.ndim - 2))
 
-    A shift moves into the limits of a ReLU6, which become per-channel anyway: ReLU6(x) - m = clamp(x - m, -m, 6 - m).
-    With it, symmetric INT8 uses its whole range; without it, the negative integers would stand for values that a ReLU6
-    never returns. A ReLU is left without shift, because engines merge it into the convolution, and a tensor that the next
-    convolution pads with zeros cannot be shifted.
-    """
 
-    activation: str  # name relative to the parent of the producer
-    gate: str = ""  # a squeeze-excite, which must be an Identity: it would read the scaled values
+def _add_bias(module: nn.Module) -> None:
+    """Give `module` a bias of zeros if it has none (edits it)."""
+    if getattr(module, "bias", None) is None:
+        weight = module.get_parameter("weight")
+        module.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
 
-    def applies(self, block: nn.Module) -> bool:
-        """Whether the activation is positively homogeneous (or ReLU6) and there is no gate."""
-        parent = block.get_submodule(self.producer.rpartition(".")[0])
-        passes = isinstance(parent.get_submodule(self.activation), nn.ReLU | nn.ReLU6 | nn.Identity)
-        return passes and (not self.gate or isinstance(block.get_submodule(self.gate), nn.Identity))
 
-    def _activation(self, producer: str) -> str:
-        name = producer.rpartition(".")[0]
-        return f"{name}.{self.activation}" if name else self.activation
+def produce(net: nn.Module, place: Place, scale: Tensor, shift: Tensor) -> None:
+    """Make what is read at `place` (x - shift) / scale instead of x, both (C,) (edits `net`)."""
+    if place.kind == INSERT:
+        module = net.get_submodule(place.producer)
+        along = [-1, *[1] * (-1 - place.axis)]
+        replace_module(net, place.producer, ChannelAffine(module, scale.reshape(along), shift.reshape(along)))
+        return
+    producer, rows = net.get_submodule(place.producer), list(place.rows)
+    weight = producer.get_parameter("weight").data
+    weight[rows] /= scale.reshape(-1, *[1] * (weight.ndim - 1))
+    if shift.any():
+        _add_bias(producer)
+    if getattr(producer, "bias", None) is not None:
+        bias = producer.get_parameter("bias").data
+        bias[rows] = (bias[rows] - shift) / scale
+    for name in place.limits:
+        full_scale, full_shift = scale.new_ones(len(weight)), shift.new_zeros(len(weight))
+        full_scale[rows], full_shift[rows] = scale, shift
+        low = -full_shift / full_scale if shift.any() else None
+        replace_module(net, name, ChannelClamp(low, (6 - full_shift) / full_scale))
 
-    def shifts(self, net: nn.Module, producer: str, consumer: str) -> bool:
-        """Whether the activation is a ReLU6 and the consumer a convolution without padding."""
-        reader = net.get_submodule(consumer)
-        unpadded = isinstance(reader, nn.Conv2d) and reader.padding == (0, 0)
-        return unpadded and isinstance(net.get_submodule(self._activation(producer)), nn.ReLU6)
 
-    def produce(self, net: nn.Module, producer: str, scale: Tensor, shift: Tensor) -> None:
-        """Divide rows and biases by `scale`, after subtracting `shift` from the biases; a ReLU6 gets per-channel limits."""
-        layer = net.get_submodule(producer)
-        layer.get_parameter("weight").data.div_(scale.reshape(-1, 1, 1, 1))
-        _divide_bias(layer, scale, shift)
-        activation = self._activation(producer)
-        if isinstance(net.get_submodule(activation), nn.ReLU6):
-            low = -shift / scale if shift.any() else None
-            replace_module(net, activation, ChannelClamp(low, (6 - shift) / scale))
+def consume(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Make `layer` read (x - shift) / scale instead of x (edits it)."""
+    weight = layer.get_parameter("weight").data
+    if shift.any():
+        moved = (weight * along_inputs(layer, shift)).flatten(1).sum(1)
+        _add_bias(layer)
+        layer.get_parameter("bias").data.add_(moved)
+    weight.mul_(along_inputs(layer, scale))
+
+
+def move(net: nn.Module, place: Place, scale: Tensor, shift: Tensor) -> None:
+    """Move `scale` and `shift`, both (C,), from what is read at `place` into what reads it (edits `net`)."""
+    produce(net, place, scale, shift)
+    for name in place.readers:
+        consume(net.get_submodule(name), scale, shift)

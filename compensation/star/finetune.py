@@ -35,7 +35,7 @@ from compensation.star.masters import Masters
 from compensation.star.minibatches import minibatches
 from compensation.star.trainable import trained_parameters, with_values
 
-# (start of the name of timm's architecture or else of our family, AdamW's rate, where it comes from); the first that fits
+# (start of the name of timm's architecture or else of the class, AdamW's rate, where it comes from); the first that fits
 LEARNING_RATES = (
     ("deit|swin", 5e-6, "QwT, appendix A"),
     ("vit", 1e-7, "QwT, appendix A"),
@@ -50,7 +50,9 @@ class Config:
 
     epochs: int = 1
     batch: int = 32
-    learning_rate: float = 0.0  # of AdamW at the start; 0 = the family's, which barely moves on a few hundred images
+    learning_rate: float = (
+        0.0  # of AdamW at the start; 0 = the architecture's, which barely moves on a few hundred images
+    )
     window: int = 512  # images in memory among which the next is drawn
     save_every: int = 50  # steps between checkpoints
     seed: int = 0  # of the order of the images
@@ -76,7 +78,9 @@ class Training:
 
 def learning_rate_of(model: QuantModel) -> tuple[float, str]:
     """(the rate for this kind of network, where it comes from)."""
-    architecture = (getattr(model.float_net, "pretrained_cfg", None) or {}).get("architecture", model.family.name)
+    architecture = (getattr(model.float_net, "pretrained_cfg", None) or {}).get(
+        "architecture", model.structure.kind.lower()
+    )
     return next((rate, why) for start, rate, why in LEARNING_RATES if re.match(start, architecture))
 
 

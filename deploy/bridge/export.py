@@ -14,22 +14,27 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import opset21
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch import Tensor, nn
 
 from calib.errors import UserError
 from calib.grids import why_not_int8
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
+from deploy.graph.half import no_fp32
 from deploy.graph.names import node_name, value_name
 from deploy.graph.zero_points import with_zero_points
 
 OPSET = 21  # has int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer ones give fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
 INPUT, OUTPUT = "input", "output"
+MASKED = -3e4  # a score that FP16 can hold
+LARGEST_CONSTANT = 1 << 24  # elements of a tensor that is computed at export
 
 
 def _write_quantize_dequantize(x: Any, scale: Any) -> Any:
@@ -57,12 +62,35 @@ def _write_attention(
     separate fused-attention kernel for each. If the scores were scaled instead of q and k, a packed qkv would not run in
     INT8, because the compiler would move the slices into the weight.
     """
-    if attn_mask is not None or is_causal or dropout_p or enable_gqa:
-        raise UserError("attention with a mask, dropout or grouped queries cannot be exported yet")
+    if dropout_p:
+        raise UserError("attention with dropout cannot be exported: expected a network in eval mode")
     root = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
     root = op.CastLike(op.Constant(value_float=root), query)
-    keys = op.Transpose(op.Mul(key, root), perm=[0, 1, 3, 2])
-    return op.MatMul(op.Softmax(op.MatMul(op.Mul(query, root), keys), axis=-1), value)
+    if enable_gqa:
+        key, value = (_repeated_heads(each, query.shape[1] // each.shape[1]) for each in (key, value))
+    rank = len(key.shape)
+    keys = op.Transpose(op.Mul(key, root), perm=[*range(rank - 2), rank - 1, rank - 2])
+    scores = op.MatMul(op.Mul(query, root), keys)
+    if is_causal:
+        seen = np.tril(np.ones((query.shape[-2], key.shape[-2]), bool))
+        attn_mask = op.Constant(value=ir.to_proto(ir.tensor(seen, name="seen")))
+    if attn_mask is not None:
+        boolean = is_causal or attn_mask.dtype == ir.DataType.BOOL
+        scores = op.Add(scores, _mask_to_add(attn_mask, query) if boolean else attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _mask_to_add(mask: Any, like: Any) -> Any:
+    """Return what is added to scores: 0 where `mask` is true, elsewhere a number whose exponential is 0 in FP16 too."""
+    zero, never = (op.CastLike(op.Constant(value_float=value), like) for value in (0.0, MASKED))
+    return op.Where(mask, zero, never)
+
+
+def _repeated_heads(x: Any, times: int) -> Any:
+    """Return `x` (B, H, N, d) with every head `times` times in a row."""
+    axis = op.Constant(value_ints=[2])
+    repeated = op.Concat(*[op.Unsqueeze(x, axis)] * times, axis=2)
+    return op.Reshape(repeated, op.Constant(value_ints=[0, x.shape[1] * times, -1, x.shape[-1]]))
 
 
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -95,6 +123,21 @@ def name_nodes(model: ir.Model) -> None:
                 value.name = value_name(node.name, index)
 
 
+def fold_constants(model: ir.Model) -> None:
+    """Compute what depends on constants only, in the types of the graph (edits `model`); integer weights stay as they are.
+
+    Position tables and masks are computed in FP32 by many networks, and would be islands of FP32 in an engine.
+    """
+    fold = FoldConstantsPass(
+        shape_inference=False,
+        input_size_limit=LARGEST_CONSTANT,
+        output_size_limit=LARGEST_CONSTANT,
+        should_fold=lambda node: False if node.op_type in ("DequantizeLinear", "QuantizeLinear") else None,
+    )
+    with _quiet():
+        fold(model)
+
+
 @contextmanager
 def _quiet():
     """Suppress the progress that the exporter prints on stdout and stderr; errors are exceptions and still arrive."""
@@ -107,8 +150,12 @@ def _quiet():
         logging.getLogger("torch.onnx").setLevel(level)
 
 
-def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
+def onnx_from_net(
+    net: nn.Module, example: Tensor, rewrite: Callable[[ir.Model], None] | None = None
+) -> onnx.ModelProto:
     """`net` as ONNX with a dynamic batch size; `example` (B >= 2, 3, H, W) determines shape and dtype.
+
+    `rewrite`: what is done to the graph once constants are folded.
 
     Raises UserError for a quantizer that only a simulation can compute; the message names it.
     """
@@ -131,6 +178,9 @@ def onnx_from_net(net: nn.Module, example: Tensor) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
+    fold_constants(program.model)
+    if rewrite:
+        rewrite(program.model)
     name_nodes(program.model)
     proto = program.model_proto
     for node in proto.graph.node:
@@ -152,7 +202,7 @@ def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
     Raises UserError if a weight or scale does not fit FP16.
     """
     require_fp16_weights(net)
-    return onnx_from_net(copy.deepcopy(net).half(), torch.zeros(2, 3, *size).half())
+    return onnx_from_net(copy.deepcopy(net).half(), torch.zeros(2, 3, *size).half(), no_fp32)
 
 
 def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:

@@ -21,7 +21,6 @@ ORDER = (
     ("grids", "hooks", "modules", "store"),
     ("images", "weights", "statistics"),
     ("structure",),
-    ("families",),
     ("quant_model",),
     ("network",),
     ("judge",),

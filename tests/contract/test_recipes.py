@@ -76,4 +76,4 @@ def test_limits_without_branches_are_refused(capsys):
 def test_attention_on_a_network_without_any_is_refused(tmp_path, capsys):
     command = ["engine", "--model", MODELS["cnn"], "--weights", "random", "--calib-images", "16", "--sm", "89"]
     assert cli.main([*command, "--recipe", "int8_attention", "--out", str(tmp_path)]) == 2
-    assert "family 'resnet' has none" in capsys.readouterr().err
+    assert "ResNet has none" in capsys.readouterr().err

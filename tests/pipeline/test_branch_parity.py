@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from calib.families import family_of
 from calib.images.image_set import image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.network.qdq import QuantLinear, quantized_net
 from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
+from calib.structure.structure import structure_of
 from calib.weights.load import load_net
 from calib.weights.zoo import resolve_model
 from compensation.qwt import Config, candidates
@@ -27,7 +27,7 @@ def calibrated():
     loaded = load_net(resolve_model("dinov2_s"), "auto", 0)
     calibration, evaluation = image_sets(None, None, preprocessing_from_config(loaded.data_config), 16, seed=0)
     halves = halves_of(calibration, lambda part: [torch.from_numpy(batch.copy()) for batch in part.batches(4)])
-    model = QuantModel.of("dinov2_s", loaded.net, family_of(loaded.net))
+    model = QuantModel.of("dinov2_s", loaded.net, structure_of(loaded.net, next(iter(halves[0]))[:1]))
     model = rounded(calibrate(model, halves, CalibrateConfig("percentile", 99.99)), halves)
     return model, halves, next(evaluation.subset(0, 2).batches(2)).copy()
 

@@ -97,7 +97,7 @@ def test_a_row_is_what_the_stages_give_by_hand(paper):
     calibration, evaluation = image_sets(None, None, preprocessing_from_config(CONFIG), 16, 8)
     halves = stages.halves_of(calibration, lambda part: [torch.from_numpy(batch) for batch in part.batches(16)])
     tiny = tiny_model("vit", seed=len("vit_s"))
-    model = QuantModel.of("tiny", tiny.net, tiny.family, Precision(4, 4, 8))
+    model = QuantModel.of("tiny", tiny.net, precision=Precision(4, 4, 8))
     model = calibrate(fold_affine(model, next(iter(halves[0]))[:1]), halves, CalibrateConfig("max"))
     model = rounded(model, halves)
     (images,) = evaluation.batches(8)

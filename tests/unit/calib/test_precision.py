@@ -105,7 +105,7 @@ def test_the_simulation_rounds_as_by_hand(family, precision):
     with torch.no_grad():
         found = quantized_net(model)(images)
     torch.testing.assert_close(found, by_hand(model, images), rtol=1e-3, atol=1e-3 * float(found.abs().max()))
-    first_last = {name for name in model.layers if model.family.float_reason(name) is not None}
+    first_last = {name for name in model.layers if model.structure.why_float(name) is not None}
     assert bool(first_last) == bool(precision.first_last)
     assert all(model.quantizers[f"{name}:weight"].bits == precision.first_last for name in first_last)
 

@@ -35,11 +35,11 @@ def quantized_model(family, seed=0):
 def block_layouts(model):
     """Layout of every block, from one forward pass."""
     found, handles = {}, []
-    for name in model.family.blocks(model.net):
+    for name in model.structure.blocks:
 
         def after(_block, inputs, output, name=name):
             shapes = inputs[0].shape, output.shape
-            found[name] = layout_from_shapes(name, *shapes, model.family.channels_last)
+            found[name] = layout_from_shapes(name, *shapes, model.structure.blocks[name].channels_last)
 
         handles.append(model.net.get_submodule(name).register_forward_hook(after))
     with torch.no_grad():
@@ -220,7 +220,7 @@ def with_shared_branches(reader="attn.qkv"):
         model,
         branches={
             name: SharedBranch(small_fit(width), reader, model.quantizers[f"{name}.{reader}:input"])
-            for name in model.family.blocks(model.net)
+            for name in model.structure.blocks
         },
     )
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from calib.families import Family
 from calib.images.batches import ROTATIONS, Half, Part
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.quantizer import QMAX, QParams
+from calib.structure.blocks import Block
+from calib.structure.structure import Structure
 from compensation import qwt
 from compensation.carry import Call, Carry, call_of
 from compensation.chain import chain_shapes
@@ -92,7 +93,9 @@ class Shifted(Plain):
         return super().forward(x) - (x @ self.weight.t() + self.bias)
 
 
-CHAIN = Family("chain", frozenset(), frozenset(), r"\d+", ((".*", "test"),), 99.99, channels_last=True)
+def chain_of(blocks):
+    """The structure of a chain of `blocks`, none of whose layers is quantized."""
+    return Structure("Chain", {}, blocks={str(index): Block(str(index), channels_last=True) for index in range(blocks)})
 
 
 def planted(d=5, blocks=2):
@@ -101,7 +104,7 @@ def planted(d=5, blocks=2):
     exact = nn.Sequential(*(Plain(d) for _ in range(blocks))).eval()
     maps = [((0.2 * torch.randn(d, d)).half().float(), torch.randn(d).half().float()) for _ in range(blocks)]
     net = nn.Sequential(*(Shifted(exact[i], *maps[i]) for i in range(blocks))).eval()
-    return dataclasses.replace(QuantModel.of("chain", exact, CHAIN), net=net), maps
+    return dataclasses.replace(QuantModel.of("chain", exact, chain_of(blocks)), net=net), maps
 
 
 def tokens(count=3, seed=0, d=5):
@@ -316,9 +319,9 @@ def test_official_r2_of_maps_is_about_the_mean_of_every_position():
 def test_every_block_is_told_of_and_what_is_kept_lowers_its_error(family):
     offer = candidates(coarse(quantized_model(family)), tiny_halves(16), ALWAYS)
     found = offer.candidates[-1].whole
-    assert list(offer.details["tried"]) == list(found.family.blocks(found.net))
+    assert list(offer.details["tried"]) == list(found.structure.blocks)
     assert found.branches
-    for name, detail in zip(found.family.blocks(found.net), tried(offer), strict=True):
+    for name, detail in zip(found.structure.blocks, tried(offer), strict=True):
         assert detail["kept"] == (name in found.branches)
         if detail["kept"]:
             assert 0 < detail["r2_cv"] <= detail["r2"] <= 1
@@ -330,7 +333,7 @@ def test_every_block_is_told_of_and_what_is_kept_lowers_its_error(family):
 def exact_runs(model, config):
     """(what is offered, how often each block of the exact network ran) on 32 batches."""
     exact, runs = copy.deepcopy(model.exact_net), {}
-    for name in model.family.blocks(exact):
+    for name in model.structure.blocks:
 
         def count(_block, _args, _output, name=name):
             runs[name] = runs.get(name, 0) + 1
@@ -363,7 +366,7 @@ def test_blocks_whose_branch_was_left_out_run_once():
 @pytest.mark.parametrize("forms", [("shared", "dense"), ("shared",)], ids=str)
 def test_a_form_that_no_block_can_take_is_named_and_costs_nothing(forms):
     offer, runs = exact_runs(coarse(quantized_model("mobilenet")), dataclasses.replace(ALWAYS, forms=forms))
-    assert any("'shared' does not apply" in note and "family 'mobilenet'" in note for note in offer.notes)
+    assert any("'shared' does not apply" in note and "EfficientNet" in note for note in offer.notes)
     assert bool(offer.candidates) == bool(runs) == ("dense" in forms)
     assert set(runs.values()) <= {32}
 
@@ -371,7 +374,7 @@ def test_a_form_that_no_block_can_take_is_named_and_costs_nothing(forms):
 def test_each_block_is_fitted_on_compensated_inputs_against_the_exact_block():
     model, images = coarse(quantized_model("vit")), tiny_halves(16)
     found = all_branches(model, images)
-    names = found.family.blocks(found.net)
+    names = found.structure.blocks
     batches = [batch for half in images for batch in half]
     inputs = block_inputs(quantized_net(found), names, batches)  # of the finished network: all branches at work
     plain = quantized_net(model)

@@ -27,9 +27,7 @@ BAD = {
     "bad cache": (["engine", "--cache", "of"], r"--cache: invalid choice: 'of' \(choose from '?on'?, '?off'?\)"),
     "bad batch": (["engine", "--batch", "0"], r"'0': expected a whole number of 1 or more"),
     "batch over maximum": (["engine", "--batch", "64"], r"batch profile 1/64/32: expected 1 <= BATCH <= MAX_BATCH"),
-    "unsupported architecture": (
-        ["engine", "--model", "convnext_atto", "--weights", "random"], r"unsupported architecture: ConvNeXt is described"
-    ),
+    "structure of nothing": (["structure", "convnext_ato"], r"Unknown model 'convnext_ato'.*convnext_atto"),
     "missing checkpoint": (["engine", "--model", "test_vit", "--weights", "/nowhere.pth"], r"/nowhere\.pth"),
     "missing calibration folder": (
         ["engine", "--model", "test_vit", "--weights", "random", "--calib", "/nowhere"], r"'/nowhere' does not exist"

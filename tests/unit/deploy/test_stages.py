@@ -56,7 +56,7 @@ def test_attention_rounds_in_a_simulation_that_asks_for_it():
 
 
 def test_int8_attention_of_a_network_without_any_is_refused():
-    with pytest.raises(UserError, match="family 'mobilenet' has none"):
+    with pytest.raises(UserError, match="EfficientNet has none"):
         Simulator(tiny_model("mobilenet"), images()).run(recipe(attention={}, equalise=None, method=None, precision={}))
 
 

@@ -62,7 +62,7 @@ def test_the_shift_keeps_the_function_and_takes_the_values_down(bias):
     x = torch.randn(2, 17, 48, dtype=torch.float64)
     with torch.no_grad():
         mean = attention.qkv(x)[..., -48:].mean((0, 1))
-        shift = Moved("blocks.0.attn.qkv", "blocks.0.attn.proj", torch.ones(48).double(), mean)
+        shift = Moved("blocks.0.attn.qkv", ("blocks.0.attn.proj",), torch.ones(48).double(), mean)
         moved = apply_moves(model, [shift]).net.blocks[0].attn
         torch.testing.assert_close(moved(x), attention(x), rtol=1e-10, atol=1e-10)
         assert float(moved.qkv(x)[..., -48:].mean((0, 1)).abs().max()) < 1e-12
@@ -312,8 +312,8 @@ def test_blocks_left_out_stay_as_they_were(plain, found):
     assert with_attention(plain, {}) is plain
 
 
-def test_a_family_without_attention_is_refused():
-    with pytest.raises(UserError, match="family 'resnet' has none"):
+def test_a_network_without_attention_is_refused():
+    with pytest.raises(UserError, match="ResNet has none"):
         int8_attention(tiny_model("resnet"), HALVES, Config())
 
 

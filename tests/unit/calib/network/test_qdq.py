@@ -73,11 +73,11 @@ def test_observation_sees_the_inputs_of_a_layer():
     assert seen["1"].amax == 2.0
 
 
-def test_the_familys_percentile_is_used_unless_the_recipe_says_otherwise():
+def test_the_percentile_of_the_structure_is_used_unless_the_recipe_says_otherwise():
     model = tiny_model("vit")
     assert (
         calibrate(model, [tiny_batches(1)], Config("percentile")).history[-1].config["percentile"]
-        == model.family.percentile
+        == model.structure.percentile
     )
     assert calibrate(model, [tiny_batches(1)], Config("percentile", 90.0)).history[-1].config["percentile"] == 90.0
 

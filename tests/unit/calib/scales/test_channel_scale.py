@@ -22,7 +22,7 @@ def test_a_half_rounds_as_if_it_alone_had_equalised(centred):
     first, second = two_halves()
     scale, shift = channel_scale(*extremes(torch.cat([first, second])), 0.7, centred)
     ours, theirs = ((rows - shift) / scale for rows in (first, second))
-    found = fold_scale(*extremes(ours), Moved("p", "c", scale, shift), 0.7, centred)
+    found = fold_scale(*extremes(ours), Moved("p", ("c",), scale, shift), 0.7, centred)
 
     alone, centre = channel_scale(*extremes(first), 0.7, centred)
     own, other = ((rows - centre) / alone for rows in (first, second))
@@ -38,7 +38,7 @@ def test_a_half_with_zero_points_rounds_between_its_own_ends():
     first, second = (rows.abs() for rows in two_halves())
     scale, shift = channel_scale(*extremes(torch.cat([first, second])), 0.7, centred=False)
     ours, theirs = first / scale, second / scale
-    found = fold_scale(*extremes(ours), Moved("p", "c", scale, shift), 0.7, centred=False, zero_points=True)
+    found = fold_scale(*extremes(ours), Moved("p", ("c",), scale, shift), 0.7, centred=False, zero_points=True)
     alone, _ = channel_scale(*extremes(first), 0.7, centred=False)
     threshold = 0.8 * float(ours.max())
     top = threshold * float((first / alone).max() / ours.max())
@@ -57,7 +57,7 @@ def test_by_its_own_scale_a_half_shows_how_far_the_other_exceeds_it():
     scale, shift = channel_scale(*extremes(torch.cat([first, second])), 0.9, centred=False)
     ours, theirs = first / scale, second / scale
     assert float(theirs.max() / ours.max()) < 1.1  # by the scale of both, neither exceeds the other
-    found = fold_scale(*extremes(ours), Moved("p", "c", scale, shift), 0.9, centred=False)
+    found = fold_scale(*extremes(ours), Moved("p", ("c",), scale, shift), 0.9, centred=False)
     own, other = (float((rows * found.factor).max()) for rows in (ours, theirs))
     assert other > 2 * own
 

@@ -7,14 +7,14 @@ from torch import nn
 from calib.judge.first_order import PROJECTIONS, output_gradients
 from calib.methods import rtn
 from calib.network.fold import fold_affine
-from calib.network.layer_rows import Extremes, Means, along_inputs, look_at_inputs, product, sample_rows, weight_matrix
+from calib.network.layer_rows import Extremes, Means, look_at_inputs, product, sample_rows, weight_matrix
 from calib.network.qdq import quantized_net
 from calib.quantizer import channel_qparams
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
 from calib.scales.channel_scale import FoldScale, channel_scale
-from calib.scales.equalise import Config, equalise, input_noise, placed_moves, thresholds, weight_noise
-from calib.structure.moves import ChannelClamp
+from calib.scales.equalise import Config, equalise, input_noise, thresholds, weight_noise
+from calib.structure.moves import ChannelClamp, along_inputs
 from tests.tiny import TINY, half_of, tiny_batches, tiny_halves, tiny_model
 
 FIXED = Config(exponents=(0.7,))
@@ -24,8 +24,8 @@ def uneven(family: str):
     """A model whose channels differ a hundredfold, and two halves of images."""
     model = fold_affine(tiny_model(family), tiny_batches(1)[0][:1])
     with torch.no_grad():
-        for _, producer, _ in placed_moves(model):
-            module = model.net.get_submodule(producer)
+        for place in model.structure.places:
+            module = model.net.get_submodule(place.producer)
             if isinstance(module, nn.LayerNorm):
                 module.weight.mul_(torch.logspace(-1, 1, len(module.weight)))
                 module.bias.add_(torch.linspace(-2, 2, len(module.bias)))
@@ -41,7 +41,7 @@ def test_the_float_function_is_unchanged_in_float64(family):
     x = tiny_batches(1, seed=3)[0].double()
     with torch.no_grad():
         before, after = model.net(x), moved.net(x)
-    assert moved.history[-1].notes[0].startswith(f"{len(list(placed_moves(model)))} of")
+    assert moved.history[-1].notes[0].startswith(f"{len(model.structure.places)} of")
     assert float((after - before).norm() / before.norm()) < 1e-5
 
 
@@ -50,7 +50,7 @@ def test_every_family_has_places_and_the_input_model_is_untouched(family):
     model, halves = uneven(family)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
     equalise(model, halves, FIXED)
-    assert list(placed_moves(model))
+    assert model.structure.places
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
 
 
@@ -60,8 +60,9 @@ def test_behind_a_relu6_a_shift_lets_all_integers_be_used_unless_zeros_are_padde
     x = tiny_batches(1, seed=3)[0]
     with torch.no_grad():
         torch.testing.assert_close(moved.net(x), model.net(x), rtol=1e-4, atol=1e-4)
-    shifted = {each.consumer for each in moved.moved if each.shift.any()}
-    can = {consumer for move, producer, consumer in placed_moves(model) if move.shifts(model.net, producer, consumer)}
+    shifted = {reader for each in moved.moved if each.shift.any() for reader in each.readers}
+    can = {reader for place in model.structure.places if place.shifts and place.limits for reader in place.readers}
+    shifted &= can
     assert shifted <= can
     assert can
     for name, module in model.net.named_modules():

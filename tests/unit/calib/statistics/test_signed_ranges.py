@@ -220,7 +220,7 @@ def test_calibrate_gives_every_layer_the_range_of_all_it_read():
             model.net(batch)
     for name, parts in read.items():
         x, grid = torch.cat([part.flatten() for part in parts]), found.qparams(f"{name}:input")
-        levels = 255 if model.family.float_reason(name) else 15
+        levels = 255 if model.structure.why_float(name) else 15
         assert float(grid.scale) * levels == pytest.approx(float(x.max() - x.min()), rel=1e-3)
         assert grid.zero_point is not None
     assert found.history[-1].notes == (f"{len(read)} asymmetric activation ranges by 'max'",)

@@ -11,7 +11,6 @@ import timm
 import torch
 from torch import nn
 
-from calib.families import family_of
 from calib.images.batches import Half, Part
 from calib.judge.held_out import Candidate
 from calib.network.qdq import dequantize_weight, quantize_dequantize, quantized_net
@@ -19,6 +18,7 @@ from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
 from calib.store.watch import UNWATCHED, Watch
+from calib.structure.structure import structure_of
 from compensation.star import finetune as stage
 from compensation.star.finetune import Config, Training, candidates, cosine, learning_rate_of, loss_of
 from compensation.star.masters import Masters
@@ -42,7 +42,11 @@ def features_model():
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", **TINY["vit"][1], num_classes=0).eval()
     halves = tiny_halves(24)
-    model = calibrate(QuantModel.of("features", net, family_of(net)), halves, CalibrateConfig("max"))
+    model = calibrate(
+        QuantModel.of("features", net, structure_of(net, halves[0].parts[0].batches[0][:1])),
+        halves,
+        CalibrateConfig("max"),
+    )
     return all_branches(coarse(rounded(model, halves)), halves)
 
 

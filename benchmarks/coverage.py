@@ -1,0 +1,136 @@
+"""`python -m benchmarks.coverage`: what the tool finds in every architecture of timm, without weights and without images.
+
+Writes `results/intake.json`: for every architecture the numbers of layers, of those to be quantized, of places where channel
+scales can move, of blocks and of attentions that can be INT8, or the reason why nothing was found, in one line. Weights are
+random: they decide nothing here but the proof of every step, for which random numbers do. A network of more than `LARGEST`
+parameters is skipped and counted as such. A process may take `GIGABYTES` of memory.
+
+    python -m benchmarks.coverage                  every architecture
+    python -m benchmarks.coverage 'vit_*' swin_t   some of them, by pattern; figures of others stay
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from deploy import host
+from deploy.report.evidence import tool_commit
+
+RESULT = Path(__file__).parent / "results" / "intake.json"
+LARGEST = 250_000_000  # parameters, of which the proof holds two copies in float64
+GIGABYTES = 9  # per process
+WORKERS = 2
+CHUNK = 15  # architectures per process
+EXAMINE = "--examine"  # the rest are names: examine them in this process
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Return the figures of one architecture, or the reason why there are none."""
+    import warnings
+
+    import timm
+    import torch
+
+    from calib.errors import UserError
+    from calib.network.fold import fold_affine
+    from calib.quant_model import QuantModel
+    from deploy.report.structure import structure_json
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    start = time.perf_counter()
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+        if parameters > LARGEST:
+            return {"skipped": f"{parameters / 1e6:.0f} million parameters, more than this machine takes"}
+        torch.manual_seed(0)
+        net = timm.create_model(name).eval().requires_grad_(False)
+        size = timm.data.resolve_model_data_config(net)["input_size"]
+        found = structure_json(fold_affine(QuantModel.of(name, net), torch.randn(1, *size)).structure)
+    except UserError as error:
+        return {"reason": str(error).splitlines()[0]}
+    except Exception as error:  # what any of 1371 architectures may raise is the finding
+        return {"reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", "bug": True}
+    figures = {
+        key: len(found[key]) for key in ("quantized", "float", "places", "refused_places", "blocks", "int8_attention")
+    }
+    return {"kind": found["kind"], **figures, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def examine_all(names: Sequence[str]) -> None:
+    """Print the figures of each architecture as a line of JSON: what a process of its own does."""
+    for name in names:
+        print(json.dumps({"name": name, **examine(name)}), flush=True)
+
+
+def in_a_process(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the figures of `names`, examined in processes of their own; one that dies is told as the reason."""
+    found: dict[str, dict[str, Any]] = {}
+    waiting = list(names)
+    while waiting:
+        command = [sys.executable, "-m", "benchmarks.coverage", EXAMINE, *waiting]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        found |= {line.pop("name"): line for line in lines}
+        waiting = [name for name in waiting if name not in found]
+        if waiting:
+            found[waiting.pop(0)] = {"reason": "the process died, probably for memory", "bug": True}
+    return found
+
+
+def results(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the figures of each architecture as they come."""
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for found in pool.map(in_a_process, chunks):
+            yield from found.items()
+
+
+def has_structure(found: dict[str, Any]) -> bool:
+    """Whether layers, places for channel scales and blocks were found."""
+    return bool(found.get("quantized") and found.get("places") and found.get("blocks"))
+
+
+def main(patterns: Sequence[str]) -> int:
+    """Examine the architectures that match `patterns`, or all; returns the exit code."""
+    if patterns and patterns[0] == EXAMINE:
+        examine_all(patterns[1:])
+        return 0
+    import timm
+
+    names = timm.list_models()
+    chosen = [name for name in names if not patterns or any(fnmatch(name, pattern) for pattern in patterns)]
+    if not chosen:
+        print(f"no architecture of timm matches {', '.join(patterns)}", file=sys.stderr)
+        return 2
+    kept = json.loads(RESULT.read_text())["architectures"] if RESULT.exists() and patterns else {}
+    for name, found in results(chosen):
+        kept[name] = found
+        print(f"{len(kept)}/{len(names)} {name}: {json.dumps(found)}", flush=True)
+    tried = {name: found for name, found in kept.items() if "skipped" not in found}
+    whole = sum(map(has_structure, tried.values()))
+    report = {
+        "architectures": dict(sorted(kept.items())),
+        "tried": len(tried), "skipped": len(kept) - len(tried),
+        "traced": sum("reason" not in found for found in tried.values()),
+        "with_places_and_blocks": whole,
+        "reasons": Counter(found["reason"][:80] for found in tried.values() if "reason" in found),
+        "machine": host.describe(), "commit": tool_commit(), "command": "python -m benchmarks.coverage",
+    }  # fmt: skip
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{whole} of {len(tried)} architectures have layers, places and blocks ({len(kept) - len(tried)} skipped)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""The blocks of a traced network, which branches stand beside: repeated modules that end in a residual sum, if any does."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from calib.structure.channels import SUMS
+from calib.structure.trace import Trace, calls, shape
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that reads one tensor first and returns one; `channels_last`: (B, ..., C) instead of (B, C, H, W)."""
+
+    name: str
+    channels_last: bool
+
+
+def _cones(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[fx.Node, frozenset[str]]:
+    """Return the layers that every node is computed from, by node."""
+    cones: dict[fx.Node, frozenset[str]] = {}
+    for node in trace.nodes:
+        own = frozenset({plain[node]}) if node in plain else frozenset()
+        cones[node] = own.union(*(cones[each] for each in node.all_input_nodes))
+    return cones
+
+
+def _inside(names: Collection[str], block: str) -> set[str]:
+    return {name for name in names if name.startswith(f"{block}.")}
+
+
+def _summing(trace: Trace, plain: Mapping[fx.Node, str]) -> Iterator[str]:
+    """Yield modules that add two tensors computed by different layers of their own: a shortcut and what it goes around."""
+    cones = _cones(trace, plain)
+    for node in calls(trace.nodes, *SUMS):
+        one, other = node.args[:2]
+        if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or {one, other} & trace.constants:
+            continue
+        owner = trace.owner(node)
+        if owner and shape(one) == shape(other) and _inside(cones[one], owner) != _inside(cones[other], owner):
+            yield owner
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", r"\\d+", re.escape(name))
+
+
+def _repeated(trace: Trace, layers: Collection[str]) -> set[str]:
+    """Return the modules with layers inside whose class occurs more than once, without containers."""
+    found: dict[type, list[str]] = {}
+    for name, module in trace.net.named_modules():
+        if name and _inside(layers, name) and not isinstance(module, nn.Sequential | nn.ModuleList):
+            found.setdefault(type(module), []).append(name)
+    return {name for names in found.values() if len(names) > 1 for name in names}
+
+
+def _named(trace: Trace, plain: Mapping[fx.Node, str]) -> list[str]:
+    """Return the names of the blocks, none inside another: what adds, and modules of the same place in the network.
+
+    Without any residual sum: the modules that repeat.
+    """
+    layers = {*plain.values()}
+    summing = {*_summing(trace, plain)} or _repeated(trace, layers)
+    outermost = {name for name in summing if not any(name.startswith(f"{other}.") for other in summing)}
+    patterns = {_pattern(name) for name in outermost if re.search(r"\d", name)}
+    alike = [
+        name
+        for name, _ in trace.net.named_modules()
+        if name in outermost or (any(re.fullmatch(each, name) for each in patterns) and _inside(layers, name))
+    ]
+    return [name for name in alike if not any(name.startswith(f"{other}.") for other in alike)]
+
+
+def _shapes(net: nn.Module, names: Collection[str], example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Return the shapes (input, output) of the modules that are called once, with a tensor first, and return one."""
+    found: dict[str, tuple[torch.Size, torch.Size]] = {}
+    count: Counter[str] = Counter()
+
+    def after(name: str, args: tuple[Any, ...], output: Any) -> None:
+        count[name] += 1
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            found[name] = args[0].shape, output.shape
+
+    handles = [
+        net.get_submodule(name).register_forward_hook(lambda _m, args, y, name=name: after(name, args, y))
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            net(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: shapes for name, shapes in found.items() if count[name] == 1}
+
+
+def blocks_of(trace: Trace, plain: Mapping[fx.Node, str], example: Tensor) -> dict[str, Block]:
+    """Return the blocks by name, in order of definition; `plain`: calls of layers by name."""
+    first: dict[str, str] = {}  # block -> the first layer that runs in it
+    names = _named(trace, plain)
+    for layer in plain.values():
+        for name in names:
+            if layer.startswith(f"{name}."):
+                first.setdefault(name, layer)
+    found = {}
+    for name, (given, returned) in _shapes(trace.net, names, example).items():
+        maps = len(given) == 4 and name in first and isinstance(trace.net.get_submodule(first[name]), nn.Conv2d)
+        if len(given) == len(returned) and len(given) >= 2:
+            found[name] = Block(name, not maps)
+    return {name: found[name] for name in names if name in found}

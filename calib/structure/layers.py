@@ -1,0 +1,152 @@
+"""The layers of a traced network, and which of them stay in float, each with the reason that the graph gives.
+
+A layer is a Linear or convolution that is called as a module, with its own weight and bias and nothing beside. What computes
+its weight in the forward pass, pads in a way of its own or reads the weight of another module is no such layer, unless
+calib/structure/lowering.py turns it into one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from calib.structure.channels import PASSED_ON
+from calib.structure.trace import LAYER_OPERATORS, Trace, ancestors, aten, shape
+
+FEWEST_FIRST = 4  # input channels of a first layer: up to here it stays in float
+POOLING = (aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
+FEWEST = 8  # channels in and out of any other layer, within its groups' layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer. `why_float`: the reason why it stays in FP16, None if it is quantized.
+
+    `roundable`: whether it can be quantized all the same, which simulations of the papers do with first and last layers.
+    """
+
+    name: str
+    why_float: str | None = None
+    roundable: bool = True
+
+
+def plain_calls(trace: Trace) -> dict[fx.Node, str]:
+    """Return the calls of layers in `trace`, with the name of the layer."""
+    owned = trace.owned()
+    found: dict[fx.Node, str] = {}
+    for name, nodes in owned.items():
+        module = trace.net.get_submodule(name)
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.modules.conv._ConvTransposeNd):
+            found |= {node: name for node in nodes if all(_is_plain(trace, name, each) for each in nodes)}
+    return found
+
+
+def _is_plain(trace: Trace, name: str, node: fx.Node) -> bool:
+    if node.target not in LAYER_OPERATORS or trace.parameter(node.args[1]) != f"{name}.weight":
+        return False
+    bias = node.args[2] if len(node.args) > 2 else None
+    return bias is None or trace.parameter(bias) == f"{name}.bias"
+
+
+def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
+    """Return what computes like a layer and is none: name of the module -> why it stays in float."""
+    found = {}
+    for node in trace.nodes:
+        if node.op == "call_function" and node.target in LAYER_OPERATORS and node not in plain:
+            weight, name = node.args[1], trace.owner(node)
+            if node in trace.constants:
+                why = "it reads constants only: it can be computed before the network runs"
+            elif trace.parameter(weight):
+                why = f"the weight '{trace.parameter(weight)}' is read outside its own module"
+            elif weight in trace.constants:
+                why = "its weight is computed in the forward pass"
+            else:
+                why = "its weight depends on the input"
+            found[name] = why
+    return found
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """Return everything that reads `node` through operators that only pass values on, and the outputs among them."""
+    seen, waiting = set(), [node]
+    while waiting:
+        each = waiting.pop()
+        for user in each.users:
+            if user not in seen:
+                seen.add(user)
+                if user.target in PASSED_ON:
+                    waiting.append(user)
+    return seen
+
+
+def _rows(node: fx.Node, layer: bool = False) -> int:
+    """Return how many positions per image the tensor of `node` has, or for a `layer` the tensor that it reads."""
+    given = shape(node.args[0] if layer else node)  # type: ignore[arg-type]
+    if len(given) < 3:
+        return 1
+    channels = -1 if len(given) == 3 or (layer and node.target is aten.linear.default) else 1
+    return math.prod(given[1:]) // given[channels]
+
+
+def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
+    """Whether a layer reads one position per image, taken from more by pooling or selection and not by a convolution."""
+    if _rows(node, layer=True) > 1:
+        return False
+    waiting, seen = [node], set()
+    while waiting:
+        each = waiting.pop()
+        if each in seen or each.op != "call_function":
+            continue
+        seen.add(each)
+        if each in plain:
+            if _rows(each, layer=True) == 1:
+                waiting.append(each.args[0])  # type: ignore[arg-type]
+        elif each.target in POOLING or any(_rows(before) > _rows(each) for before in each.all_input_nodes):
+            return True
+        else:
+            waiting += each.all_input_nodes
+    return False
+
+
+def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx.Node, str]) -> tuple[str | None, bool]:
+    """Return (why the layer stays in float or None, whether it could be quantized)."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return f"layers of kind {kind} are not quantized yet", False
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        return f"padding '{module.padding}' is not quantized yet", False
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding mode '{module.padding_mode}' is not quantized yet", False
+    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    first = not any(each in plain for each in ancestors(node))
+    if first and inputs <= FEWEST_FIRST:
+        return (
+            f"the first layer: {inputs} input channels are too few for INT8, and its error reaches every layer"
+        ), True
+    if trace.last in _behind(node):
+        return "the last layer: its error goes straight into the output", True
+    if _pooled(node, plain):
+        return "it computes one position per image, behind pooling: INT8 saves no time", True
+    if min(inputs, outputs) < FEWEST:
+        return f"{inputs} channels in and {outputs} out are too few for an INT8 kernel", True
+    return None, True
+
+
+def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
+    """Return all layers by name, in order of definition; `plain` is from `plain_calls`."""
+    calls_of: dict[str, list[fx.Node]] = {}
+    for node, name in plain.items():
+        calls_of.setdefault(name, []).append(node)
+    found = {}
+    for name, module in trace.net.named_modules():
+        if name not in calls_of:
+            continue
+        node, *others = calls_of[name]
+        if others:
+            found[name] = Layer(name, f"it is called {len(others) + 1} times in one run: not quantized yet", False)
+            continue
+        why, roundable = _why_float(trace, node, module, plain)
+        found[name] = Layer(name, why, roundable)
+    return found

@@ -1,0 +1,90 @@
+"""The proof of every step that must not change the function of a network: run it before and after, and compare.
+
+The runs are in float64, where the same function in another order of operations differs by less than 1e-10: a network with
+random weights can amplify float32's rounding to more than a wrong scale would cause in another.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from calib.structure.moves import Place, move
+
+MAX_REL_L2 = 1e-4  # a wrong scale changes percents, a float32 run about 1e-6
+Step = TypeVar("Step")
+
+
+def output_of(net: nn.Module, example: Tensor, edit: Callable[[nn.Module], None] | None = None) -> Tensor:
+    """Return the output of a copy of `net`, edited, on `example`; all of it flattened, from a run in float64.
+
+    Where the network's own code insists on another type, the run is in float32.
+    """
+    for kind in (torch.float64, torch.float32):
+        changed = copy.deepcopy(net).to(kind)
+        if edit:
+            edit(changed)
+        try:
+            with torch.no_grad():
+                output = changed(example.to(kind))
+        except (RuntimeError, TypeError):
+            if kind is torch.float32:
+                raise
+            continue
+        break
+    parts = (
+        output if isinstance(output, list | tuple) else list(output.values()) if isinstance(output, dict) else [output]
+    )
+    return torch.cat([part.double().flatten() for part in parts if isinstance(part, Tensor)])
+
+
+def difference(exact: Tensor, other: Tensor) -> float:
+    """Return the relative L2 difference of two outputs; infinite where one of them is not a number."""
+    apart, norm = float((other - exact).norm()), float(exact.norm())
+    if apart != apart:
+        return float("inf")
+    return apart / norm if norm else apart
+
+
+def preserving(
+    steps: Sequence[Step], difference_of: Callable[[Sequence[Step]], float]
+) -> tuple[tuple[Step, ...], tuple[tuple[Step, float], ...]]:
+    """Return (the steps that leave the function as it is, those that do not with the difference that each makes).
+
+    `difference_of`: what some steps together do to the output, as a relative L2 difference. Steps that are sound alone have
+    to be sound together as well; otherwise all of them are refused.
+    """
+    together = difference_of(steps) if steps else 0.0
+    if together <= MAX_REL_L2:
+        return tuple(steps), ()
+    alone = [(step, difference_of([step])) for step in steps]
+    sound = [step for step, apart in alone if apart <= MAX_REL_L2]
+    refused = [(step, apart) for step, apart in alone if not apart <= MAX_REL_L2]
+    rest = difference_of(sound) if sound else 0.0
+    if rest > MAX_REL_L2:
+        return (), (*refused, *((step, rest) for step in sound))
+    return tuple(sound), tuple(refused)
+
+
+def _move_by_chance(net: nn.Module, places: Sequence[Place]) -> None:
+    """Move random scales of 1/2 to 2, and shifts, at `places` (edits `net`)."""
+    generator = torch.Generator().manual_seed(0)
+    kind = next(net.parameters()).dtype
+    for place in places:
+        scale = torch.exp2(torch.rand(len(place.rows), generator=generator, dtype=kind) * 2 - 1)
+        shift = torch.randn(len(place.rows), generator=generator, dtype=kind) * 0.1 * place.shifts
+        move(net, place, scale, shift)
+
+
+def proved(
+    net: nn.Module, places: Sequence[Place], example: Tensor
+) -> tuple[tuple[Place, ...], tuple[tuple[Place, float], ...]]:
+    """Return (the places at which random scales leave the output of `net` unchanged, those at which they do not)."""
+    exact = output_of(net, example)
+
+    def difference_of(some: Sequence[Place]) -> float:
+        return difference(exact, output_of(net, example, lambda copied: _move_by_chance(copied, some)))
+
+    return preserving(places, difference_of)

@@ -1,0 +1,159 @@
+"""What a network tells of itself: one value, read from a trace and proved on an example."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from calib.structure.blocks import Block, blocks_of
+from calib.structure.channels import PASSED_ON
+from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
+from calib.structure.moves import NORM, Place
+from calib.structure.places import places_of
+from calib.structure.proof import proved
+from calib.structure.trace import Trace, aten, calls
+
+PACKED = ("qkv", "proj", "q_norm", "k_norm", "num_heads", "head_dim")  # what INT8 attention takes of a module
+# % of a layer's input that is not clipped, if the recipe gives no other. In a transformer a few huge activations per image
+# carry the signal (DINOv2-S loses 14 dB at 99.99); elsewhere rare outliers would make the scale too large for all others
+# (MobileNet-v2 loses 3 dB at 99.9999).
+PERCENTILE_WITH_ATTENTION, PERCENTILE = 99.9999, 99.99
+SHARED_FORMS = (
+    "shared",
+    "shared_mlp",
+)  # branches that read the integers of a block's first, second layer behind a norm
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The structure of one network.
+
+    `layers`: all Linear and convolution layers by name, those that stay in float with the reason. `unknown`: what computes
+    like a layer and is none, with the reason. `places`: where channel scales can move; `refused`: places where a trial
+    changed the function. `blocks` by name. `attentions`: modules with a packed qkv that can compute in INT8. `after_gelu`:
+    layers that read what a GELU returns. `shared`: by block, form of a branch -> the layer whose integers it reads, named
+    relative to the block.
+    """
+
+    kind: str  # the class of the network
+    layers: dict[str, Layer]
+    unknown: dict[str, str] = field(default_factory=dict)
+    places: tuple[Place, ...] = ()
+    refused: tuple[tuple[Place, float], ...] = ()
+    blocks: dict[str, Block] = field(default_factory=dict)
+    attentions: tuple[str, ...] = ()
+    after_gelu: frozenset[str] = frozenset()
+    shared: dict[str, dict[str, str]] = field(default_factory=dict)
+    percentile: float = PERCENTILE
+
+    def why_float(self, layer: str) -> str | None:
+        """Return the reason why `layer` stays in FP16, or None if it is quantized."""
+        return self.layers[layer].why_float if layer in self.layers else None
+
+    def summary(self) -> str:
+        """Return one line for the user."""
+        floats = sum(layer.why_float is not None for layer in self.layers.values()) + len(self.unknown)
+        counts = (
+            (len(self.layers) + len(self.unknown) - floats, "layers to quantize"), (floats, "stay in float"),
+            (len(self.places), "places for channel scales"), (len(self.blocks), "blocks"),
+            (len(self.attentions), "attentions that can be INT8"),
+        )  # fmt: skip
+        return f"{self.kind}: " + ", ".join(f"{count} {what}" for count, what in counts)
+
+    def place_of(self, reader: str) -> Place | None:
+        """Return the place where scales move into `reader`, or None."""
+        return next((place for place in self.places if reader in place.readers), None)
+
+
+def _reaches(node: object, ends: Collection[fx.Node], trace: Trace, through: str = "") -> bool:
+    """Whether `node` is one of `ends`, but for operators that pass values on and the module `through`."""
+    while isinstance(node, fx.Node) and node not in ends:
+        if node.target not in PASSED_ON and trace.owner(node) != through:
+            return False
+        node = node.args[0]
+    return node in ends
+
+
+def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place, ...]) -> tuple[str, ...]:
+    """Return modules that are one attention over a packed qkv and nothing else: no mask, position, gate or norm behind it.
+
+    Query and key may have a norm; a shift can move through the values.
+    """
+    found = {}
+    nodes = {name: node for node, name in plain.items()}
+    for node in calls(trace.nodes, aten.scaled_dot_product_attention.default):
+        name = trace.owner(node)
+        module, scale = trace.net.get_submodule(name), node.kwargs.get("scale")
+        masked = len(node.args) > 3 or any(node.kwargs.get(key) for key in ("attn_mask", "is_causal", "enable_gqa"))
+        qkv, proj = (nodes.get(f"{name}.{layer}") for layer in ("qkv", "proj"))
+        if name in found or masked or qkv is None or proj is None or not all(hasattr(module, each) for each in PACKED):
+            found[name] = False
+            continue
+        usual = scale is None or math.isclose(float(scale), float(module.head_dim) ** -0.5)  # type: ignore[arg-type]
+        factors = zip(node.args[:3], (f"{name}.q_norm", f"{name}.k_norm", ""), strict=True)
+        direct = all(_reaches(factor, [qkv], trace, norm) for factor, norm in factors)
+        moved = any(f"{name}.proj" in place.readers and place.producer == f"{name}.qkv" for place in places)
+        found[name] = usual and direct and moved and _reaches(proj.args[0], [node], trace)
+    return tuple(name for name, usable in found.items() if usable)
+
+
+def _behind_gelu(plain: Mapping[fx.Node, str]) -> frozenset[str]:
+    found = set()
+    for node, name in plain.items():
+        before = node.args[0]
+        while isinstance(before, fx.Node) and before.target in PASSED_ON:
+            before = before.args[0]
+        if isinstance(before, fx.Node) and before.target is aten.gelu.default:
+            found.add(name)
+    return frozenset(found)
+
+
+def _shared(
+    trace: Trace,
+    plain: Mapping[fx.Node, str],
+    places: tuple[Place, ...],
+    layers: Mapping[str, Layer],
+    blocks: Mapping[str, Block],
+) -> dict[str, dict[str, str]]:
+    """Return, by block, the layers behind its norms that read one row per row of the block's output."""
+    behind_norm = {name for place in places if place.kind == NORM for name in place.readers}
+    found: dict[str, dict[str, str]] = {}
+    for block in blocks.values():
+        readers = [
+            name.removeprefix(f"{block.name}.")
+            for node, name in plain.items()
+            if name.startswith(f"{block.name}.") and name in behind_norm and layers[name].why_float is None
+            and isinstance(trace.net.get_submodule(name), nn.Linear) and len(node.meta["val"].shape) == 3
+        ]  # fmt: skip
+        if block.channels_last and readers:
+            found[block.name] = dict(zip(SHARED_FORMS, readers, strict=False))
+    return found
+
+
+def structure_of(net: nn.Module, example: Tensor) -> Structure:
+    """Return the structure of `net`, traced on `example` (1, 3, H, W).
+
+    Raises UserError if `torch.export` cannot trace it, or if it has no layer that can be quantized.
+    """
+    trace = Trace(net, example)
+    plain = plain_calls(trace)
+    layers = layers_of(trace, plain)
+    useful = [
+        place for place in places_of(trace, plain) if any(layers[name].why_float is None for name in place.readers)
+    ]
+    places, refused = proved(net, useful, example)
+    blocks = blocks_of(trace, plain, example)
+    attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
+    return Structure(
+        type(net).__name__,
+        layers,
+        not_plain(trace, plain),
+        places,
+        refused,
+        blocks,
+        _attentions(trace, plain, places),
+        _behind_gelu(plain),
+        _shared(trace, plain, places, layers, blocks),
+        PERCENTILE_WITH_ATTENTION if attention else PERCENTILE,
+    )

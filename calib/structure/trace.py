@@ -1,0 +1,143 @@
+"""The graph of one run of a network, from `torch.export`: what is computed, by which module, from which parameters."""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from calib.errors import UserError
+
+aten = torch.ops.aten
+CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+)  # fmt: skip
+LAYER_OPERATORS = (aten.linear.default, *CONVOLUTIONS)
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether the operator edits its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(
+        schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write
+    )
+
+
+def _read_what_was_edited(graph: fx.Graph) -> None:
+    """Let everything behind an operator that edits its input read what the operator returns (edits `graph`)."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op == "call_function" and _in_place(node) and isinstance(node.args[0], fx.Node):
+            edited = node.args[0]
+            for user in [user for user in edited.users if position[user] > position[node]]:
+                user.replace_input_with(edited, node)
+
+
+class Trace:
+    """The graph of `net` on an `example` (1, 3, H, W), in order of execution.
+
+    Raises UserError if `torch.export` cannot trace the network; the message holds the first line of its reason.
+    """
+
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tables that a network keeps between runs
+                program = torch.export.export(net, (example,), strict=False)
+        except Exception as error:  # whatever the network's own code raises while it is traced
+            reason = str(error).strip().splitlines() or [""]
+            raise UserError(
+                f"{type(net).__name__} cannot be traced by torch.export ({type(error).__name__}: {reason[0][:200]}): "
+                f"expected a forward pass without branches that depend on values"
+            ) from error
+        self.net, self.graph = net, program.graph
+        _read_what_was_edited(self.graph)
+        self.nodes = list(self.graph.nodes)
+        signature = program.graph_signature
+        self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}  # placeholder -> name
+        given = signature.inputs_to_lifted_tensor_constants
+        self._given = {**program.state_dict, **program.constants}
+        self._names = {**self.parameters, **given}
+        self._values: dict[fx.Node, Any] = {}
+        self.constants = self._constants()
+        self.last = next(node for node in reversed(self.nodes) if node.op == "output")
+
+    def _constants(self) -> set[fx.Node]:
+        """Nodes whose value does not depend on the input."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                constant = node.name in self._names
+            else:
+                constant = node.op in ("call_function", "get_attr") and all(
+                    each in found for each in node.all_input_nodes
+                )
+            if constant:
+                found.add(node)
+        return found
+
+    def constant(self, node: fx.Node) -> Any:
+        """Return the value of a node that does not depend on the input."""
+        if node not in self._values:
+            if node.op == "placeholder":
+                self._values[node] = self._given[self._names[node.name]].detach()
+            elif node.op == "get_attr":
+                self._values[node] = getattr(self.graph.owning_module, str(node.target))
+            else:
+                args: Any = fx.map_arg(node.args, self.constant)
+                kwargs: Any = fx.map_arg(node.kwargs, self.constant)
+                with torch.no_grad():
+                    self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values[node]
+
+    def owner(self, node: fx.Node) -> str:
+        """Return the name of the innermost module that computes `node`; empty for the network itself."""
+        stack = node.meta.get("nn_module_stack") or {}
+        names = [name for name, _ in stack.values()]
+        return re.sub(r"@\d+", "", names[-1]) if names else ""
+
+    def owned(self) -> dict[str, list[fx.Node]]:
+        """Return what every module computes itself, its submodules apart, by name."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op == "call_function" and node not in self.constants:
+                found.setdefault(self.owner(node), []).append(node)
+        return found
+
+    def parameter(self, node: object) -> str | None:
+        """Return the name of the parameter that `node` is, or None."""
+        return self.parameters.get(node.name) if isinstance(node, fx.Node) else None
+
+    def reads_parameter(self) -> Counter[str]:
+        """Return how often each parameter is read."""
+        return Counter(
+            self.parameters[node.name] for node in self.nodes for _ in node.users if node.name in self.parameters
+        )
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of the tensor that `node` computes; empty for anything else."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return all that `node` is computed from."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting += each.all_input_nodes
+    return found
+
+
+def calls(nodes: Sequence[fx.Node], *targets: object) -> Iterator[fx.Node]:
+    """Yield the calls of these operators."""
+    return (node for node in nodes if node.op == "call_function" and node.target in targets)

@@ -1,0 +1,67 @@
+"""What the tool found in a network, as text: layers, what stays in float and why, places for channel scales, blocks."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib.structure.structure import Structure
+
+
+def structure_json(structure: "Structure") -> dict[str, Any]:
+    """Plain values of the structure, for `--json` and benchmarks/coverage.py."""
+    return {
+        "kind": structure.kind,
+        "quantized": [layer.name for layer in structure.layers.values() if layer.why_float is None],
+        "float": {
+            **{layer.name: layer.why_float for layer in structure.layers.values() if layer.why_float is not None},
+            **structure.unknown,
+        },
+        "places": [
+            {"kind": place.kind, "producer": place.producer, "readers": list(place.readers), "shifts": place.shifts}
+            for place in structure.places
+        ],
+        "refused_places": [
+            {"producer": place.producer, "readers": list(place.readers), "difference": apart}
+            for place, apart in structure.refused
+        ],
+        "blocks": [{"name": block.name, "channels_last": block.channels_last} for block in structure.blocks.values()],
+        "int8_attention": list(structure.attentions),
+    }
+
+
+def _wrapped(names: Iterable[str], width: int = 110) -> Iterator[str]:
+    line = ""
+    for name in names:
+        if line and len(line) + len(name) + 2 > width:
+            yield f"    {line},"
+            line = ""
+        line = f"{line}, {name}" if line else name
+    yield f"    {line}"
+
+
+def structure_lines(structure: "Structure") -> Iterator[str]:
+    """Yield the report line by line."""
+    found = structure_json(structure)
+    yield structure.summary()
+    yield f"quantized to INT8 ({len(found['quantized'])}):"
+    yield from _wrapped(found["quantized"])
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in found["float"].items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        yield f"in float ({len(names)}): {reason}"
+        yield from _wrapped(names)
+    if found["places"]:
+        yield f"channel scales can move ({len(found['places'])}), + where a shift can as well:"
+        yield from _wrapped(
+            f"{each['producer']} -> {' & '.join(each['readers'])}{' +' * each['shifts']}" for each in found["places"]
+        )
+    for each in found["refused_places"]:
+        yield f"not moved, a trial changed the output by {each['difference']:.1e}: {each['producer']} -> {each['readers']}"
+    for title, names in (
+        ("blocks that a branch can stand beside", [block["name"] for block in found["blocks"]]),
+        ("attentions that INT8 kernels can compute", found["int8_attention"]),
+    ):
+        yield f"{title} ({len(names)}){':' if names else ''}"
+        if names:
+            yield from _wrapped(names)

@@ -1,0 +1,100 @@
+"""A tiny instance of many families of networks, each with weights that quantization and wrong moves really change."""
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+# (architecture of timm, options, size of the image in pixels)
+TIMM = {
+    "vit": ("vit_tiny_patch16_224", SMALL_VIT, 32),
+    "deit distilled": ("deit_tiny_distilled_patch16_224", SMALL_VIT, 32),
+    "eva02": ("eva02_tiny_patch14_224", SMALL_VIT, 32),
+    "dinov3": ("vit_small_patch16_dinov3", SMALL_VIT, 32),
+    "beit": ("beit_base_patch16_224", SMALL_VIT, 32),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6)},
+        32,
+    ),
+    "swin v2": (
+        "swinv2_tiny_window8_256",
+        {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6)},
+        32,
+    ),
+    "convnext": ("test_convnext", {}, 64),
+    "resnet": ("test_resnet", {}, 32),
+    "mobilenet v3": ("mobilenetv3_small_050", {}, 64),
+    "efficientnet, same padding": ("test_efficientnet", {"pad_type": "same"}, 48),
+    "regnet y": ("regnety_002", {}, 64),
+    "nfnet": ("test_nfnet", {}, 64),
+    "mixer": ("mixer_s32_224", {"img_size": 128}, 128),
+    "levit": (
+        "levit_128s",
+        {"img_size": 64, "embed_dim": (32, 48), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 16},
+        64,
+    ),
+    "hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1)}, 64),
+}  # fmt: skip
+
+
+class GatedBlock(nn.Module):
+    """A residual block with SwiGLU whose two halves are layers of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate, self.up, self.down = nn.Linear(width, 40), nn.Linear(width, 40), nn.Linear(40, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_n = self.norm(x)
+        return x + self.down(F.silu(self.gate(x_n)) * self.up(x_n))
+
+
+class OwnNetwork(nn.Module):
+    """A network of no library: a stem, one residual block of convolutions, two gated blocks on tokens, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.first, self.second = nn.Conv2d(16, 24, 1, bias=False), nn.Conv2d(24, 16, 3, padding="same")
+        self.blocks = nn.ModuleList(GatedBlock(16) for _ in range(2))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.second(F.relu(self.first(x)))
+        x = F.max_pool2d(x, 2).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+FAMILIES = (*TIMM, "own module")
+
+
+@torch.no_grad()
+def family_net(family: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """(a network in eval mode, float32, an example (2, 3, H, W)): random, with uneven norms and running statistics."""
+    torch.manual_seed(seed)
+    if family == "own module":
+        net, size = OwnNetwork(), 32
+    else:
+        name, options, size = TIMM[family]
+        net = timm.create_model(name, num_classes=10, **options)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2.0)
+        kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, kinds) and module.weight is not None:
+            module.weight.uniform_(0.5, 1.5)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.2)
+        for name, parameter in module.named_parameters(recurse=False):
+            if (
+                name.startswith(("gamma", "skipinit_gain", "q_bias", "v_bias")) or parameter.abs().max() < 1e-2
+            ):  # what starts at next to nothing
+                parameter.normal_(0, 0.2)
+    return net.eval().requires_grad_(False), torch.randn(2, 3, size, size)

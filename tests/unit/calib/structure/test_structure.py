@@ -1,0 +1,286 @@
+"""What a trace tells of many families of networks, against a second, simpler way to find the same."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from calib.errors import UserError
+from calib.network.fold import fold_affine
+from calib.quant_model import QuantModel
+from calib.structure.moves import INSERT, LAYER, NORM, move
+from calib.structure.proof import MAX_REL_L2, difference, output_of
+from calib.structure.structure import structure_of
+from tests.families import FAMILIES, OwnNetwork, family_net
+
+FOLDED = {}
+
+
+def folded(family):
+    """(the float network, the model after folding, an example), made once per family."""
+    if family not in FOLDED:
+        net, x = family_net(family)
+        FOLDED[family] = net, fold_affine(QuantModel.of(family, net), x[:1]), x
+    return FOLDED[family]
+
+
+# family -> (quantized layers, blocks, places by kind: norm, layer, insertion; attentions that can be INT8)
+EXPECTED = {
+    "vit": (8, 2, (4, 2, 2), 2),
+    "deit distilled": (8, 2, (4, 2, 2), 2),
+    "eva02": (8, 2, (4, 4, 0), 0),
+    "dinov3": (8, 2, (4, 2, 2), 0),
+    "beit": (8, 2, (4, 2, 2), 0),
+    "swin": (17, 4, (9, 4, 4), 0),
+    "swin v2": (17, 4, (0, 4, 4), 0),
+    "convnext": (30, 9, (12, 0, 9), 0),
+    "resnet": (13, 4, (0, 7, 0), 0),
+    "mobilenet v3": (33, 12, (0, 6, 9), 0),
+    "efficientnet, same padding": (12, 5, (0, 4, 4), 0),
+    "regnet y": (43, 13, (0, 27, 0), 0),
+    "nfnet": (24, 4, (0, 0, 15), 0),
+    "mixer": (32, 8, (8, 0, 16), 0),
+    "levit": (15, 3, (0, 0, 8), 0),
+    "hiera": (23, 5, (10, 5, 5), 0),
+    "own module": (8, 2, (2, 3, 0), 0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_structure_is_what_a_reader_of_the_network_expects(family):
+    _, model, _ = folded(family)
+    found = model.structure
+    kinds = tuple(sum(place.kind == kind for place in found.places) for kind in (NORM, LAYER, INSERT))
+    assert (len(model.layers), len(found.blocks), kinds, len(found.attentions)) == EXPECTED[family]
+    assert found.refused == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float_and_folded_are_the_same_function(family):
+    net, model, x = folded(family)
+    assert difference(output_of(net, x), output_of(model.net, x)) < 1e-5
+    with torch.no_grad():
+        assert float((net(x) - net(x.flip(0))).norm() / net(x).norm()) > 1e-3  # else nothing above says anything
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_and_convolution_is_quantized_or_has_a_reason(family):
+    _, model, _ = folded(family)
+    modules = {name for name, m in model.net.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    called = set()
+    handles = [
+        model.net.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in modules
+    ]
+    with torch.no_grad():
+        model.net(family_net(family)[1][:1])
+    for handle in handles:
+        handle.remove()
+    assert called - {*model.structure.unknown} == {*model.layers} | ({*model.float_layers} & modules) - {
+        *model.structure.unknown
+    }
+    assert len(model.layers) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_far_from_one_can_move_at_all_places_together(family):
+    _, model, x = folded(family)
+    exact = output_of(model.net, x)
+
+    def moved(net):
+        for index, place in enumerate(model.structure.places):
+            generator = torch.Generator().manual_seed(index)
+            scale = torch.exp2(torch.rand(len(place.rows), generator=generator).double() * 6 - 3)
+            move(net, place, scale, torch.full_like(scale, 0.3 * place.shifts))
+
+    assert difference(exact, output_of(model.net, x, moved)) < 1e-9
+
+
+def test_a_wrong_scale_is_larger_than_the_limit_of_the_proof():
+    _, model, x = folded("vit")
+    place = next(place for place in model.structure.places if place.kind == NORM)
+    half = dataclasses.replace(place, readers=())
+    exact = output_of(model.net, x)
+    scale = torch.full((len(place.rows),), 1.25, dtype=torch.float64)
+    apart = difference(exact, output_of(model.net, x, lambda net: move(net, half, scale, torch.zeros_like(scale))))
+    assert apart > 10 * MAX_REL_L2
+
+
+class Toy(nn.Module):
+    """Two layers, with `between` in between."""
+
+    def __init__(self, between, first=None, second=None):
+        super().__init__()
+        self.first = first or nn.Linear(12, 16)
+        self.second = second or nn.Linear(16, 10)
+        self.between = between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+def places_of_toy(between, x=None, **layers):
+    torch.manual_seed(0)
+    net = Toy(between, **layers).eval()
+    example = torch.randn(1, 5, 12) if x is None else x
+    net = nn.Sequential(nn.LayerNorm(12), net, nn.LayerNorm(10)) if x is None else net
+    return structure_of(net.requires_grad_(False), example).places
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "reads"),
+    [
+        (nn.ReLU(), True),
+        (nn.LeakyReLU(0.1), True),
+        (nn.Identity(), True),
+        (Call(lambda x: x * 0.5), True),
+        (Call(lambda x: x.transpose(1, 2).flip(1).transpose(1, 2)), True),  # channels in another order
+        (Call(lambda x: x.unflatten(-1, (4, 4)).transpose(-1, -2).flatten(-2)), True),  # shuffled channels
+        (Call(F.gelu), False),
+        (Call(lambda x: x + 1), False),
+        (Call(lambda x: x * x), False),
+        (Call(lambda x: torch.sigmoid(x) * x), False),
+        (Call(lambda x: x.softmax(-1)), False),
+        (Call(lambda x: x.cumsum(-1)), False),
+        (Call(lambda x: x.roll(1, dims=1)), True),  # positions in another order
+        (Call(lambda x: x[..., :8].repeat(1, 1, 2)), False),  # one channel read as two
+        (Call(lambda x: F.pad(x[..., :15], (0, 1), value=1.0)), False),
+    ],
+    ids=str,
+)
+def test_scales_move_between_two_layers_exactly_where_the_operator_between_allows_it(between, reads):
+    found = [place for place in places_of_toy(between) if place.kind == LAYER and place.readers == ("1.second",)]
+    assert bool(found) == reads
+
+
+def test_every_reader_of_a_norm_gets_the_scale_and_a_shortcut_forbids_it():
+    class Readers(nn.Module):
+        def __init__(self, shortcut):
+            super().__init__()
+            self.norm, self.one, self.two = nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12)
+            self.end, self.shortcut = nn.LayerNorm(12), shortcut
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.end(self.one(x) + self.two(x) + (x if self.shortcut else 0))
+
+    def places(shortcut):
+        return structure_of(Readers(shortcut).eval(), torch.randn(1, 5, 12)).places
+
+    (place,) = places(shortcut=False)
+    assert (place.producer, place.readers, place.shifts) == ("norm", ("one", "two"), True)
+    assert places(shortcut=True) == ()
+
+
+def test_a_shift_does_not_move_where_a_convolution_pads_with_zeros():
+    class Maps(nn.Module):
+        def __init__(self, padding):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 16, 3), nn.ReLU6()
+            self.next, self.norm = nn.Conv2d(16, 16, 3, padding=padding), nn.GroupNorm(2, 16)
+
+        def forward(self, x):
+            return self.norm(self.next(self.act(self.conv(x))))
+
+    for padding in (0, 1):
+        (place,) = structure_of(Maps(padding).eval(), torch.randn(1, 3, 12, 12)).places
+        assert (place.limits, place.shifts) == (("act",), padding == 0)
+
+
+def test_layers_that_cannot_be_rounded_alone_stay_in_float_with_the_reason():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.twice = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+            self.up, self.fourth = nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 16, 1)
+            self.table, self.positions = nn.Linear(2, 16), nn.Buffer(torch.randn(1, 2))
+            self.tied, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 3, 1)
+
+        def forward(self, x):
+            x = self.twice(torch.relu(self.twice(self.first(x))))
+            x = self.up(x) + self.table(self.positions)[..., None, None]
+            x = F.conv2d(self.fourth(x), self.tied.weight + 1)
+            return self.last(x)
+
+    found = QuantModel.of("odd", Odd().eval(), structure_of(Odd().eval(), torch.randn(1, 3, 12, 12)))
+    reasons = {name: reason.split(":")[0] for name, reason in found.float_layers.items()}
+    assert reasons == {
+        "first": "the first layer",
+        "twice": "it is called 2 times in one run",
+        "up": "layers of kind ConvTranspose2d are not quantized yet",
+        "last": "the last layer",
+        "table": "it reads constants only",
+        "": "its weight is computed in the forward pass",
+    }
+    assert found.layers == ("fourth",)
+
+
+def test_a_network_that_cannot_be_traced_is_refused_in_one_line():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UserError, match=r"Branching cannot be traced by torch\.export") as caught:
+        structure_of(Branching(), torch.randn(1, 3, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_a_module_computes_or_pads_itself_become_plain_layers():
+    for family, kind in (("nfnet", nn.Conv2d), ("efficientnet, same padding", nn.Sequential), ("beit", nn.Linear)):
+        net, model, _ = folded(family)
+        changed = [
+            name
+            for name, module in model.net.named_modules()
+            if type(module) is kind and name in dict(net.named_modules()) and type(net.get_submodule(name)) is not kind
+        ]
+        biased = [name for name in model.layers if family == "beit" and name.endswith("qkv")]
+        assert changed or biased
+        assert any("made plain" in note for note in model.history[-1].notes)
+
+
+def test_the_own_module_has_its_gate_in_float_and_its_halves_scaled():
+    net, x = OwnNetwork().eval().requires_grad_(False), torch.randn(1, 3, 32, 32)
+    model = fold_affine(QuantModel.of("own", net), x)
+    by_producer = {place.producer: place for place in model.structure.places}
+    assert by_producer["blocks.0.norm"].readers == ("blocks.0.gate", "blocks.0.up")
+    assert by_producer["blocks.0.up"].readers == ("blocks.0.down",)
+    assert "blocks.0.gate" not in by_producer
+    assert math.isclose(sum(map(len, (model.layers, model.float_layers))), 10)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", [None, "causal", "float"])
+def test_torchs_own_attention_over_one_tensor_becomes_plain_layers(batch_first, mask):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(24)
+            self.attention = nn.MultiheadAttention(24, 3, batch_first=batch_first)
+            self.end = nn.LayerNorm(24)
+            hidden = torch.ones(7, 7).triu(1).bool()
+            self.mask = None if mask is None else nn.Buffer(hidden if mask == "causal" else torch.randn(7, 7))
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.end(x + self.attention(y, y, y, need_weights=False, attn_mask=self.mask)[0])
+
+    torch.manual_seed(0)
+    net, x = Encoder().eval().requires_grad_(False), torch.randn(1, 7, 24) if batch_first else torch.randn(7, 1, 24)
+    net.attention.in_proj_bias.normal_()
+    model = fold_affine(QuantModel.of("encoder", net), x)
+    assert model.layers == ("attention.qkv", "attention.proj")
+    assert {place.readers for place in model.structure.places} == {("attention.qkv",), ("attention.proj",)}
+    torch.testing.assert_close(model.net(x), net(x))
