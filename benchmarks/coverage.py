@@ -27,7 +27,7 @@ from deploy.report.evidence import tool_commit
 RESULT = Path(__file__).parent / "results" / "intake.json"
 LARGEST = 250_000_000  # parameters, of which the proof holds two copies in float64
 GIGABYTES = 9  # per process
-WORKERS = 2
+WORKERS = 1
 CHUNK = 15  # architectures per process
 EXAMINE = "--examine"  # the rest are names: examine them in this process
 

@@ -56,31 +56,38 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
 class QuantLinear(nn.Module):
     """A Linear with integer weights and a quantized input: y = quantize_dequantize(x) dequantize_weight(W) + b.
 
-    `weight` is int8 (in, out), the layout of an ONNX MatMul; `weight_scale` is (out,), `input_scale` ().
+    `integers` is int8 (in, out), the layout of an ONNX MatMul; `weight_scale` is (out,), `input_scale` ().
     """
 
     def __init__(self, linear: nn.Linear, input_params: QParams, weight_params: QParams) -> None:
         super().__init__()
-        self.register_buffer("weight", quantize(linear.weight.detach(), weight_params).t().contiguous())
+        self.register_buffer("integers", quantize(linear.weight.detach(), weight_params).t().contiguous())
         self.register_buffer("weight_scale", weight_params.scale.clone())
         self.register_buffer("input_scale", input_params.scale.clone())
         self.bias = linear.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (out, in), for code of a network that reads the type of its layers' weights."""
+        return dequantize_weight(self.integers, self.weight_scale, 1).t()
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = torch.matmul(quantize_dequantize(x, self.input_scale), dequantize_weight(self.weight, self.weight_scale, 1))
+        y = torch.matmul(
+            quantize_dequantize(x, self.input_scale), dequantize_weight(self.integers, self.weight_scale, 1)
+        )
         return y if self.bias is None else y + self.bias
 
 
 class QuantConv2d(nn.Module):
     """A convolution with integer weights and a quantized input.
 
-    `weight` is int8 (out, in / groups, kh, kw); `weight_scale` is (out,), `input_scale` ().
+    `integers` is int8 (out, in / groups, kh, kw); `weight_scale` is (out,), `input_scale` ().
     """
 
     def __init__(self, conv: nn.Conv2d, input_params: QParams, weight_params: QParams) -> None:
         super().__init__()
-        self.register_buffer("weight", quantize(conv.weight.detach(), weight_params))
+        self.register_buffer("integers", quantize(conv.weight.detach(), weight_params))
         self.register_buffer("weight_scale", weight_params.scale.clone())
         self.register_buffer("input_scale", input_params.scale.clone())
         self.bias = conv.bias
@@ -91,11 +98,15 @@ class QuantConv2d(nn.Module):
             conv.groups,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, in the shape of the integers, for code of a network that reads its type."""
+        return dequantize_weight(self.integers, self.weight_scale, 0)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
         x = quantize_dequantize(x, self.input_scale)
-        weight = dequantize_weight(self.weight, self.weight_scale, 0)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Quantizer(nn.Module):

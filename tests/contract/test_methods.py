@@ -113,7 +113,7 @@ def test_every_candidate_rounds_every_layer_to_the_bits_asked_for(method):
             for layer in model.layers:
                 bits = model.bits(layer).weight
                 assert model.qparams(f"{layer}:weight").bits == bits
-                integers = net.get_submodule(layer).get_buffer("weight")
+                integers = net.get_submodule(layer).get_buffer("integers")
                 assert integers.dtype == torch.int8
                 assert 1 < int(integers.abs().max()) < 2 ** (bits - 1)
 

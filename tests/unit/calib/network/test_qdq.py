@@ -44,13 +44,22 @@ def test_quant_conv_is_fake_quantization_of_input_and_weight(options):
 
 def test_the_largest_weight_of_each_channel_becomes_127():
     weight = torch.randn(6, 10)
-    quantized = QuantLinear(nn.Linear(10, 6), input_params(torch.ones(1)), rtn.channel_qparams(weight)).weight
+    quantized = QuantLinear(nn.Linear(10, 6), input_params(torch.ones(1)), rtn.channel_qparams(weight)).integers
     assert quantized.dtype == torch.int8
     linear = nn.Linear(10, 6)
     linear.weight.data = weight
-    quantized = QuantLinear(linear, input_params(torch.ones(1)), rtn.channel_qparams(weight)).weight
+    quantized = QuantLinear(linear, input_params(torch.ones(1)), rtn.channel_qparams(weight)).integers
     assert quantized.shape == (10, 6)
     assert quantized.abs().amax(0).tolist() == [127] * 6
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"), [(nn.Linear(6, 10), QuantLinear), (nn.Conv2d(4, 8, 3, groups=2), QuantConv2d)]
+)
+def test_code_that_reads_the_weight_of_a_layer_finds_it_in_float(layer, kind):
+    params = rtn.channel_qparams(layer.weight)
+    found = kind(layer, input_params(torch.ones(1)), params)
+    torch.testing.assert_close(found.weight, params.fake_quantize(layer.weight.detach()))
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
