@@ -3,6 +3,9 @@
 MODEL ?= dinov2_s
 RECIPE ?= int8
 WEIGHTS ?= auto
+MODULE ?=
+INPUT ?=
+IMG_SIZE ?=
 CALIB ?=
 EVAL ?=
 TARGET ?= auto
@@ -22,6 +25,7 @@ EVAL_IMAGES ?=
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
@@ -44,8 +48,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 
 setup: $(VENV)/.ready ## Create the virtual environment (done by the other targets)
 
-engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT= CACHE= FROM= UNTIL=
-	@$(RUN) -m deploy engine --model "$(MODEL)" --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
+engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT= CACHE= FROM= UNTIL=
+	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" \
 	  --out "$(OUT)" --cache "$(CACHE)" $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
@@ -55,8 +59,8 @@ verify: $(VENV)/.ready ## Check a finished package again: MODEL= RECIPE= OUT=
 doctor: $(VENV)/.ready ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor
 
-structure: $(VENV)/.ready ## What a network consists of, and what stays in float and why: MODEL=
-	@$(RUN) -m deploy structure "$(MODEL)"
+structure: $(VENV)/.ready ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT=)
+	@$(RUN) -m deploy structure "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE)
 
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
 	@$(PYTEST_SIDE_BY_SIDE) -m "not alone"

@@ -104,7 +104,7 @@ class SharedBranch(QuantLinear, BlockBranch):
 
     def fits(self) -> list[Fit]:
         """One map, of f rounded: what the integers stand for."""
-        weight = dequantize_weight(self.get_buffer("weight"), self.get_buffer("weight_scale"), 1)
+        weight = dequantize_weight(self.get_buffer("integers"), self.get_buffer("weight_scale"), 1)
         assert self.bias is not None
         return [Fit(weight.t().double(), self.bias.double())]
 

@@ -5,10 +5,12 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from calib.errors import UserError, suggestion
+from calib.weights.zoo import input_size
 from deploy.errors import ContractError
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -48,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
 
     engine = verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model")
     engine.add_argument("--model", default="dinov2_s", help="short name (see `list`) or any timm name")
+    engine.add_argument(
+        "--module", help="a network of your own instead: package.module:factory or path/to/file.py:factory"
+    )
+    engine.add_argument(
+        "--input", type=input_size, help="size of the images: 384, 364x490 or 3x364x490 (default: the network's)"
+    )
     engine.add_argument("--weights", default="auto", help="auto, pretrained, random, or a checkpoint file")
     engine.add_argument("--calib", help="folder of images, .npy or .npz; default: built-in sample, not for production")
     engine.add_argument("--eval", dest="evaluation", help="ImageFolder, .npy or .npz; default: held-out images")
@@ -84,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     structure = verbs.add_parser(
         "structure", help="what a network consists of: layers, what stays in float and why, blocks, channel scales"
     )
-    structure.add_argument("model", help="short name (see `list`) or any timm name")
+    structure.add_argument("model", nargs="?", default="", help="short name (see `list`) or any timm name")
+    structure.add_argument("--module", help="as for `engine`")
+    structure.add_argument("--input", type=input_size, help="as for `engine`")
     structure.add_argument(
         "--weights", default="random", help="as for `engine`; the structure needs none (default random)"
     )
@@ -103,6 +113,8 @@ def _engine(args: argparse.Namespace) -> int:
     done = engine(
         Options(
             model=args.model,
+            module=args.module or None,
+            input_size=args.input,
             weights=args.weights,
             calib=args.calib or None,
             evaluation=args.evaluation or None,
@@ -182,12 +194,13 @@ def _structure(args: argparse.Namespace) -> int:
     from calib.network.fold import fold_affine
     from calib.quant_model import QuantModel
     from calib.weights.load import load_net
-    from calib.weights.zoo import resolve_model
+    from calib.weights.zoo import own_model, resolve_model
     from deploy.report.structure import structure_json, structure_lines
 
-    loaded = load_net(resolve_model(args.model), args.weights)
+    spec = own_model(args.module) if args.module else resolve_model(args.model)
+    loaded = load_net(replace(spec, img_size=args.input or spec.img_size), args.weights)
     example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
-    structure = fold_affine(QuantModel.of(args.model, loaded.net), example).structure
+    structure = fold_affine(QuantModel.of(spec.name, loaded.net), example).structure
     print(json.dumps(structure_json(structure), indent=2) if args.json else "\n".join(structure_lines(structure)))
     return 0
 

@@ -10,6 +10,8 @@ class Options:
     """What `make engine` was asked for."""
 
     model: str = "dinov2_s"
+    module: str | None = None  # package.module:factory or file.py:factory of a network of the user's own, instead
+    input_size: tuple[int, int] | None = None  # height and width in pixels; None: the network's own
     weights: str = "auto"  # auto | pretrained | random | a checkpoint file
     calib: str | None = None  # folder, .npy or .npz; None: the built-in sample
     evaluation: str | None = None  # folder, .npy or .npz; None: held-out calibration images

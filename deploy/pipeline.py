@@ -12,13 +12,14 @@ torch half decided is kept (deploy/kept_states.py), so that a run can stop after
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
 from calib.store.user_cache import cache_folder
-from calib.weights.zoo import resolve_model
+from calib.weights.zoo import own_model, resolve_model
 from deploy import steps
 from deploy.engine.backends import choose_backend
 from deploy.kept_states import KeptStates
@@ -86,7 +87,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
 
     Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
     """
-    spec = resolve_model(options.model)
+    spec = own_model(options.module) if options.module else resolve_model(options.model)
+    spec = replace(spec, img_size=options.input_size or spec.img_size)
     recipe = load_recipe(options.recipe).for_engine().limited(options.max_extra_kernels, options.max_extra_bytes)
     stages = spine(recipe)
     plan = planned(stages, options.begin, options.until)
@@ -96,7 +98,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
     final = Path(options.out) / name / recipe.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
-    kept = KeptStates(cache_folder("stages") if options.cache else None)
+    # the code of a network of the user's own is not part of a state's key
+    kept = KeptStates(cache_folder("stages") if options.cache and not spec.factory else None)
     last = stages.index(plan[-1])
     with _folder(final, plan[-1] is stages[-1]) as folder, tempfile.TemporaryDirectory() as scratch:
         run = Run(name, options, spec, recipe, backend, folder, Path(scratch), progress, kept)

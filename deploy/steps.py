@@ -67,6 +67,23 @@ def _hold(contract: Any) -> None:
         raise ContractError(reason)
 
 
+def _check_output(net: nn.Module, size: Sequence[int]) -> None:
+    """Raises UserError unless `net` turns images (B, 3, H, W), `size` being (3, H, W), into values (B, N)."""
+    try:
+        with torch.no_grad():
+            output = net(torch.zeros(1, *size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        shape = "x".join(map(str, size))
+        raise UserError(
+            f"{type(net).__name__} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UserError(
+            f"{type(net).__name__} returns {got}: only networks with one output (images, values) are built so far"
+        )
+
+
 # The torch half.
 
 
@@ -74,6 +91,7 @@ def load(run: Run) -> Lines:
     """The float network."""
     run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
     net = run.loaded.net
+    _check_output(net, run.loaded.data_config["input_size"])
     run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
     return (run.loaded.source,)
 
@@ -200,6 +218,8 @@ def verify(run: Run) -> Lines:
         run.folder, run.float_model, images, run.golden, run.model.is_classifier, labels, run.evaluation.sources
     )
     _hold(run.verdict)
+    if not run.loaded.random and (reason := run.verdict.no_longer_the_network()):
+        raise ContractError(reason)
     return (f"{run.verdict.fidelity.sqnr_db:.1f} dB SQNR on {run.verdict.fidelity.count} images",)
 
 

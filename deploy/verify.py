@@ -23,6 +23,9 @@ MAX_FP16_LOSS_DB = 3.0
 FP16_NOISE_DB = 33.0
 # Another processor sums in another order, which rounds ties differently, and the golden images are a small sample.
 MAX_DRIFT_DB = 3.0
+# Below these a result is no network of use: a tenth of the output's power is noise, every second answer another one.
+LEAST_DB = 10.0
+LEAST_AGREEMENT = 0.5
 SPEED_BATCH = 8
 PLAIN_NAME = r"\w[\w.-]*"  # of a file inside a package: no separators, no ".."
 
@@ -52,6 +55,23 @@ class Verdict:
                 f"expected at least {least_fp16_db(self.fp32_sqnr_db):.1f} dB, look for overflow"
             )
         return None
+
+    def no_longer_the_network(self) -> str | None:
+        """A sentence where the rounded network is no longer the float one, or None.
+
+        It does not hold for random weights, whose output any noise can drown.
+        """
+        found = self.fidelity
+        if not found.sqnr_db >= LEAST_DB:
+            what = f"its output has {found.sqnr_db:.1f} dB SQNR to the float network's, expected {LEAST_DB:.0f} or more"
+        elif not found.top1_agreement >= LEAST_AGREEMENT:
+            what = f"it agrees with the float network on {found.top1_agreement:.0%} of the images"
+        else:
+            return None
+        return (
+            f"the rounded network is no longer the float one: {what}; usual causes are calibration images that are not "
+            f"preprocessed as the network expects or not of the kind it sees, and a recipe too plain for it (RECIPE=int8)"
+        )
 
 
 def _outputs(runner: OnnxRunner, batches: Iterable[np.ndarray]) -> np.ndarray:

@@ -16,6 +16,8 @@ from calib.images.preprocess import Preprocessing, array_from_image
 
 SUFFIXES = (".npy", ".npz")
 PREFERRED_NAMES = ("images", "input")
+EXAMINED_ROWS = 16  # that tell whether an array holds pixels
+LARGEST_PIXEL = 255.0
 
 
 def _only_array(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -59,7 +61,21 @@ def array_from_file(path: Path, preprocessing: Preprocessing) -> np.ndarray:
             f"(N, {', '.join(map(str, size))}), preprocessed, or uint8 (N, H, W, 3), raw RGB; "
             f"convert and save it again"
         )
+    if preprocessed:
+        _check_normalised(path, array, preprocessing)
     return array
+
+
+def _check_normalised(path: Path, array: np.ndarray, preprocessing: Preprocessing) -> None:
+    """Raise `UserError` for pixel values that nobody has normalised: none is negative, though a mean is subtracted."""
+    some = array[:: -(-len(array) // EXAMINED_ROWS)]
+    low, high = float(np.min(some)), float(np.max(some))
+    if low >= 0 and 0 < high <= LARGEST_PIXEL and min(preprocessing.mean) > 0.1:
+        raise UserError(
+            f"array file '{path}' holds values {low:g} to {high:g}, none of them negative: they look like pixels, not like "
+            f"images normalised by mean {preprocessing.mean} and std {preprocessing.std} of pixels in 0..1; normalise them, "
+            f"or save raw pixels as uint8 (N, H, W, 3)"
+        )
 
 
 def _read_row(array: np.ndarray, row: int, preprocessing: Preprocessing) -> np.ndarray:

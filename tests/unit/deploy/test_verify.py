@@ -5,6 +5,7 @@ import pytest
 
 from calib.errors import UserError
 from calib.store.digests import file_sha256
+from deploy.measure.accuracy import Fidelity
 from deploy.package import FILES, GOLDEN, MANIFEST, write_json
 from deploy.verify import FP16_NOISE_DB, MAX_FP16_LOSS_DB, Verdict, least_fp16_db, verify_package
 
@@ -113,3 +114,18 @@ def test_golden_arrays_that_are_none_are_refused_in_one_line(tmp_path, case):
     with pytest.raises(UserError, match=GOLDEN) as caught:
         verify_package(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sqnr_db", "agreement", "text"),
+    [
+        (30.0, 0.9, None),
+        (9.0, 0.9, "9.0 dB SQNR"),
+        (30.0, 0.3, "agrees with the float network on 30% of the images"),
+        (float("nan"), 0.9, "nan dB SQNR"),
+        (30.0, float("nan"), "agrees with the float network on nan%"),
+    ],
+)
+def test_a_result_that_is_no_longer_the_network_is_said_with_its_causes(sqnr_db, agreement, text):
+    found = Verdict(Fidelity(8, sqnr_db, 1.0, agreement, "class"), 30.0, 30.0).no_longer_the_network()
+    assert found is None if text is None else text in found

@@ -580,3 +580,21 @@ def test_of_one_source_image_the_parts_share_no_picture_and_one_picture_is_every
 
 def test_pictures_of_one_source_image_have_its_number():
     assert of_sources(2, 1, 3).sources == (0, 0, 1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("largest", [1.0, 255.0])
+@pytest.mark.parametrize("as_evaluation", [False, True])
+def test_float_arrays_of_pixels_are_refused(tmp_path, photos, largest, as_evaluation):
+    array = np.random.default_rng(0).random((20, 3, SMALL.height, SMALL.width), np.float32) * largest
+    np.save(tmp_path / "pixels.npy", array)
+    calib, evaluation = (photos, tmp_path / "pixels.npy") if as_evaluation else (tmp_path / "pixels.npy", None)
+    with pytest.raises(UserError, match="look like pixels"):
+        image_sets(str(calib), evaluation and str(evaluation), SMALL)
+    np.save(tmp_path / "pixels.npy", array - largest / 2)
+    image_sets(str(calib), evaluation and str(evaluation), SMALL)
+
+
+def test_pixels_are_what_a_network_without_a_mean_reads(tmp_path):
+    plain = replace(SMALL, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    np.save(tmp_path / "pixels.npy", np.random.default_rng(0).random((20, 3, SMALL.height, SMALL.width), np.float32))
+    image_sets(str(tmp_path / "pixels.npy"), None, plain)

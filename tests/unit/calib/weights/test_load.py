@@ -1,3 +1,4 @@
+import argparse
 import http.server
 import threading
 import time
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from calib.errors import UserError
 from calib.weights import load as weights
 from calib.weights.load import load_net, state_sha256
+from calib.weights.state import without_prefixes
 from calib.weights.zoo import ZOO, ModelSpec
 
 VIT = ModelSpec("tiny", "test_vit.r160_in1k")
@@ -66,13 +68,84 @@ def test_round_trip(tmp_path, suffix):
     assert loaded.data_config["input_size"] == (3, 160, 160)
 
 
-@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "state_dict", "model"])
+@pytest.mark.parametrize(
+    "key", ["state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net"]
+)
 def test_wrapper_and_module_prefix_are_taken_off(tmp_path, key):
     state = filled_state()
     content = {"epoch": 3, key: {f"module.{name}": value for name, value in state.items()}}
     loaded = load_net(VIT, str(write(tmp_path / "train.pth", content)))
     assert_same(loaded.net, state)
-    assert loaded.source.endswith(f"[{key}]")
+    assert loaded.source.endswith(f"[{key}] (without 'module.')")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+def test_prefixes_of_wrappers_go_in_any_order(tmp_path, prefix):
+    state = filled_state()
+    content = {f"{prefix}{name}": value for name, value in state.items()} | {"n_averaged": torch.tensor(3)}
+    loaded = load_net(VIT, str(write(tmp_path / "compiled.pth", content)))
+    assert_same(loaded.net, state)
+    assert f"(without '{prefix}')" in loaded.source
+
+
+def test_a_prefix_that_the_network_has_itself_stays():
+    state = {"model.weight": torch.ones(1)}
+    assert without_prefixes(state, ["model.weight"]) == (state, "")
+    assert without_prefixes(state, ["weight"])[0].keys() == {"weight"}
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "net.ckpt", "weights", "net.bin"])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_the_name_of_a_file_does_not_matter(tmp_path, name, kind):
+    state, path = filled_state(), tmp_path / name
+    if kind == "torch":
+        torch.save({"state_dict": state}, path)
+    else:
+        save_file(state, path)
+    assert_same(load_net(VIT, str(path)).net, state)
+
+
+def test_harmless_objects_beside_the_weights_are_allowed(tmp_path):
+    state = filled_state()
+    extra = {"args": argparse.Namespace(lr=1e-3), "best": np.float64(0.8), "seen": np.int64(3)}
+    torch.save({"model": state, **extra}, tmp_path / "train.pth")
+    assert_same(load_net(VIT, str(tmp_path / "train.pth")).net, state)
+
+
+def test_an_empty_average_does_not_hide_the_weights(tmp_path):
+    state = filled_state()
+    torch.save({"model_ema": {}, "model": state}, tmp_path / "train.pth")
+    assert_same(load_net(VIT, str(tmp_path / "train.pth")).net, state)
+
+
+def test_integers_in_the_place_of_float_weights_are_refused(tmp_path):
+    state = {key: (value * 0).to(torch.int8) for key, value in filled_state().items()}
+    assert "holds integers where the network has float" in refusal(VIT, write(tmp_path / "ints.pth", state))
+
+
+@pytest.mark.parametrize("classes", [6, 0])
+@pytest.mark.parametrize("spec", [VIT, RESNET], ids=lambda spec: spec.name)
+def test_the_classes_are_those_of_the_checkpoint(tmp_path, spec, classes):
+    torch.manual_seed(3)
+    fine_tuned = timm.create_model(spec.tag, num_classes=classes)
+    torch.save(fine_tuned.state_dict(), tmp_path / "tuned.pth")
+    loaded = load_net(spec, str(tmp_path / "tuned.pth"))
+    assert_same(loaded.net, fine_tuned.state_dict())
+    assert loaded.source.endswith(", 6 classes" if classes else "without a classifier: features")
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.net(x), fine_tuned.eval()(x))
+
+
+def test_other_classes_and_another_difference_are_refused(tmp_path):
+    state = timm.create_model(VIT.tag, num_classes=6).state_dict()
+    del state["norm.weight"]
+    assert "norm.weight" in refusal(VIT, write(tmp_path / "tuned.pth", state))
+
+
+def test_a_known_layout_is_named(tmp_path):
+    state = {"vit.encoder.layer.0.attention.attention.query.weight": torch.ones(2, 2)}
+    assert "names are those of Hugging Face's ViT" in refusal(VIT, write(tmp_path / "hf.pth", state))
 
 
 def test_averaged_weights_win_over_raw_ones(tmp_path):
@@ -227,7 +300,6 @@ def test_absent_file_folder_and_unknown_ending(tmp_path):
     assert "no such file" in refusal(VIT, tmp_path / "absent.pth")
     (tmp_path / "folder.pth").mkdir()
     assert "no such file" in refusal(VIT, tmp_path / "folder.pth")
-    assert ".safetensors" in refusal(VIT, write(tmp_path / "net.ckpt", filled_state()))
     with pytest.raises(UserError, match="Did you mean 'pretrained'"):
         load_net(VIT, "pretraind")
 

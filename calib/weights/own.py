@@ -1,0 +1,70 @@
+"""A network of the user's own: `package.module:factory`, or `path/to/file.py:factory`, that builds an `nn.Module`."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORM = "expected package.module:factory or path/to/file.py:factory"
+
+
+def _imported(where: str) -> Any:
+    """The module called `where`, or in the file `where`. Runs the user's code."""
+    if not where.endswith(".py"):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(where)
+    path = Path(where).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"MODULE: '{where}' does not exist; {FORM}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look their module up there
+    sys.path.insert(0, str(path.parent))  # files beside it can be imported
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def name_of(factory: str) -> str:
+    """Return a name for the network: that of the file or module, and of the factory in it."""
+    where, _, attribute = factory.rpartition(":")
+    if not where or not attribute.isidentifier():
+        raise UserError(f"MODULE='{factory}': {FORM}")
+    stem = Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
+    return f"{stem}.{attribute}"
+
+
+def build(factory: str) -> "nn.Module":
+    """Return the network that `factory` builds, in eval mode.
+
+    Raises UserError if it cannot be found, fails, or returns something else.
+    """
+    from torch import nn
+
+    name_of(factory)
+    where, _, attribute = factory.rpartition(":")
+    try:
+        found: Callable[[], Any] | None = getattr(_imported(where), attribute, None)
+        if found is None:
+            raise UserError(f"MODULE='{factory}': {where} has no '{attribute}'; {FORM}")
+        net = found if isinstance(found, nn.Module) else found()
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"MODULE='{factory}' failed with {type(error).__name__}: {error}".splitlines()[0]) from error
+    if not isinstance(net, nn.Module):
+        raise UserError(f"MODULE='{factory}' gives a {type(net).__name__}: expected a torch.nn.Module")
+    return net.float().eval()
