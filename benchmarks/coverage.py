@@ -6,6 +6,7 @@ random: they decide nothing here but the proof of every step, for which random n
 parameters is skipped and counted as such. A process may take `GIGABYTES` of memory.
 
     python -m benchmarks.coverage                  every architecture
+    python -m benchmarks.coverage --every 3        every third one in timm's alphabetic order: a sample
     python -m benchmarks.coverage 'vit_*' swin_t   some of them, by pattern; figures of others stay
 """
 
@@ -27,7 +28,8 @@ from deploy.report.evidence import tool_commit
 RESULT = Path(__file__).parent / "results" / "intake.json"
 LARGEST = 250_000_000  # parameters, of which the proof holds two copies in float64
 GIGABYTES = 9  # per process
-WORKERS = 1
+WORKERS = 2
+EVERY = "--every"
 CHUNK = 15  # architectures per process
 EXAMINE = "--examine"  # the rest are names: examine them in this process
 
@@ -108,7 +110,13 @@ def main(patterns: Sequence[str]) -> int:
         return 0
     import timm
 
-    names = timm.list_models()
+    every = 1
+    if patterns and patterns[0] == EVERY:
+        if len(patterns) != 2 or not patterns[1].isdigit() or int(patterns[1]) < 1:
+            print(f"{EVERY}: expected a number of 1 or more and nothing else", file=sys.stderr)
+            return 2
+        every, patterns = int(patterns[1]), ()
+    names = timm.list_models()[::every]
     chosen = [name for name in names if not patterns or any(fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
         print(f"no architecture of timm matches {', '.join(patterns)}", file=sys.stderr)
@@ -121,11 +129,13 @@ def main(patterns: Sequence[str]) -> int:
     whole = sum(map(has_structure, tried.values()))
     report = {
         "architectures": dict(sorted(kept.items())),
+        "in_timm": len(timm.list_models()),
         "tried": len(tried), "skipped": len(kept) - len(tried),
         "traced": sum("reason" not in found for found in tried.values()),
         "with_places_and_blocks": whole,
         "reasons": Counter(found["reason"][:80] for found in tried.values() if "reason" in found),
-        "machine": host.describe(), "commit": tool_commit(), "command": "python -m benchmarks.coverage",
+        "machine": host.describe(), "commit": tool_commit(),
+        "command": "python -m benchmarks.coverage" + (f" {EVERY} {every}" if every > 1 else ""),
     }  # fmt: skip
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{whole} of {len(tried)} architectures have layers, places and blocks ({len(kept) - len(tried)} skipped)")

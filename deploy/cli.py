@@ -1,7 +1,9 @@
 """The command line: parses, calls, and turns a user's mistake into one line and exit code 2."""
 
 import argparse
+import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from calib.errors import UserError, suggestion
+from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import ContractError
 
@@ -35,6 +38,12 @@ def count(text: str) -> int:
     """A whole number of 1 or more."""
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"'{text}': expected a whole number of 1 or more")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 1 << 32:
+        raise UserError(f"SEED='{text}': expected a whole number from 0 to {(1 << 32) - 1}")
     return int(text)
 
 
@@ -66,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")
     engine.add_argument("--out", default="artifacts", help="root of the output folders (default artifacts)")
-    engine.add_argument("--seed", type=int, default=0, help="decides the choice of images (default 0)")
+    engine.add_argument("--seed", type=_seed, default=0, help="decides the choice of images (default 0)")
     engine.add_argument(
         "--cache", choices=("on", "off"), default="on", help="off: calibrate anew though nothing changed (default on)"
     )
@@ -116,14 +125,14 @@ def _engine(args: argparse.Namespace) -> int:
             module=args.module or None,
             input_size=args.input,
             weights=args.weights,
-            calib=args.calib or None,
-            evaluation=args.evaluation or None,
+            calib=str(expanded(args.calib, "CALIB")) if args.calib else None,
+            evaluation=str(expanded(args.evaluation, "EVAL")) if args.evaluation else None,
             calib_images=args.calib_images,
             recipe=args.recipe,
             target=args.target,
             sms=args.sm,
             profile=Profile(args.batch, args.max_batch),
-            out=args.out,
+            out=str(expanded(args.out, "OUT")),
             seed=args.seed,
             max_extra_kernels=args.max_extra_kernels,
             max_extra_bytes=args.max_extra_bytes,
@@ -229,8 +238,16 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
 def answered(command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 for a user's mistake, 1 for a result that does not hold, each told in one line."""
     signal.signal(signal.SIGTERM, _terminated)  # cleans up like Ctrl-C
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

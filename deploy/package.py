@@ -34,8 +34,10 @@ def _alive(pid: int) -> bool:
 
 def _leftovers(final: Path, kind: str) -> list[Path]:
     """Folders that killed runs left behind, as `.int8.tmp-1234` where no process 1234 exists any more."""
-    found = final.parent.glob(f".{final.name}.{kind}-*")
-    return [path for path in found if path.suffix and not _alive(int(path.name.rpartition("-")[2]))]
+    found = {path: path.name.rpartition("-")[2] for path in final.parent.glob(f".{final.name}.{kind}-*")}
+    pids = {path: int(pid) for path, pid in found.items() if pid.isdigit()}
+    # in a restarted container a killed run had the process number of this one
+    return [path for path, pid in pids.items() if pid == os.getpid() or not _alive(pid)]
 
 
 def _recover(final: Path) -> None:
@@ -88,6 +90,11 @@ def staging(final: Path) -> Iterator[Path]:
         temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        ours = error.filename is None or Path(error.filename).resolve().is_relative_to(final.parent.resolve())
+        if error.errno in UNWRITABLE and not ours:
+            raise UserError(
+                f"'{error.filename}' cannot be read ({error.strerror}): expected a path that this user may read"
+            ) from error
         if error.errno in UNWRITABLE:
             raise UserError(
                 f"output folder '{final}' cannot be written ({error.strerror}): free space or choose another with OUT="

@@ -19,7 +19,7 @@ from typing import Any
 
 from calib.errors import UserError
 from calib.store.user_cache import cache_folder
-from calib.weights.zoo import own_model, resolve_model
+from calib.weights.zoo import ModelSpec, own_model, resolve_model
 from deploy import steps
 from deploy.engine.backends import choose_backend
 from deploy.kept_states import KeptStates
@@ -32,8 +32,11 @@ from deploy.run import Run
 from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
-MEASURED = ("loaded", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned", "built", "plain",
-            "audit", "verdict", "speed", "float_model")  # fmt: skip
+IMAGES = ("calibration", "evaluation", "golden", "images", "key")
+MEASURED = (
+    "loaded", "outputs", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned", "built",
+    "plain", "audit", "verdict", "speed", "float_model",
+)  # fmt: skip
 
 
 def _deciding(stages: Iterator[ModelStage]) -> Iterator[Stage]:
@@ -46,8 +49,8 @@ def _deciding(stages: Iterator[ModelStage]) -> Iterator[Stage]:
 def spine(recipe: Recipe) -> tuple[Stage, ...]:
     """All stages in order: name, half, what it reads, what it writes, what it runs."""
     return (
-        Stage("load", TORCH, (), ("loaded", "model"), steps.load),
-        Stage("images", TORCH, ("loaded",), ("calibration", "evaluation", "golden", "images", "key"), steps.read_images),
+        Stage("load", TORCH, (), ("loaded", "outputs", "model"), steps.load),
+        Stage("images", TORCH, ("loaded", "outputs"), IMAGES, steps.read_images),
         Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
         *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
@@ -58,7 +61,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
         Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
-        Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "model"), ("verdict",), steps.verify),
+        Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "loaded", "model"), ("verdict",), steps.verify),
         Stage("benchmark", ENGINE, ("float_model", "golden"), ("speed",), steps.benchmark),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip
@@ -82,6 +85,21 @@ def _folder(final: Path, whole: bool) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _states_folder(options: Options, spec: ModelSpec, progress: Progress) -> Path | None:
+    """Where states are kept; None, with the reason said, where none can be."""
+    why = ""
+    if options.cache and spec.factory:
+        why = "the code of your own network is not part of a state's key"
+    elif options.cache:
+        try:
+            return cache_folder("stages")
+        except UserError as error:
+            why = str(error)
+    if why:
+        progress.console.print(f"  nothing is kept for later runs: {why}", markup=False)
+    return None
+
+
 def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     """Run the stages. Returns the package's folder and the report, or where a run that was to stop early can go on.
 
@@ -95,11 +113,11 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     if options.begin and not options.cache:
         raise UserError("--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from")
     backend, why = choose_backend(options.target)
+    backend.require_target(options.sms)
     name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
     final = Path(options.out) / name / recipe.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
-    # the code of a network of the user's own is not part of a state's key
-    kept = KeptStates(cache_folder("stages") if options.cache and not spec.factory else None)
+    kept = KeptStates(_states_folder(options, spec, progress))
     last = stages.index(plan[-1])
     with _folder(final, plan[-1] is stages[-1]) as folder, tempfile.TemporaryDirectory() as scratch:
         run = Run(name, options, spec, recipe, backend, folder, Path(scratch), progress, kept)

@@ -47,6 +47,7 @@ class Run:
     taken: dict[str, str] = field(default_factory=dict)  # stage -> key of the state it was taken from
 
     loaded: "LoadedNet" = field(init=False)
+    outputs: int = field(init=False)  # values per image
     model: "QuantModel" = field(init=False)
     calibration: "ImageSet" = field(init=False)
     evaluation: "ImageSet" = field(init=False)

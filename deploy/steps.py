@@ -67,20 +67,52 @@ def _hold(contract: Any) -> None:
         raise ContractError(reason)
 
 
-def _check_output(net: nn.Module, size: Sequence[int]) -> None:
-    """Raises UserError unless `net` turns images (B, 3, H, W), `size` being (3, H, W), into values (B, N)."""
+def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
+    """Return the name of the first module of `net` that makes NaN or Inf of these images."""
+    found: list[str] = []
+
+    def after(name: str, output: Any) -> None:
+        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _m, _x, y, name=name: after(name, y))
+        for name, module in net.named_modules()
+    ]
+    with torch.no_grad():
+        net(images)
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else ""
+
+
+def _outputs(net: nn.Module, size: Sequence[int]) -> int:
+    """Return how many values `net` makes of an image; `size` is (3, H, W).
+
+    Raises UserError unless it turns images (B, 3, H, W) into finite values (B, N).
+    """
+    images, kind = torch.zeros(1, *size), type(net).__name__
     try:
         with torch.no_grad():
-            output = net(torch.zeros(1, *size))
+            output = net(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         shape = "x".join(map(str, size))
-        raise UserError(
-            f"{type(net).__name__} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]
-        ) from error
+        raise UserError(f"{kind} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise UserError(f"{kind} returns {got}: only networks with one output (images, values) are built so far")
+    if not output.isfinite().all():
+        name = _not_a_number(net, images)
+        raise UserError(f"the float network computes NaN or Inf, first in '{name}': give weights that work in float")
+    return output.shape[1]
+
+
+def _check_labels(images: ImageSet, outputs: int) -> None:
+    """Raise UserError for a class index that the network has no output for."""
+    if images.labels is not None and max(images.labels) >= outputs:
         raise UserError(
-            f"{type(net).__name__} returns {got}: only networks with one output (images, values) are built so far"
+            f"evaluation images have class {max(images.labels)}, but the network has {outputs} outputs: expected classes "
+            f"0 to {outputs - 1}; class folders named by numbers count from 0"
         )
 
 
@@ -91,7 +123,7 @@ def load(run: Run) -> Lines:
     """The float network."""
     run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
     net = run.loaded.net
-    _check_output(net, run.loaded.data_config["input_size"])
+    run.outputs = _outputs(net, run.loaded.data_config["input_size"])
     run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
     return (run.loaded.source,)
 
@@ -102,9 +134,10 @@ def read_images(run: Run) -> Lines:
     run.calibration, run.evaluation = image_sets(
         options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
     )
+    _check_labels(run.evaluation, run.outputs)
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
     halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, torch.from_numpy))
-    watch = Watch(folder=cache_folder("unfinished") if options.cache else None)
+    watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
     run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch)
     run.key = run.kept.first_key(
         {

@@ -66,6 +66,25 @@ def array_from_file(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     return array
 
 
+def labels_from_file(path: Path, rows: int) -> dict[str, int] | None:
+    """Return the class index of every row by the row's name, from the array `labels` of a .npz file; None without one.
+
+    Raises `UserError` unless it holds one whole number of at least 0 per row.
+    """
+    if path.suffix.lower() != ".npz":
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        if "labels" not in arrays.files:
+            return None
+        labels = arrays["labels"]
+    if labels.shape != (rows,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise UserError(
+            f"array file '{path}' holds labels of {labels.dtype} and shape {labels.shape}: expected {rows} class indices, "
+            f"whole numbers of at least 0"
+        )
+    return {f"row {row}": int(label) for row, label in enumerate(labels)}
+
+
 def _check_normalised(path: Path, array: np.ndarray, preprocessing: Preprocessing) -> None:
     """Raise `UserError` for pixel values that nobody has normalised: none is negative, though a mean is subtracted."""
     some = array[:: -(-len(array) // EXAMINED_ROWS)]

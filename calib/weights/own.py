@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from calib.store.paths import expanded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,7 @@ def _imported(where: str) -> Any:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         return importlib.import_module(where)
-    path = Path(where).expanduser().resolve()
+    path = expanded(where, "MODULE").resolve()
     if not path.is_file():
         raise UserError(f"MODULE: '{where}' does not exist; {FORM}")
     spec = importlib.util.spec_from_file_location(path.stem, path)

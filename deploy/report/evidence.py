@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
+CHANCE = 3  # times one in so many classes: as good as guessing
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
@@ -38,6 +39,12 @@ def warnings(run: "Run") -> list[str]:
         found.append(f"{len(run.calibration.skipped)} unreadable images skipped: {shown}")
     if run.evaluation.overlap:
         found.append(f"{run.evaluation.overlap} evaluation images left out: they are calibration images")
+    top1 = run.verdict.fidelity.reference_top1
+    if top1 is not None and top1 <= CHANCE / run.outputs:
+        found.append(
+            f"the float network itself reaches {top1:.1%} on these labels, no more than chance: class folders are numbered "
+            f"by ImageNet's wnids, by their own numbers, or in alphabetic order, which may not be the network's order"
+        )
     if run.speed.integer_layers < len(run.planned):
         found.append(
             f"ONNX Runtime computes {run.speed.integer_layers} of the {len(run.planned)} INT8 layers in integers on "

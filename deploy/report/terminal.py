@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deploy.package import ENGINE, MODEL
@@ -82,11 +83,13 @@ def print_report(report: dict[str, Any], folder: Path, stream: TextIO | None = N
     """The one table, on `stream` (stdout by default), and every warning under it."""
     terminal = stream is None and os.isatty(1)
     console = Console(file=stream, highlight=False, width=None if terminal else TABLE_WIDTH)
-    table = Table(title=f"{report['model']}, recipe {report['recipe']}", show_header=False, title_justify="left")
+    table = Table(
+        title=escape(f"{report['model']}, recipe {report['recipe']}"), show_header=False, title_justify="left"
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in _rows(report):
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     console.print(table)
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

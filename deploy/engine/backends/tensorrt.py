@@ -39,6 +39,13 @@ def version() -> str:
     return trt.__version__
 
 
+def require_target(sms: tuple[int, ...] | None) -> None:
+    """Raise UserError for another GPU architecture than this host's."""
+    here = gpu_compute_capability()
+    if sms and tuple(sms) != (here,):
+        raise UserError(f"TARGET=tensorrt builds for this host's SM{here} only, not for SM={','.join(map(str, sms))}")
+
+
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
     """Build `model` for the GPU of this machine.
 
@@ -46,10 +53,8 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
     """
     import tensorrt as trt
 
+    require_target(sms)
     here = gpu_compute_capability()
-    if sms and tuple(sms) != (here,):
-        raise UserError(f"TARGET=tensorrt builds for this host's SM{here} only, not for SM={','.join(map(str, sms))}")
-
     plan, warnings = serialize_network(trt, model.SerializeToString(), profile, lambda _config: None)
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(plan)

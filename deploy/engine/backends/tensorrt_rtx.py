@@ -42,6 +42,15 @@ def version() -> str:
     return importlib.metadata.version("tensorrt_rtx")
 
 
+def require_target(sms: tuple[int, ...] | None) -> None:
+    """Raise UserError for a GPU architecture that TensorRT-RTX does not support."""
+    if wrong := [sm for sm in sms or () if sm not in SUPPORTED_SMS]:
+        raise UserError(
+            f"TensorRT-RTX has no target SM{wrong[0]}: expected some of {', '.join(map(str, SUPPORTED_SMS))}; "
+            f"for other GPUs build with TARGET=tensorrt on that GPU"
+        )
+
+
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
     """Build `model` for the architectures `sms` (default: DEFAULT_SMS).
 
@@ -49,12 +58,8 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
     """
     import tensorrt_rtx as trt
 
+    require_target(sms)
     sms = sms or DEFAULT_SMS
-    if wrong := [sm for sm in sms if sm not in SUPPORTED_SMS]:
-        raise UserError(
-            f"TensorRT-RTX has no target SM{wrong[0]}: expected some of {', '.join(map(str, SUPPORTED_SMS))}; "
-            f"for other GPUs build with TARGET=tensorrt on that GPU"
-        )
 
     def configure(config: trt.IBuilderConfig) -> None:
         config.num_compute_capabilities = len(sms)

@@ -1,10 +1,16 @@
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from deploy import cli
+
+ROOT = Path(__file__).parents[3]
 
 
 def run(capsys, *argv):
@@ -23,6 +29,13 @@ BAD = {
     "unknown model": (["engine", "--model", "vit_bb"], r"vit_bb.*'vit_b'"),
     "unknown recipe": (["engine", "--recipe", "int"], r"unknown RECIPE 'int'.*Did you mean 'int8'"),
     "unknown target": (["engine", "--target", "tensorrt_rtxx"], r"unknown TARGET 'tensorrt_rtxx'.*'tensorrt_rtx'"),
+    "seed beyond a generator": (["engine", "--seed", "9" * 20], r"SEED='9{20}': expected a whole number from 0"),
+    "nobody's home": (["engine", "--calib", "~nosuchuser/photos"], r"CALIB='~nosuchuser/photos'"),
+    "GPU that RTX lacks": (
+        ["engine", "--model", "test_vit", "--weights", "random", "--target", "tensorrt_rtx", "--sm", "90"],
+        r"TensorRT-RTX has no target SM90",
+    ),
+    "factory that is none": (["engine", "--module", "nets"], r"MODULE='nets': expected package.module:factory"),
     "bad SM": (["engine", "--sm", "ada"], r"SM='ada': expected GPU architectures such as 86,89,120"),
     "bad cache": (["engine", "--cache", "of"], r"--cache: invalid choice: 'of' \(choose from '?on'?, '?off'?\)"),
     "bad batch": (["engine", "--batch", "0"], r"'0': expected a whole number of 1 or more"),
@@ -120,3 +133,28 @@ def test_doctor_names_the_command_that_mends_a_missing_package(monkeypatch):
     found = doctor.examine()
     assert not found.healthy
     assert any("MISSING no_such_package" in line and "make setup" in line for line in found.lines)
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m deploy explain int8 | true",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_a_path_that_the_terminal_cannot_show_is_written_all_the_same():
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy", "explain", "int8ü"],
+        cwd=ROOT,
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: ")

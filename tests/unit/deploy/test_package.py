@@ -133,3 +133,18 @@ def test_json_with_nan_is_refused_and_bad_json_is_a_user_error(tmp_path):
     for name in ("b.json", "missing.json", "list.json", "bytes.json", "deep.json"):
         with pytest.raises(UserError, match=name):
             read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("leftover", [f".int8.tmp-{os.getpid()}", ".int8.tmp-old", ".int8.old-note"])
+def test_leftovers_of_a_process_with_our_number_and_folders_of_others_do_not_stand_in_the_way(tmp_path, leftover):
+    (tmp_path / leftover).mkdir()
+    with staging(tmp_path / "int8") as folder:
+        write_package(folder, a="new")
+    assert names(tmp_path) == sorted(["int8", *([] if leftover.endswith(str(os.getpid())) else [leftover])])
+
+
+def test_a_closed_input_is_not_called_a_closed_output(tmp_path):
+    closed = tmp_path / "photos" / "0.jpg"
+    with pytest.raises(UserError, match=f"'{closed}' cannot be read") as caught, staging(tmp_path / "out" / "int8"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(closed))
+    assert "output" not in str(caught.value)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from calib.errors import UserError
+from calib.images.folder import image_names, labels_from_names
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.picture import Picture
 from calib.images.preprocess import Preprocessing, array_from_image
@@ -598,3 +599,44 @@ def test_pixels_are_what_a_network_without_a_mean_reads(tmp_path):
     plain = replace(SMALL, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     np.save(tmp_path / "pixels.npy", np.random.default_rng(0).random((20, 3, SMALL.height, SMALL.width), np.float32))
     image_sets(str(tmp_path / "pixels.npy"), None, plain)
+
+
+def test_links_to_folders_count_as_folders_and_one_that_leads_back_ends(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        picture(100).save(tmp_path / "real" / name / "0.png")
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "cat").symlink_to(tmp_path / "real" / "one")
+    (folder / "dog").symlink_to("../real/two")
+    (tmp_path / "real" / "two" / "loop").symlink_to(folder)
+    (folder / "cat" / "self").symlink_to(tmp_path / "real" / "one")
+    assert image_names(folder) == ["cat/0.png", "dog/0.png"]
+
+
+def test_what_editors_and_archives_leave_is_no_class_and_no_image(tmp_path):
+    for name in ("cat", "dog", ".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / name).mkdir()
+        picture(100).save(tmp_path / name / "0.png")
+    picture(100).save(tmp_path / "cat" / "._0.png")
+    names = image_names(tmp_path)
+    assert names == ["cat/0.png", "dog/0.png"]
+    assert labels_from_names(tmp_path, names) == {"cat/0.png": 0, "dog/0.png": 1}
+
+
+def test_labels_in_an_array_file_are_used(tmp_path, photos):
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    np.savez(tmp_path / "some.npz", images=raw, labels=np.array([3, 1, 4, 1, 5]))
+    _, evaluation = image_sets(str(photos), str(tmp_path / "some.npz"), SMALL)
+    order = [int(each.name.removeprefix("row ")) for each in evaluation.pictures]
+    assert evaluation.labels == tuple([3, 1, 4, 1, 5][row] for row in order)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.zeros(4, int), np.zeros(5), np.full(5, -1)], ids=["too few", "float", "negative"]
+)
+def test_labels_that_are_no_class_indices_are_refused(tmp_path, photos, labels):
+    np.savez(tmp_path / "some.npz", images=np.zeros((5, 20, 20, 3), np.uint8), labels=labels)
+    with pytest.raises(UserError, match="expected 5 class indices"):
+        image_sets(str(photos), str(tmp_path / "some.npz"), SMALL)

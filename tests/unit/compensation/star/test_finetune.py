@@ -97,8 +97,8 @@ def test_rounding_passes_gradients_and_clipping_stops_them():
 def test_gradients_of_a_quantized_layer_are_those_of_its_float_twin_where_nothing_clips():
     model = quantized_model("vit")
     quantized = quantized_net(model).get_submodule("blocks.0.mlp.fc1")
-    twin = nn.Linear(quantized.weight.shape[0], quantized.weight.shape[1])
-    twin.weight.data = dequantize_weight(quantized.weight, quantized.weight_scale, 1).t()
+    twin = nn.Linear(*quantized.weight.shape[::-1])
+    twin.weight.data = quantized.weight.contiguous()
     x = torch.randn(3, twin.in_features) * quantized.input_scale * 30
     upstream = torch.randn(3, twin.out_features)
     found = []
