@@ -13,7 +13,7 @@ from torch import nn
 
 from calib.images.batches import Half, Part
 from calib.judge.held_out import Candidate
-from calib.network.qdq import dequantize_weight, quantize_dequantize, quantized_net
+from calib.network.qdq import quantize_dequantize, quantized_net
 from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
