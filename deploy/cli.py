@@ -37,7 +37,7 @@ def _sms(text: str) -> tuple[int, ...]:
 def count(text: str) -> int:
     """A whole number of 1 or more."""
     if not text.isdigit() or int(text) < 1:
-        raise UserError(f"'{text}': expected a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of 1 or more")
     return int(text)
 
 
@@ -206,6 +206,8 @@ def _structure(args: argparse.Namespace) -> int:
     from calib.weights.zoo import own_model, resolve_model
     from deploy.report.structure import structure_json, structure_lines
 
+    if not args.module and not args.model:
+        raise UserError("structure: expected the name of a model, or --module")
     spec = own_model(args.module) if args.module else resolve_model(args.model)
     loaded = load_net(replace(spec, img_size=args.input or spec.img_size), args.weights)
     example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))

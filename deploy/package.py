@@ -73,6 +73,7 @@ def staging(final: Path) -> Iterator[Path]:
     """
     temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
     old = final.parent / f".{final.name}.old-{os.getpid()}"
+    made = not final.parent.exists()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _recover(final)
@@ -103,6 +104,9 @@ def staging(final: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(temporary)
+        if made:
+            with contextlib.suppress(OSError):
+                final.parent.rmdir()  # if nothing is in it
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -101,6 +101,11 @@ def _outputs(net: nn.Module, size: Sequence[int]) -> int:
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise UserError(f"{kind} returns {got}: only networks with one output (images, values) are built so far")
+    classes = getattr(net, "num_classes", None)
+    if classes is not None and classes not in (0, output.shape[1]):
+        raise UserError(
+            f"{kind} says num_classes = {classes!r} and returns {output.shape[1]} values: expected the same"
+        )
     if not output.isfinite().all():
         name = _not_a_number(net, images)
         raise UserError(f"the float network computes NaN or Inf, first in '{name}': give weights that work in float")
@@ -153,6 +158,9 @@ def read_images(run: Run) -> Lines:
 def fold(run: Run) -> Lines:
     """BatchNorm and LayerScale become part of the layers before them."""
     run.model = FOLD.run(run.model, run.images)
+    if not run.model.layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(run.model.float_layers.items())[:3])
+        raise UserError(f"{run.model.structure.kind} has no layer to quantize ({reasons or 'no Linear or Conv2d'})")
     return run.model.history[-1].notes
 
 

@@ -26,7 +26,7 @@ from calib.structure.lowering import lowered
 from calib.structure.places import absorbing, channel_map
 from calib.structure.proof import difference, output_of, preserving
 from calib.structure.structure import structure_of
-from calib.structure.trace import Trace, aten, calls
+from calib.structure.trace import Trace, aten
 
 AFFINE = (nn.BatchNorm1d, nn.BatchNorm2d, LayerScale, LayerScale2d)
 SCALES = (LayerScale, LayerScale2d)
@@ -66,22 +66,34 @@ def leaves_scales(layer: nn.Module, gain: Tensor) -> bool:
 
 
 def _affine_calls(trace: Trace) -> dict[fx.Node, str]:
-    """Return the calls of affine modules that are called once, and their names."""
-    found: dict[str, list[fx.Node]] = {}
-    for node in calls(trace.nodes, aten.batch_norm.default, *PRODUCTS):
-        name = trace.owner(node)
-        if isinstance(trace.net.get_submodule(name), AFFINE):
-            found.setdefault(name, []).append(node)
-    return {nodes[0]: name for name, nodes in found.items() if len(nodes) == 1}
+    """Return the calls of affine modules that are called once and compute nothing else, and their names."""
+    found = {}
+    for name, nodes in trace.owned().items():
+        module = trace.net.get_submodule(name)
+        if (
+            not isinstance(module, AFFINE)
+            or len(nodes) > 1
+            or nodes[0].target not in (aten.batch_norm.default, *PRODUCTS)
+        ):
+            continue
+        if isinstance(module, SCALES) or module.running_mean is not None:
+            found[nodes[0]] = name
+    return found
 
 
 def affine_pairs(trace: Trace) -> dict[str, str]:
-    """Return the name of an affine module -> name of the layer whose output it reads and nothing else reads."""
+    """Return the name of an affine module -> name of the layer whose whole output it reads and nothing else reads."""
     affine, pairs = _affine_calls(trace), {}
     for node, layer in absorbing(trace, plain_calls(trace)).items():
         reach = reach_of(trace, node, -1 if node.target is aten.linear.default else 1, affine)
-        rows = channel_map(reach)
-        if len(reach.readers) == 1 and reach.linear and reach.shifts and rows == tuple(range(len(rows or ()))):
+        every = tuple(range(len(trace.net.get_parameter(f"{layer}.weight"))))
+        if (
+            len(reach.readers) == 1
+            and reach.linear
+            and reach.shifts
+            and not reach.fixed
+            and channel_map(reach) == every
+        ):
             pairs[next(iter(reach.readers))] = layer
     return pairs
 

@@ -65,6 +65,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", weight_params.scale.clone())
         self.register_buffer("input_scale", input_params.scale.clone())
         self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features  # which code of networks reads
 
     @property
     def weight(self) -> Tensor:
@@ -97,6 +98,7 @@ class QuantConv2d(nn.Module):
             conv.dilation,
             conv.groups,
         )
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
 
     @property
     def weight(self) -> Tensor:

@@ -95,6 +95,7 @@ class _Walk:
         along = [-1 if dimension == axis % len(size) else 1 for dimension in range(len(size))]
         labels = torch.arange(size[axis], dtype=torch.float64).reshape(along).expand(size)
         self.labels: dict[fx.Node, Labels] = {start: labels}
+        self.channels = size[axis]
         self.reach = Reach()
 
     def of(self, node: object) -> Labels | None:
@@ -142,6 +143,9 @@ class _Walk:
         self.reach.readers[self.layers[node]] = labels.reshape(-1, labels.shape[-1])
 
     def run(self) -> Reach:
+        if self.start in self.trace.edited:
+            self.reach.fixed = {*range(self.channels)}
+            return self.reach
         order = {node: index for index, node in enumerate(self.trace.nodes)}
         waiting = [order[user] for user in self.start.users]
         heapq.heapify(waiting)
@@ -156,7 +160,7 @@ class _Walk:
                 self.read(node)
                 continue
             rule = RULES.get(node.target)
-            labels = rule(self, node) if rule else None
+            labels = rule(self, node) if rule and node not in self.trace.edited else None
             if labels is None:
                 self.stop(node)
             elif not isinstance(labels, Tensor) or bool((labels >= 0).any()):
@@ -184,7 +188,14 @@ def _shaped(walk: _Walk, node: fx.Node) -> Labels | None:
     return labels.expand(shape(node)) if node.target is aten.expand_as.default else labels.reshape(shape(node))
 
 
+def _is_index(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
 def _moving(walk: _Walk, node: fx.Node) -> Labels | None:
+    if any(each not in walk.trace.constants and _is_index(each) for each in node.all_input_nodes):
+        return None
     args, kwargs = walk.values(node)
     target = aten.reshape.default if node.target in VIEWS else node.target  # labels are no contiguous tensors
     return target(*args, **kwargs)  # type: ignore[operator]
@@ -203,7 +214,7 @@ def _limits(walk: _Walk, node: fx.Node) -> Labels | None:
     alone = [each for each in walk.trace.owned()[owner] if each.target in LIMITS] == [node]
     if not isinstance(walk.trace.net.get_submodule(owner), nn.ReLU6) or not alone or walk.reach.limits:
         return None
-    if labels is None or labels.ndim != 4:
+    if labels is None or labels.ndim != 4 or labels.shape[1] != walk.channels:
         return None
     in_order = torch.arange(labels.shape[1], dtype=labels.dtype).reshape(1, -1, 1, 1)
     if not torch.equal(labels, in_order.expand_as(labels)):
@@ -256,13 +267,16 @@ def _quotient(walk: _Walk, node: fx.Node) -> Labels | None:
     return _product(walk, node) if walk.of(node.args[0]) is not None else None
 
 
-def _mixed_tokens(walk: _Walk, node: fx.Node, value: object) -> Labels | None:
-    """Labels (..., N, C) of values, of which all N tokens have the same, become those of all queries."""
-    for each in node.all_input_nodes:
-        if each is not value:
+def _mixed_tokens(walk: _Walk, node: fx.Node, position: int) -> Labels | None:
+    """Labels (..., N, C) of values, of which all N tokens have the same, become those of all queries.
+
+    `position`: that of the values among the arguments; what the other arguments read cannot be scaled.
+    """
+    for other, each in enumerate([*node.args, *node.kwargs.values()]):
+        if other != position:
             walk.fix(each)
-    labels = walk.of(value)
-    if labels is None or labels.ndim < 3:
+    labels = walk.of(node.args[position])
+    if labels is None or labels.ndim < 3 or labels.shape[:-2] != torch.Size(shape(node)[:-2]):
         return None
     if not torch.equal(labels, labels[..., :1, :].expand_as(labels)):
         return None
@@ -272,7 +286,7 @@ def _mixed_tokens(walk: _Walk, node: fx.Node, value: object) -> Labels | None:
 
 def _attention(walk: _Walk, node: fx.Node) -> Labels | None:
     walk.reach.attention = walk.reach.attention or walk.of(node.args[2]) is not None
-    return _mixed_tokens(walk, node, node.args[2])
+    return _mixed_tokens(walk, node, 2)
 
 
 def _matrix_product(walk: _Walk, node: fx.Node) -> Labels | None:
@@ -283,7 +297,7 @@ def _matrix_product(walk: _Walk, node: fx.Node) -> Labels | None:
         walk.reach.attention = True
     else:
         walk.reach.shifts = False
-    return _mixed_tokens(walk, node, node.args[1])
+    return _mixed_tokens(walk, node, 1)
 
 
 def _pad(walk: _Walk, node: fx.Node) -> Labels | None:

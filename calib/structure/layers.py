@@ -6,6 +6,7 @@ calib/structure/lowering.py turns it into one.
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,11 @@ from calib.structure.channels import PASSED_ON
 from calib.structure.trace import LAYER_OPERATORS, Trace, ancestors, aten, shape
 
 FEWEST_FIRST = 4  # input channels of a first layer: up to here it stays in float
-POOLING = (aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)
+# what makes one position of several: pooling, and the choice of a class token
+REDUCING = (
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.adaptive_avg_pool2d.default,
+    aten.adaptive_max_pool2d.default, aten.avg_pool2d.default, aten.select.int, aten.slice.Tensor, operator.getitem,
+)  # fmt: skip
 FEWEST = 8  # channels in and out of any other layer, within its groups' layer
 
 
@@ -57,6 +62,8 @@ def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
             weight, name = node.args[1], trace.owner(node)
             if node in trace.constants:
                 why = "it reads constants only: it can be computed before the network runs"
+            elif trace.parameter(weight) == f"{name}.weight":
+                why = "its module computes more than the layer itself"
             elif trace.parameter(weight):
                 why = f"the weight '{trace.parameter(weight)}' is read outside its own module"
             elif weight in trace.constants:
@@ -80,18 +87,19 @@ def _behind(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _rows(node: fx.Node, layer: bool = False) -> int:
-    """Return how many positions per image the tensor of `node` has, or for a `layer` the tensor that it reads."""
-    given = shape(node.args[0] if layer else node)  # type: ignore[arg-type]
-    if len(given) < 3:
-        return 1
-    channels = -1 if len(given) == 3 or (layer and node.target is aten.linear.default) else 1
-    return math.prod(given[1:]) // given[channels]
+def _positions(node: fx.Node) -> int:
+    """Return how many positions a layer computes in one run."""
+    given = shape(node.args[0])  # type: ignore[arg-type]
+    return math.prod(given) // given[-1 if node.target is aten.linear.default else min(1, len(given) - 1)]
+
+
+def _numbers(node: fx.Node) -> int:
+    return math.prod(shape(node))
 
 
 def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
-    """Whether a layer reads one position per image, taken from more by pooling or selection and not by a convolution."""
-    if _rows(node, layer=True) > 1:
+    """Whether a layer reads one position, taken from more by pooling or selection and not by a convolution or a view."""
+    if _positions(node) > 1:
         return False
     waiting, seen = [node], set()
     while waiting:
@@ -100,9 +108,9 @@ def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
             continue
         seen.add(each)
         if each in plain:
-            if _rows(each, layer=True) == 1:
+            if _positions(each) == 1:
                 waiting.append(each.args[0])  # type: ignore[arg-type]
-        elif each.target in POOLING or any(_rows(before) > _rows(each) for before in each.all_input_nodes):
+        elif each.target in REDUCING and any(_numbers(before) > _numbers(each) for before in each.all_input_nodes):
             return True
         else:
             waiting += each.all_input_nodes
@@ -140,7 +148,7 @@ def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
     for node, name in plain.items():
         calls_of.setdefault(name, []).append(node)
     found = {}
-    for name, module in trace.net.named_modules():
+    for name, module in trace.net.named_modules(remove_duplicate=False):
         if name not in calls_of:
             continue
         node, *others = calls_of[name]

@@ -10,6 +10,7 @@ Every replacement is proved by the network's output; one that changes it is take
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def _zero_pad(node: fx.Node) -> list[int] | None:
     elif len(args) > 2:
         value = args[2]
     pads = list(args[1])
-    return pads if mode == "constant" and not value and len(pads) == 4 else None
+    return pads if mode == "constant" and not value and len(pads) == 4 and min(pads) >= 0 else None
 
 
 def _same(size: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -156,8 +157,8 @@ def lowered(net: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str, ...]
     if not edits:
         return net, ()
 
-    def edited(some: Sequence[Edit], original: nn.Module = net) -> nn.Module:
-        changed = copy.deepcopy(original)
+    def edited(some: Sequence[Edit]) -> nn.Module:
+        changed = copy.deepcopy(net)
         for _, edit in some:
             edit(changed)
         return changed.eval()
@@ -165,5 +166,9 @@ def lowered(net: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str, ...]
     exact = output_of(net, example)
     kept, refused = preserving(edits, lambda some: difference(exact, output_of(edited(some), example)))
     notes = [f"{len(kept)} layers made plain (padding, weights or biases of their own)"] if kept else []
-    notes += [f"{name}: not made plain, it would change the output by {apart:.1e}" for (name, _), apart in refused]
+    notes += [
+        f"{name}: not made plain, "
+        + ("the network's code needs it" if math.isinf(apart) else f"it would change the output by {apart:.1e}")
+        for (name, _), apart in refused
+    ]
     return (edited(kept) if kept else net), tuple(notes)

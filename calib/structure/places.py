@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, Reach, reach_of
+from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, ZERO, Reach, reach_of
 from calib.structure.moves import INSERT, LAYER, NORM, Place
 from calib.structure.trace import Trace, aten, calls, shape
 
@@ -33,7 +33,7 @@ def channel_map(reach: Reach) -> tuple[int, ...] | None:
     """Return the producer's channel that each channel of the readers is; None if they cannot all be scaled."""
     maps = set()
     for labels in reach.readers.values():
-        inside = labels[(labels >= 0).any(1)]  # rows of zeros are padding
+        inside = labels[(labels != ZERO).any(1)]  # rows of zeros are padding
         if not len(inside) or not torch.equal(inside, inside[:1].expand_as(inside)):
             return None
         maps.add(tuple(int(label) for label in inside[0]))

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from calib.structure.moves import Place, move
 
@@ -34,14 +35,14 @@ def output_of(net: nn.Module, example: Tensor, edit: Callable[[nn.Module], None]
                 raise
             continue
         break
-    parts = (
-        output if isinstance(output, list | tuple) else list(output.values()) if isinstance(output, dict) else [output]
-    )
+    parts, _ = tree_flatten(output)
     return torch.cat([part.double().flatten() for part in parts if isinstance(part, Tensor)])
 
 
 def difference(exact: Tensor, other: Tensor) -> float:
     """Return the relative L2 difference of two outputs; infinite where one of them is not a number."""
+    if other.shape != exact.shape:
+        return float("inf")
     apart, norm = float((other - exact).norm()), float(exact.norm())
     if apart != apart:
         return float("inf")
@@ -56,13 +57,20 @@ def preserving(
     `difference_of`: what some steps together do to the output, as a relative L2 difference. Steps that are sound alone have
     to be sound together as well; otherwise all of them are refused.
     """
-    together = difference_of(steps) if steps else 0.0
+
+    def apart_by(some: Sequence[Step]) -> float:
+        try:
+            return difference_of(some)
+        except Exception:  # the code of a network that wants what the step replaced may raise anything
+            return float("inf")
+
+    together = apart_by(steps) if steps else 0.0
     if together <= MAX_REL_L2:
         return tuple(steps), ()
-    alone = [(step, difference_of([step])) for step in steps]
+    alone = [(step, apart_by([step])) for step in steps]
     sound = [step for step, apart in alone if apart <= MAX_REL_L2]
     refused = [(step, apart) for step, apart in alone if not apart <= MAX_REL_L2]
-    rest = difference_of(sound) if sound else 0.0
+    rest = apart_by(sound) if sound else 0.0
     if rest > MAX_REL_L2:
         return (), (*refused, *((step, rest) for step in sound))
     return tuple(sound), tuple(refused)

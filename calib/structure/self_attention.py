@@ -5,7 +5,12 @@ from torch.nn import functional as F
 
 
 class SelfAttention(nn.Module):
-    """Computes what `attention`, called with query = key = value, computes; it returns no attention weights."""
+    """Computes what `attention`, called with query = key = value, computes; it returns no attention weights.
+
+    torch's TransformerEncoderLayer looks at `in_proj_bias`: None keeps it from going around this module.
+    """
+
+    in_proj_bias = None
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """The graph of one run of a network, from `torch.export`: what is computed, by which module, from which parameters."""
 
+import operator
 import re
 import warnings
 from collections import Counter
@@ -26,6 +27,26 @@ def _in_place(node: fx.Node) -> bool:
     return bool(
         schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write
     )
+
+
+def _edited_views(graph: fx.Graph) -> set[fx.Node]:
+    """Return all tensors that share their numbers with another one and of which any is edited in place."""
+    shared: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        of = node.args[0] if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) else None
+        if of is not None and (_is_view(node) or node.target is operator.getitem):
+            shared[node] = shared.setdefault(of, {of})
+            shared[node].add(node)
+    edits = [node for node in graph.nodes if node.op == "call_function" and _in_place(node) and node.args[0] in shared]
+    return {each for node in edits for each in (node, *shared[node.args[0]])}
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the operator may return another view of its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    named = str(node.target).split(".")[1] if schema else ""
+    aliased = bool(schema and schema.arguments and schema.arguments[0].alias_info)
+    return (aliased and not _in_place(node)) or named in ("reshape", "flatten", "contiguous", "to")
 
 
 def _read_what_was_edited(graph: fx.Graph) -> None:
@@ -56,6 +77,7 @@ class Trace:
                 f"expected a forward pass without branches that depend on values"
             ) from error
         self.net, self.graph = net, program.graph
+        self.edited = _edited_views(self.graph)
         _read_what_was_edited(self.graph)
         self.nodes = list(self.graph.nodes)
         signature = program.graph_signature
@@ -71,7 +93,9 @@ class Trace:
         """Nodes whose value does not depend on the input."""
         found: set[fx.Node] = set()
         for node in self.nodes:
-            if node.op == "placeholder":
+            if node in self.edited:
+                constant = False
+            elif node.op == "placeholder":
                 constant = node.name in self._names
             else:
                 constant = node.op in ("call_function", "get_attr") and all(

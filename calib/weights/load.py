@@ -110,7 +110,11 @@ def _with_heads_of(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
     heads, expected = _heads(net), net.state_dict()
     others = {key: value for key, value in expected.items() if not any(key.startswith(f"{head}.") for head in heads)}
     rest = {key: value for key, value in state.items() if not any(key.startswith(f"{head}.") for head in heads)}
-    fits = all(key in rest and rest[key].shape == value.shape for key, value in others.items() if _is_read(key))
+    fits = all(
+        key in rest and (rest[key].shape == value.shape or key.endswith(_POSITIONS))
+        for key, value in others.items()
+        if _is_read(key)
+    )
     if not heads or not fits or not rest.keys() <= others.keys():
         return ""
     counts = {len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0 for head in heads}
@@ -149,6 +153,13 @@ _LAYOUTS = (
 )
 
 
+def _resampled(state: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"]) -> str:
+    """Return which tables of positions were resampled, as text."""
+    changed = [key for key, value in state.items() if key in given and value.shape != given[key].shape]
+    shapes = (f"{key} {tuple(given[key].shape)} to {tuple(state[key].shape)}" for key in changed)
+    return f": resampled {first_few(shapes)}" if changed else ""
+
+
 def _layout(state: Mapping[str, "Tensor"]) -> str:
     """Return a sentence on a layout of names that is not timm's; empty if it is not known."""
     known = next((who for key, who in _LAYOUTS if any(name.endswith(key) for name in state)), None)
@@ -170,7 +181,8 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
             raise UserError(
                 f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL.{_layout(state)}"
             )
-        state, note = converted, f"{note} (converted by timm's checkpoint filter)"
+        given, state = state, converted
+        note = f"{note} (converted by timm's checkpoint filter{_resampled(state, given)})"
     net.load_state_dict({**net.state_dict(), **state}, strict=True)
     return f"file {path}{note}"
 
@@ -207,6 +219,8 @@ def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
 
 
 def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
+    if path.is_dir():
+        raise UserError(f"WEIGHTS={path} is a folder: give the checkpoint file in it.")
     if not path.is_file():
         hint = suggestion(str(path), _KEYWORDS)
         raise UserError(
@@ -244,7 +258,6 @@ def _hub_offline(offline: bool) -> Iterator[None]:
 
 
 def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
-    import httpx
     from huggingface_hub import errors as hub
     from timm.models import get_pretrained_cfg
 
@@ -258,12 +271,7 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
         with _hub_offline(not _hub_answers()):
             net = _create(spec, pretrained=True)
     # HTTPError is the transport's base class (a lost connection); what the hub itself refuses is an OSError.
-    except (
-        OSError,
-        hub.HTTPError,
-        ImportError,
-        httpx.InvalidURL,
-    ) as error:  # the last two: a proxy that cannot be used
+    except (OSError, hub.HTTPError, ImportError) as error:  # ImportError: a proxy of a kind that nothing here speaks
         raise UserError(
             f"The pretrained weights of {spec.tag} could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}): give WEIGHTS=/path/to/checkpoint.safetensors, or WEIGHTS=random "
@@ -310,9 +318,12 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
         data_config["input_size"] = (3, *spec.img_size)
     if wheel is not None:
         data_config.update(wheel.data_config)
-    return LoadedNet(
-        net, source, state_sha256(net), weights == "random", data_config, () if described else (_ASSUMED_IMAGES,)
-    )
+    warnings = [] if described else [_ASSUMED_IMAGES]
+    if spec.factory and weights == "auto":
+        warnings.append(
+            "no checkpoint was given: the weights are those that the factory made, untrained if it loads none"
+        )
+    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config, tuple(warnings))
 
 
 def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple["nn.Module", str]:

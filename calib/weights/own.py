@@ -4,11 +4,12 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import UserError
+from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
 
 if TYPE_CHECKING:
@@ -60,12 +61,18 @@ def build(factory: str) -> "nn.Module":
     try:
         found: Callable[[], Any] | None = getattr(_imported(where), attribute, None)
         if found is None:
-            raise UserError(f"MODULE='{factory}': {where} has no '{attribute}'; {FORM}")
+            hint = suggestion(attribute, vars(sys.modules[Path(where).stem if where.endswith(".py") else where]))
+            raise UserError(f"MODULE='{factory}': {where} has no '{attribute}'; {FORM}.{hint}")
         net = found if isinstance(found, nn.Module) else found()
     except UserError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        raise UserError(f"MODULE='{factory}' failed with {type(error).__name__}: {error}".splitlines()[0]) from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"MODULE='{factory}' failed with {line} ({last.filename}, line {last.lineno}): expected a module that can be "
+            f"imported and a factory without arguments"
+        ) from error
     if not isinstance(net, nn.Module):
         raise UserError(f"MODULE='{factory}' gives a {type(net).__name__}: expected a torch.nn.Module")
     return net.float().eval()

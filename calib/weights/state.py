@@ -4,8 +4,8 @@ Nothing in a file runs: torch's unpickler is limited to tensors, plain values an
 """
 
 import argparse
-import pickle
 import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -53,13 +53,24 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and start[5:8] == b"\0\0\0")
 
 
+def _other_kind(path: Path) -> str | None:
+    """Return what a file is that holds no state dict; None if it may."""
+    if path.suffix.lower() == ".onnx":
+        return "an ONNX file"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                return "a TorchScript file"
+    return None
+
+
 def _torch_content(path: Path) -> Any:
     import torch
 
     try:
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, IndexError) as error:
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found and not found[1].startswith("torch."):
             raise UserError(
@@ -77,7 +88,13 @@ def _content(path: Path) -> Any:
     import safetensors
     import safetensors.torch
 
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty (truncated to 0 bytes): copy it again.")
     if not _is_safetensors(path):
+        if kind := _other_kind(path):
+            raise UserError(
+                f"{path} is {kind}, not a checkpoint of weights: save the state_dict of the network instead."
+            )
         return _torch_content(path)
     try:
         return safetensors.torch.load_file(path)
@@ -121,18 +138,30 @@ def _unwrapped(content: Any, path: Path) -> tuple["StateDict", str]:
     return {key: value for key, value in content.items() if key not in COUNTERS}, note
 
 
+def _inner(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", str]:
+    """Return (the part of `state` under a prefix, if that is all of the network, a note on what is left out)."""
+    needed = {key for key in expected if not key.endswith("num_batches_tracked")}
+    for prefix in PREFIXES:
+        part = {key: value for key, value in state.items() if key.startswith(prefix)}
+        if len(part) < len(state) and needed <= {key.removeprefix(prefix) for key in part}:
+            return part, f" (left out: {first_few(key for key in state if key not in part)})"
+    return state, ""
+
+
 def without_prefixes(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", str]:
     """Return (`state` without what wrappers put before every name, a note on it).
 
-    A prefix that the names `expected` have as well stays.
+    A prefix that the names `expected` have as well stays. What a training loop keeps beside a whole network under a prefix,
+    such as the weights of a loss, is left out.
     """
     taken = ""
+    state, left_out = _inner(state, expected)
     while state:
         prefix = next((each for each in PREFIXES if all(key.startswith(each) for key in state)), None)
         if prefix is None or all(key.startswith(prefix) for key in expected):
             break
         state, taken = {key.removeprefix(prefix): value for key, value in state.items()}, taken + prefix
-    return state, f" (without '{taken}')" if taken else ""
+    return state, (f" (without '{taken}')" if taken else "") + left_out
 
 
 def read_state(path: Path, expected: Collection[str]) -> tuple["StateDict", str]:

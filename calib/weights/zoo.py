@@ -52,6 +52,8 @@ _SPECS = (
     ),
 )
 
+LARGEST_SIDE = 8192  # pixels
+
 ZOO: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 
@@ -62,6 +64,10 @@ def input_size(text: str) -> tuple[int, int]:
         raise UserError(
             f"INPUT='{text}': expected a side, height x width or 3 x height x width, such as 384 or 3x364x490"
         )
+    if len(parts) == 3 and parts[0] != "3" and parts[2] == "3":
+        raise UserError(f"INPUT='{text}': channels come first: expected 3x{parts[0]}x{parts[1]}")
+    if max(int(part) for part in parts) > LARGEST_SIDE:
+        raise UserError(f"INPUT='{text}': expected sides of at most {LARGEST_SIDE} pixels")
     if len(parts) == 3 and parts[0] != "3":
         raise UserError(f"INPUT='{text}': {parts[0]} channels, but images have 3: expected 3x{parts[1]}x{parts[2]}")
     return int(parts[-2] if len(parts) > 1 else parts[0]), int(parts[-1])

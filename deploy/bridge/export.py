@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -66,13 +66,13 @@ def _write_attention(
         raise UserError("attention with dropout cannot be exported: expected a network in eval mode")
     root = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
     root = op.CastLike(op.Constant(value_float=root), query)
+    rank, tokens = len(query.shape), (query.shape[-2], key.shape[-2])
     if enable_gqa:
         key, value = (_repeated_heads(each, query.shape[1] // each.shape[1]) for each in (key, value))
-    rank = len(key.shape)
     keys = op.Transpose(op.Mul(key, root), perm=[*range(rank - 2), rank - 1, rank - 2])
     scores = op.MatMul(op.Mul(query, root), keys)
     if is_causal:
-        seen = np.tril(np.ones((query.shape[-2], key.shape[-2]), bool))
+        seen = np.tril(np.ones(tokens, bool))
         attn_mask = op.Constant(value=ir.to_proto(ir.tensor(seen, name="seen")))
     if attn_mask is not None:
         boolean = is_causal or attn_mask.dtype == ir.DataType.BOOL
@@ -139,6 +139,24 @@ def fold_constants(model: ir.Model) -> None:
 
 
 @contextmanager
+def _said_in_one_line(kind: str) -> Iterator[None]:
+    """Turn what the exporter raises into a UserError with the first line of its cause."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        line = (str(cause).strip().splitlines() or [""])[0][:300]
+        raise UserError(
+            f"{kind} cannot be exported to ONNX ({type(cause).__name__}: {line}): expected operators that torch.onnx knows, "
+            f"and code that keeps the type of its inputs"
+        ) from error
+
+
+@contextmanager
 def _quiet():
     """Suppress the progress that the exporter prints on stdout and stderr; errors are exceptions and still arrive."""
     level = logging.getLogger("torch.onnx").level
@@ -165,7 +183,7 @@ def onnx_from_net(
                 f"quantizer '{module.quantizer}' has {why_not_int8(module.grid)}: it is simulated only, no INT8 kernel "
                 f"of TensorRT reads it"
             )
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _said_in_one_line(type(net).__name__):
         program = torch.onnx.export(
             net,
             (example,),
@@ -202,7 +220,11 @@ def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
     Raises UserError if a weight or scale does not fit FP16.
     """
     require_fp16_weights(net)
-    return onnx_from_net(copy.deepcopy(net).half(), torch.zeros(2, 3, *size).half(), no_fp32)
+    images = torch.zeros(2, 3, *size)
+    try:
+        return onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32)
+    except UserError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
+        return onnx_from_net(net, images, no_fp32)
 
 
 def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:

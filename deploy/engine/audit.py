@@ -131,9 +131,10 @@ def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable
 
     `attention`: the names of the products of activations, which only a fused INT8 attention kernel may run.
     """
-    products = [kernel for kernel in kernels if kernel.kind in ("gemm", "conv")]
+    unknown = [kernel for kernel in kernels if kernel.kind in ("gemm", "conv") and kernel.precision == "unknown"]
     covered, fused = _covered(kernels, "gemm", "conv"), _covered(kernels, "attention")
     planned = tuple(planned)
+    wanted = {*planned}  # a layer that stays in float has the FP16 types of the graph, which is checked before
     return Audit(
         kernels=len(kernels),
         int8_gemms=count_kernels(kernels, "gemm", "int8"),
@@ -145,7 +146,7 @@ def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable
         fused_attention=sum(kernel.kind == "attention" for kernel in kernels),
         int8_attention=count_kernels(kernels, "attention", "int8"),
         casts=sum(kernel.kind == "cast" for kernel in kernels),
-        unproven=sum(kernel.precision == "unknown" for kernel in products),
+        unproven=sum(not kernel.layers or not wanted.isdisjoint(kernel.layers) for kernel in unknown),
         planned=len(planned),
         lost=tuple(layer for layer in planned if layer not in covered),
         lost_attention=tuple(product for product in attention if product not in fused),
@@ -176,8 +177,8 @@ def _faults(result: Audit) -> list[str]:
         )
     if result.unproven:
         faults.append(
-            f"{result.unproven} GEMMs or convolutions have factors of unknown type: build with a version of "
-            "TensorRT that this project's readers know"
+            f"{result.unproven} kernels that run planned layers, or name none, multiply numbers of an unknown type: build "
+            "with the version of TensorRT in requirements.txt, whose engines can be read"
         )
     return faults
 

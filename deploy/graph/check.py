@@ -32,7 +32,21 @@ def _typed(model: onnx.ModelProto) -> ir.Model:
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.value_info[:]
-    return ir.from_proto(onnx.shape_inference.infer_shapes(bare, data_prop=True))
+    while True:
+        typed = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+        known = {each.name: each for each in (*typed.graph.value_info, *typed.graph.input)}
+        # onnx infers no type for GroupNormalization, whose output has that of its input
+        missing = [
+            node
+            for node in typed.graph.node
+            if node.op_type == "GroupNormalization" and node.output[0] not in known and node.input[0] in known
+        ]
+        if not missing:
+            return ir.from_proto(typed)
+        for node in missing:
+            recorded = bare.graph.value_info.add()
+            recorded.CopyFrom(known[node.input[0]])
+            recorded.name = node.output[0]
 
 
 def _nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
@@ -97,6 +111,8 @@ def graph_is_flat(model: ir.Model) -> Iterator[str]:
 def floats_are_fp16(model: ir.Model) -> Iterator[str]:
     """The types of the graph are those of the engine: one FP32 value silently turns all that follows into FP32."""
     for value in _values(model):
+        if value.uses() and all(use.node.op_type == "Resize" and use.idx == 2 for use in value.uses()):
+            continue  # scales, which have to be FP32 and reach no arithmetic
         if value.dtype is None:
             yield f"{value.name}: type cannot be inferred, expected standard ONNX operators"
         elif _is_float(value) and value.dtype is not ir.DataType.FLOAT16:

@@ -27,8 +27,25 @@ def _halve_attributes(node: ir.Node) -> None:
             node.attributes[name] = ir.AttrInt64(name, HALF)
 
 
+def _restore_resize(model: ir.Model) -> None:
+    """Give every Resize its scales in FP32 again: the operator knows no other type for them (edits `model`)."""
+    for node in [node for node in model.graph if node.op_type == "Resize" and len(node.inputs) > 2]:
+        scales = node.inputs[2]
+        tensor = None if scales is None else ir.convenience.get_const_tensor(scales)
+        if tensor is None or tensor.dtype is not HALF:
+            continue
+        name = f"{node.outputs[0].name}_scales"
+        single = ir.tensor(tensor.numpy().astype(np.float32), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(list(tensor.numpy().shape)), const_value=single)
+        model.graph.initializers[name] = value
+        node.replace_input_with(2, value)
+
+
 def no_fp32(model: ir.Model) -> None:
     """Turn all of `model` that is FP32 into FP16, and drop casts that then change nothing (edits `model`)."""
+    for value in model.graph.inputs:
+        if value.dtype is FLOAT:
+            value.type = ir.TensorType(HALF)
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype is FLOAT:
             value.const_value, value.type = _as_half(value.const_value), ir.TensorType(HALF)
@@ -42,3 +59,4 @@ def no_fp32(model: ir.Model) -> None:
         if idle and node.outputs[0] not in model.graph.outputs:
             ir.convenience.replace_all_uses_with(node.outputs[0], given)  # type: ignore[arg-type]
             model.graph.remove(node, safe=True)
+    _restore_resize(model)

@@ -39,6 +39,10 @@ def warnings(run: "Run") -> list[str]:
         found.append(f"{len(run.calibration.skipped)} unreadable images skipped: {shown}")
     if run.evaluation.overlap:
         found.append(f"{run.evaluation.overlap} evaluation images left out: they are calibration images")
+    if run.evaluation.labels is not None and not run.model.is_classifier:
+        found.append(
+            "labels are not used: the network does not say that its outputs are classes (attribute num_classes)"
+        )
     top1 = run.verdict.fidelity.reference_top1
     if top1 is not None and top1 <= CHANCE / run.outputs:
         found.append(

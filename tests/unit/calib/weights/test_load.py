@@ -2,6 +2,7 @@ import argparse
 import http.server
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,6 +142,32 @@ def test_other_classes_and_another_difference_are_refused(tmp_path):
     state = timm.create_model(VIT.tag, num_classes=6).state_dict()
     del state["norm.weight"]
     assert "norm.weight" in refusal(VIT, write(tmp_path / "tuned.pth", state))
+
+
+def test_what_a_training_loop_keeps_beside_the_network_is_left_out_and_said(tmp_path):
+    state = filled_state()
+    content = {f"model.{name}": value for name, value in state.items()} | {"criterion.weight": torch.ones(5)}
+    loaded = load_net(VIT, str(write(tmp_path / "last.ckpt", {"state_dict": content, "hyper_parameters": {"lr": 1}})))
+    assert_same(loaded.net, state)
+    assert "(left out: criterion.weight)" in loaded.source
+
+
+def test_fewer_classes_and_other_positions_are_taken_together(tmp_path):
+    tuned = timm.create_model(VIT.tag, num_classes=6)
+    torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
+    loaded = load_net(replace(VIT, img_size=(96, 128)), str(tmp_path / "tuned.pth"))
+    assert loaded.net.num_classes == 6
+    assert "6 classes" in loaded.source
+    assert "resampled pos_embed (1, 101, 64) to (1, 49, 64)" in loaded.source
+
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x0a")
+    assert "is an ONNX file" in refusal(VIT, tmp_path / "net.onnx")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    assert "is a TorchScript file" in refusal(VIT, tmp_path / "script.pt")
+    (tmp_path / "text.pth").write_text("epoch 3: loss 0.2, nothing else")
+    assert "cannot be read" in refusal(VIT, tmp_path / "text.pth")
 
 
 def test_a_known_layout_is_named(tmp_path):
@@ -291,15 +318,17 @@ def test_truncated_torch_file(tmp_path, legacy):
 def test_truncated_safetensors_file(tmp_path):
     path = write(tmp_path / "net.safetensors", filled_state())
     whole = path.read_bytes()
-    for size in (0, 7, 500, len(whole) // 2, len(whole) - 1):
+    for size in (7, 500, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert "whole safetensors" in refusal(VIT, path)
+    path.write_bytes(b"")
+    assert "is empty" in refusal(VIT, path)
 
 
 def test_absent_file_folder_and_unknown_ending(tmp_path):
     assert "no such file" in refusal(VIT, tmp_path / "absent.pth")
     (tmp_path / "folder.pth").mkdir()
-    assert "no such file" in refusal(VIT, tmp_path / "folder.pth")
+    assert "is a folder" in refusal(VIT, tmp_path / "folder.pth")
     with pytest.raises(UserError, match="Did you mean 'pretrained'"):
         load_net(VIT, "pretraind")
 

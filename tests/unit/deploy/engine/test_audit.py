@@ -277,7 +277,7 @@ FAULTS = {
     "unread": (
         (*GOOD, kernel("gemm", "unknown", "int8")),
         ("fc1",),
-        "1 GEMMs or convolutions have factors of unknown",
+        "1 kernels that run planned layers",
     ),
     "nothing planned": (GOOD, (), "plans no layer"),
     "many lost": ((), tuple(f"fc{i}" for i in range(9)), r"9 of 9 .*: fc0, fc1, fc2, fc3, fc4, \.\.; check"),
