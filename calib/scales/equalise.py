@@ -182,6 +182,7 @@ def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
     return replace(model, net=net, exact_net=net, moved=(*model.moved, *moved))
 
 
+@torch.no_grad()
 def largest_by_input(layer: nn.Module) -> Tensor:
     """Return the largest |weight| (C,) that meets each input channel of a Linear or Conv2d."""
     groups = weight_matrix(layer).abs().amax(1)
@@ -189,6 +190,7 @@ def largest_by_input(layer: nn.Module) -> Tensor:
     return groups.reshape(channels, -1).amax(1)
 
 
+@torch.no_grad()
 def within_fp16(net: nn.Module, place: Place, reach: Tensor, scale: Tensor) -> Tensor:
     """Return `scale` (C,) held to what keeps weights and values at `place` within FP16, with a margin for new images.
 

@@ -36,7 +36,9 @@ def _restore_resize(model: ir.Model) -> None:
             continue
         name = f"{node.outputs[0].name}_scales"
         single = ir.tensor(tensor.numpy().astype(np.float32), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(list(tensor.numpy().shape)), const_value=single)
+        value = ir.Value(
+            name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(list(tensor.numpy().shape)), const_value=single
+        )
         model.graph.initializers[name] = value
         node.replace_input_with(2, value)
 

@@ -21,6 +21,8 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.graph.check import check_strongly_typed
 from tests.tiny import half_of, rounded
 
+pytestmark = pytest.mark.slow
+
 W = 16
 
 

@@ -132,7 +132,7 @@ def test_few_bits_of_weights_run_as_int8_and_fewer_of_inputs_are_refused_by_name
     net = quantized_net(rtn.nearest(model).whole)
     layer = net.get_submodule("blocks.0.attn.qkv")
     assert isinstance(layer, QuantLinear)
-    assert int(layer.weight.abs().max()) == 7
+    assert int(layer.integers.abs().max()) == 7
     model, _ = calibrated("vit", Precision(8, 6))
     with pytest.raises(UserError, match=r"'blocks\.0\.attn\.qkv:input' has 6 bits"):
         export_float(quantized_net(rtn.nearest(model).whole), (SIZE, SIZE))
