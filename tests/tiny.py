@@ -1,5 +1,6 @@
 """Small networks of every family, with weights that quantization really changes."""
 
+import functools
 from dataclasses import replace
 
 import timm
@@ -12,7 +13,7 @@ from calib.network.qdq import quantized_net
 from calib.precision import INT8_ENGINE, Precision
 from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config, calibrate
-from calib.structure.structure import structure_of
+from calib.structure.structure import Structure, structure_of
 from deploy.recipe import recipe_from_tables
 from deploy.stages import CalibrationImages, repair_stages
 
@@ -50,9 +51,15 @@ def tiny_net(family: str, seed: int = 0) -> nn.Module:
     return net
 
 
+@functools.cache
+def tiny_structure(family: str) -> Structure:
+    """The structure of a tiny network before folding, which its weights do not decide."""
+    return structure_of(tiny_net(family), torch.zeros(1, 3, SIZE, SIZE))
+
+
 def tiny_model(family: str, seed: int = 0) -> QuantModel:
-    net = tiny_net(family, seed)
-    return QuantModel.of(family, net, structure_of(net, torch.zeros(1, 3, SIZE, SIZE)))
+    structure = tiny_structure(family)
+    return QuantModel.of(family, tiny_net(family, seed), structure)
 
 
 def tiny_batches(count: int = 3, batch: int = 4, seed: int = 1) -> list[torch.Tensor]:

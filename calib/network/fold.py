@@ -10,7 +10,7 @@ that is called twice, is left alone.
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QMAX, SMALLEST_SCALE
 from calib.structure.channels import PRODUCTS, reach_of
 from calib.structure.layers import plain_calls
-from calib.structure.lowering import lowered
+from calib.structure.lowering import lowered, merged_branches
 from calib.structure.places import absorbing, channel_map
 from calib.structure.proof import difference, output_of, preserving
 from calib.structure.structure import structure_of
@@ -104,6 +104,9 @@ def _remainder(module: nn.Module) -> nn.Module:
     return act if isinstance(act, nn.Module) else nn.Identity()
 
 
+Pair = tuple[str, str]  # affine module, layer
+
+
 def _fold(net: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
     """Fold these (affine module, layer) (edits `net`)."""
     for name, layer in pairs:
@@ -119,6 +122,16 @@ def _foldable(net: nn.Module, name: str, layer: str) -> bool:
     return not isinstance(net.get_submodule(name), SCALES) or leaves_scales(net.get_submodule(layer), found[0])
 
 
+def _sound_folds(
+    net: nn.Module, pairs: Sequence[Pair], example: Tensor
+) -> tuple[tuple[Pair, ...], tuple[tuple[Pair, float], ...]]:
+    """Return (the `pairs` whose folding leaves the output as it is, the others with the difference that each makes)."""
+    exact = output_of(net, example)
+    return preserving(
+        pairs, lambda some: difference(exact, output_of(net, example, lambda copied: _fold(copied, some)))
+    )
+
+
 def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
     """`model` with plain layers, every BatchNorm and LayerScale folded into the layer before it, and its structure read.
 
@@ -127,12 +140,13 @@ def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
     Raises UserError if `torch.export` cannot trace the network.
     """
     start = time.perf_counter()
-    plain, made_plain = lowered(model.net, example)
-    pairs = [pair for pair in affine_pairs(Trace(plain, example)).items() if _foldable(plain, *pair)]
-    exact = output_of(plain, example)
-    kept, refused = preserving(
-        pairs, lambda some: difference(exact, output_of(plain, example, lambda net: _fold(net, some)))
-    )
+    whole, merged = merged_branches(model.net, example)
+    trace = Trace(whole, example)
+    plain, made_plain = lowered(trace, example)
+    if plain is not whole:
+        trace = Trace(plain, example)
+    pairs = [pair for pair in affine_pairs(trace).items() if _foldable(plain, *pair)]
+    kept, refused = _sound_folds(plain, pairs, example) if pairs else ((), ())
     net = copy.deepcopy(plain)
     _fold(net, kept)
     net.requires_grad_(False)
@@ -145,7 +159,7 @@ def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
     taken_back = tuple(
         f"{name} is not folded: in '{layer}' it changes the output by {apart:.1e}" for (name, layer), apart in refused
     )
-    structure = structure_of(net, example)
-    notes = (*(notes or ("nothing to fold",)), *made_plain, *taken_back, structure.summary())
+    structure = structure_of(net, example, None if kept else trace)
+    notes = (*(notes or ("nothing to fold",)), *merged, *made_plain, *taken_back, structure.summary())
     record = StageRecord("fold", {}, time.perf_counter() - start, notes=notes)
     return replace(model, net=net, exact_net=net, structure=structure).with_record(record)

@@ -5,6 +5,7 @@
     a weight that is read outside its module, with a bias of       the module with that bias, called as it is where the
     query and value alone (BEiT, EVA, Swin v2)                     bias is absent
     torch's MultiheadAttention over one tensor                     attention with the layers qkv and proj
+    branches that training keeps apart (RepVGG, MobileOne)         one convolution, as the network's own code merges them
 
 Every replacement is proved by the network's output; one that changes it is taken back, and the layer stays in float.
 """
@@ -14,11 +15,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
 
 from calib.modules import replace_module
 from calib.structure.layers import plain_calls
-from calib.structure.proof import difference, output_of, preserving
+from calib.structure.proof import MAX_REL_L2, difference, output_of, preserving
 from calib.structure.self_attention import SelfAttention
 from calib.structure.trace import LAYER_OPERATORS, Trace, aten, calls
 
@@ -148,12 +150,24 @@ def _edits(trace: Trace) -> list[Edit]:
     return found
 
 
-def lowered(net: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return (`net` with plain layers, or `net` itself if it has no others; notes on what was replaced or taken back).
+def merged_branches(net: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return (`net` with re-parameterised branches merged into one convolution each, or `net` itself; notes).
 
-    Raises UserError if `torch.export` cannot trace the network.
+    RepVGG, MobileOne, FastViT and others train parallel branches that are one convolution at inference. Merged, there is one
+    INT8 kernel, and scales can move through what follows.
     """
-    edits = _edits(Trace(net, example))
+    if not any(hasattr(module, "reparameterize") for module in net.modules()):
+        return net, ()
+    merged = reparameterize_model(net, inplace=False).eval().requires_grad_(False)
+    apart = difference(output_of(net, example), output_of(merged, example))
+    if not apart <= MAX_REL_L2:
+        return net, (f"branches stay: merged by re-parameterisation they would change the output by {apart:.1e}",)
+    return merged, ("parallel branches merged by re-parameterisation",)
+
+
+def lowered(trace: Trace, example: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return (the network of `trace` with plain layers, or itself if it has no others; notes on what was done)."""
+    net, edits = trace.net, _edits(trace)
     if not edits:
         return net, ()
 

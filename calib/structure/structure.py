@@ -131,12 +131,12 @@ def _shared(
     return found
 
 
-def structure_of(net: nn.Module, example: Tensor) -> Structure:
-    """Return the structure of `net`, traced on `example` (1, 3, H, W).
+def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) -> Structure:
+    """Return the structure of `net` on `example` (1, 3, H, W); `trace`: that of the same modules, if there is one.
 
-    Raises UserError if `torch.export` cannot trace it, or if it has no layer that can be quantized.
+    Raises UserError if `torch.export` cannot trace the network.
     """
-    trace = Trace(net, example)
+    trace = trace or Trace(net, example)
     plain = plain_calls(trace)
     layers = layers_of(trace, plain)
     useful = [

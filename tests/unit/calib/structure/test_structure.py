@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -284,3 +285,18 @@ def test_torchs_own_attention_over_one_tensor_becomes_plain_layers(batch_first, 
     assert model.layers == ("attention.qkv", "attention.proj")
     assert {place.readers for place in model.structure.places} == {("attention.qkv",), ("attention.proj",)}
     torch.testing.assert_close(model.net(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_branches_of_training_become_one_convolution(name):
+    torch.manual_seed(0)
+    net, x = timm.create_model(name, num_classes=10).eval().requires_grad_(False), torch.randn(1, 3, 32, 32)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    model = fold_affine(QuantModel.of(name, net), x)
+    assert "parallel branches merged by re-parameterisation" in model.history[-1].notes
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.net.modules())
+    assert model.structure.places
+    assert difference(output_of(net, x), output_of(model.net, x)) < 1e-5
