@@ -61,7 +61,7 @@ def examine(name: str) -> dict[str, Any]:
         found = structure_json(fold_affine(QuantModel.of(name, net), torch.randn(1, *size)).structure)
     except UserError as error:
         return {"reason": str(error).splitlines()[0]}
-    except Exception as error:  # what any of 1371 architectures may raise is the finding
+    except Exception as error:  # what an architecture raises is the finding
         return {"reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", "bug": True}
     figures = {
         key: len(found[key]) for key in ("quantized", "float", "places", "refused_places", "blocks", "int8_attention")
@@ -76,7 +76,7 @@ def examine_all(names: Sequence[str]) -> None:
 
 
 def in_a_process(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the figures of `names`, examined in processes of their own; one that dies is told as the reason."""
+    """Return the figures of `names`, examined in another process; where it dies, that is the reason for the next name."""
     found: dict[str, dict[str, Any]] = {}
     waiting = list(names)
     while waiting:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -203,13 +202,13 @@ def _structure(args: argparse.Namespace) -> int:
     from calib.network.fold import fold_affine
     from calib.quant_model import QuantModel
     from calib.weights.load import load_net
-    from calib.weights.zoo import own_model, resolve_model
+    from calib.weights.zoo import spec_of
     from deploy.report.structure import structure_json, structure_lines
 
     if not args.module and not args.model:
         raise UserError("structure: expected the name of a model, or --module")
-    spec = own_model(args.module) if args.module else resolve_model(args.model)
-    loaded = load_net(replace(spec, img_size=args.input or spec.img_size), args.weights)
+    spec = spec_of(args.model, args.module, args.input)
+    loaded = load_net(spec, args.weights)
     example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
     structure = fold_affine(QuantModel.of(spec.name, loaded.net), example).structure
     print(json.dumps(structure_json(structure), indent=2) if args.json else "\n".join(structure_lines(structure)))

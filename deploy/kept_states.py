@@ -35,7 +35,7 @@ CLASSES = (
     QParams, LogSqrt2, TwinUniform, Unrounded, Moved, Precision, StageRecord,
     DenseBranch, SharedBranch, ConvBranch,
 )  # fmt: skip
-GIVEN = ("name", "float_net", "structure")  # fields that no stage changes
+GIVEN = ("name", "float_net", "structure")  # fields that no stage behind folding changes
 BY_DIFFERENCE = ("net", "exact_net", "moved", "history")  # kept as what the stage changed; all others as they are
 
 

@@ -12,14 +12,13 @@ torch half decided is kept (deploy/kept_states.py), so that a run can stop after
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
 from calib.store.user_cache import cache_folder
-from calib.weights.zoo import ModelSpec, own_model, resolve_model
+from calib.weights.zoo import ModelSpec, spec_of
 from deploy import steps
 from deploy.engine.backends import choose_backend
 from deploy.kept_states import KeptStates
@@ -105,8 +104,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
 
     Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
     """
-    spec = own_model(options.module) if options.module else resolve_model(options.model)
-    spec = replace(spec, img_size=options.input_size or spec.img_size)
+    spec = spec_of(options.model, options.module, options.input_size)
     recipe = load_recipe(options.recipe).for_engine().limited(options.max_extra_kernels, options.max_extra_bytes)
     stages = spine(recipe)
     plan = planned(stages, options.begin, options.until)

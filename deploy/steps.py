@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
+from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.network.fp16_range import fp16_range
@@ -75,18 +76,12 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
         if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
             found.append(name)
 
-    handles = [
-        module.register_forward_hook(lambda _m, _x, y, name=name: after(name, y))
-        for name, module in net.named_modules()
-    ]
-    with torch.no_grad():
+    with output_hooks(net, [name for name, _ in net.named_modules()], after), torch.no_grad():
         net(images)
-    for handle in handles:
-        handle.remove()
     return found[0] if found else ""
 
 
-def _outputs(net: nn.Module, size: Sequence[int]) -> int:
+def _values_per_image(net: nn.Module, size: Sequence[int]) -> int:
     """Return how many values `net` makes of an image; `size` is (3, H, W).
 
     Raises UserError unless it turns images (B, 3, H, W) into finite values (B, N).
@@ -128,7 +123,7 @@ def load(run: Run) -> Lines:
     """The float network."""
     run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
     net = run.loaded.net
-    run.outputs = _outputs(net, run.loaded.data_config["input_size"])
+    run.outputs = _values_per_image(net, run.loaded.data_config["input_size"])
     run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
     return (run.loaded.source,)
 

@@ -34,7 +34,7 @@ from calib.network.rounded_layer import rounded_layer, with_biases
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
 from calib.quantizer import QParams, fp16_scale, qparams_from_amax
 from calib.scales.equalise import apply_moves
-from calib.structure.moves import Moved, Place, produce
+from calib.structure.moves import Moved, produce
 
 HEAD_SIZES = (16, 32, 64)  # what TensorRT has INT8 attention kernels for ...
 MAX_TOKENS = 512  # ... and how many tokens they take
@@ -199,30 +199,25 @@ def _observe(
     return {name: merged(parts) for name, parts in seen.items() if parts}, refused
 
 
-def _value_place(model: QuantModel, attention: str) -> Place:
-    """Return the place between the value rows of `qkv` and `proj`, which every attention of a structure has."""
-    place = model.structure.place_of(f"{attention}.proj")
-    assert place is not None
-    return place
-
-
 def with_attention(model: QuantModel, fits: Mapping[str, Fit]) -> QuantModel:
     """Return `model`, whose weights are rounded, with these attentions in INT8 and their values shifted."""
     if not fits:
         return model
-    moved = [
-        Moved(f"{name}.qkv", _value_place(model, name).readers, torch.ones(each.shift.numel()), each.shift.flatten())
+    moved = {
+        name: Moved(f"{name}.qkv", (f"{name}.proj",), torch.ones(each.shift.numel()), each.shift.flatten())
         for name, each in fits.items()
         if each.shift.any()
-    ]
-    exact = apply_moves(replace(model, net=model.exact_net), moved)
+    }
+    exact = apply_moves(replace(model, net=model.exact_net), moved.values())
     net = copy.deepcopy(model.net)
     changes = {}
-    for one in moved:
-        (reader,) = one.readers
-        produce(net, _value_place(model, reader.removesuffix(".proj")), one.scale, one.shift)
-        proj = rounded_layer(net.get_submodule(reader), model.qparams(f"{reader}:weight"))
-        changes[reader] = proj.weight.flatten(0, 1) @ one.shift  # of the weight that runs
+    for name, one in moved.items():
+        proj = f"{name}.proj"
+        place = model.structure.place_of(proj)
+        assert place is not None  # as for every attention of a structure
+        produce(net, place, one.scale, one.shift)
+        rounded = rounded_layer(net.get_submodule(proj), model.qparams(f"{proj}:weight"))
+        changes[proj] = rounded.weight.flatten(0, 1) @ one.shift  # of the weight that runs
     net = with_biases(net, changes)
     quantizers = {f"{name}:{role}": each.params[role] for name, each in fits.items() for role in ATTENTION_ROLES}
     for name, each in fits.items():

@@ -10,7 +10,7 @@ that is called twice, is left alone.
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,7 @@ from calib.structure.channels import PRODUCTS, reach_of
 from calib.structure.layers import plain_calls
 from calib.structure.lowering import lowered, merged_branches
 from calib.structure.places import absorbing, channel_map
-from calib.structure.proof import difference, output_of, preserving
+from calib.structure.proof import preserving
 from calib.structure.structure import structure_of
 from calib.structure.trace import Trace, aten
 
@@ -68,7 +68,7 @@ def leaves_scales(layer: nn.Module, gain: Tensor) -> bool:
 def _affine_calls(trace: Trace) -> dict[fx.Node, str]:
     """Return the calls of affine modules that are called once and compute nothing else, and their names."""
     found = {}
-    for name, nodes in trace.owned().items():
+    for name, nodes in trace.owned.items():
         module = trace.net.get_submodule(name)
         if (
             not isinstance(module, AFFINE)
@@ -104,9 +104,6 @@ def _remainder(module: nn.Module) -> nn.Module:
     return act if isinstance(act, nn.Module) else nn.Identity()
 
 
-Pair = tuple[str, str]  # affine module, layer
-
-
 def _fold(net: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
     """Fold these (affine module, layer) (edits `net`)."""
     for name, layer in pairs:
@@ -120,16 +117,6 @@ def _foldable(net: nn.Module, name: str, layer: str) -> bool:
     found = gain_and_offset(net.get_submodule(name))
     assert found is not None
     return not isinstance(net.get_submodule(name), SCALES) or leaves_scales(net.get_submodule(layer), found[0])
-
-
-def _sound_folds(
-    net: nn.Module, pairs: Sequence[Pair], example: Tensor
-) -> tuple[tuple[Pair, ...], tuple[tuple[Pair, float], ...]]:
-    """Return (the `pairs` whose folding leaves the output as it is, the others with the difference that each makes)."""
-    exact = output_of(net, example)
-    return preserving(
-        pairs, lambda some: difference(exact, output_of(net, example, lambda copied: _fold(copied, some)))
-    )
 
 
 def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
@@ -146,7 +133,7 @@ def fold_affine(model: QuantModel, example: Tensor) -> QuantModel:
     if plain is not whole:
         trace = Trace(plain, example)
     pairs = [pair for pair in affine_pairs(trace).items() if _foldable(plain, *pair)]
-    kept, refused = _sound_folds(plain, pairs, example) if pairs else ((), ())
+    kept, refused = preserving(plain, pairs, _fold, example)
     net = copy.deepcopy(plain)
     _fold(net, kept)
     net.requires_grad_(False)

@@ -40,7 +40,8 @@ from calib.quantizer import channel_qparams
 from calib.scales.channel_scale import FoldScale, channel_scale
 from calib.scales.repq import Reparametrised, channel_ranges, reparametrised
 from calib.structure.moves import INSERT, NORM, Moved, Place, along_inputs, move
-from calib.structure.proof import difference, output_of, preserving
+from calib.structure.proof import preserving
+from calib.structure.structure import Structure
 
 RULES = ("search", "repq")
 REPQ_IMAGES = 32  # the paper's one batch
@@ -172,13 +173,17 @@ def quantized_readers(model: QuantModel) -> dict[Place, tuple[str, ...]]:
     return {place: readers for place, readers in found.items() if readers}
 
 
-def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
-    """`model` with these scales and shifts moved, each at a place of its structure."""
-    net = copy.deepcopy(model.net)
-    places = {place.readers: place for place in model.structure.places}
-    moved = tuple(moved)
+def _move_all(net: nn.Module, structure: Structure, moved: Iterable[Moved]) -> None:
+    """Move these scales and shifts, each at a place of `structure` (edits `net`)."""
+    places = {place.readers: place for place in structure.places}
     for each in moved:
         move(net, places[each.readers], each.scale, each.shift)
+
+
+def apply_moves(model: QuantModel, moved: Iterable[Moved]) -> QuantModel:
+    """`model` with these scales and shifts moved, each at a place of its structure."""
+    net, moved = copy.deepcopy(model.net), tuple(moved)
+    _move_all(net, model.structure, moved)
     return replace(model, net=net, exact_net=net, moved=(*model.moved, *moved))
 
 
@@ -207,17 +212,8 @@ def within_fp16(net: nn.Module, place: Place, reach: Tensor, scale: Tensor) -> T
 
 def _sound(model: QuantModel, moved: Sequence[Moved], example: Tensor) -> tuple[list[Moved], tuple[str, ...]]:
     """Return (those of `moved` that leave the output on `example` as it is, notes on those that do not)."""
-    places = {place.readers: place for place in model.structure.places}
-    exact = output_of(model.net, example)
-
-    def difference_of(some: Sequence[Moved]) -> float:
-        def edit(net: nn.Module) -> None:
-            for each in some:
-                move(net, places[each.readers], each.scale, each.shift)
-
-        return difference(exact, output_of(model.net, example, edit))
-
-    kept, refused = preserving(moved, difference_of)
+    apply = lambda net, some: _move_all(net, model.structure, some)  # noqa: E731
+    kept, refused = preserving(model.net, moved, apply, example)
     notes = tuple(
         f"taken back: scales of '{each.readers[0]}' change the output by {apart:.1e}" for each, apart in refused
     )
@@ -229,9 +225,8 @@ def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantMod
     if not model.precision.zero_points or model.precision.inputs == UNROUNDED:
         raise UserError("[equalise] rule 'repq' is for inputs that round with zero points: set them in [precision]")
     start = time.perf_counter()
-    places = {
-        readers[0]: place for place, readers in quantized_readers(model).items() if place.kind == NORM and place.shifts
-    }
+    readers_at = quantized_readers(model)
+    places = {readers[0]: place for place, readers in readers_at.items() if place.kind == NORM and place.shifts}
     images = torch.cat([spread_images(half, math.ceil(REPQ_IMAGES / len(halves))) for half in halves])
     found: dict[str, Reparametrised] = {}
 
@@ -244,11 +239,7 @@ def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantMod
     moved = [Moved(places[name].producer, places[name].readers, each.scale, each.shift) for name, each in found.items()]
     notes = (f"{len(moved)} LayerNorms reparametrised as in RepQ-ViT, on {len(images)} images",)
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)
-    quantizers = {
-        f"{reader}:input": each.grid
-        for name, each in found.items()
-        for reader in quantized_readers(model)[places[name]]
-    }
+    quantizers = {f"{reader}:input": each.grid for name, each in found.items() for reader in readers_at[places[name]]}
     return apply_moves(model, moved).with_quantizers(quantizers).with_record(record)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from calib.structure.trace import CONVOLUTIONS, Trace, aten, shape
+from calib.structure.trace import CONVOLUTIONS, PADS, Trace, aten, padding_of, shape
 
 ZERO = -1.0  # label of an element that is zero, whatever the scale
 OTHER = -2.0  # label of an element that comes from elsewhere
@@ -53,7 +53,6 @@ QUOTIENTS = (aten.div.Tensor, aten.div_.Tensor)
 MATRIX_PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 LIMITS = (aten.hardtanh.default, aten.hardtanh_.default)
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 @dataclass
@@ -62,7 +61,8 @@ class Reach:
 
     `readers`: labels (rows, C) of what each layer reads, channels last. `fixed`: channels that something reads which a scale
     would change. `shifts`: whether a constant per channel may be subtracted on the way as well. `limits`: ReLU6 modules on
-    the way, which get limits per channel. `attention`: whether an attention lies between.
+    the way, which get limits per channel. `attention`: whether an attention lies between. `linear`: whether all that lies
+    between commutes with any factor per channel.
     """
 
     readers: dict[str, Tensor] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Reach:
     shifts: bool = True
     limits: list[str] = field(default_factory=list)
     attention: bool = False
-    linear: bool = True  # whether all that lies between commutes with any factor and constant per channel
+    linear: bool = True
 
 
 Labels = Any  # a Tensor, or a tuple of them
@@ -146,7 +146,7 @@ class _Walk:
         if self.start in self.trace.edited:
             self.reach.fixed = {*range(self.channels)}
             return self.reach
-        order = {node: index for index, node in enumerate(self.trace.nodes)}
+        order = self.trace.position
         waiting = [order[user] for user in self.start.users]
         heapq.heapify(waiting)
         done = set()
@@ -211,7 +211,7 @@ def _homogeneous(walk: _Walk, node: fx.Node) -> Labels | None:
 def _limits(walk: _Walk, node: fx.Node) -> Labels | None:
     """ReLU6, if it is a module of its own that reads the channels as the layer before it returns them."""
     labels, owner = walk.of(node.args[0]), walk.trace.owner(node)
-    alone = [each for each in walk.trace.owned()[owner] if each.target in LIMITS] == [node]
+    alone = [each for each in walk.trace.owned[owner] if each.target in LIMITS] == [node]
     if not isinstance(walk.trace.net.get_submodule(owner), nn.ReLU6) or not alone or walk.reach.limits:
         return None
     if labels is None or labels.ndim != 4 or labels.shape[1] != walk.channels:
@@ -301,20 +301,15 @@ def _matrix_product(walk: _Walk, node: fx.Node) -> Labels | None:
 
 
 def _pad(walk: _Walk, node: fx.Node) -> Labels | None:
-    args, kwargs = walk.values(node)
-    if not any(args[1]):
-        return args[0]
-    if node.target is aten.pad.default:
-        mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
-        value = args[3] if len(args) > 3 else kwargs.get("value")
-        if mode != "constant":
-            return aten.pad.default(args[0], args[1], mode)
-    else:
-        value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+    labels, (pads, mode, value) = walk.of(node.args[0]), padding_of(node)
+    if not any(pads):
+        return labels
+    if mode != "constant":
+        return aten.pad.default(labels, pads, mode)
     if value:
         return None
     walk.reach.shifts = False
-    return aten.constant_pad_nd.default(args[0], args[1], ZERO)
+    return aten.constant_pad_nd.default(labels, pads, ZERO)
 
 
 RULES: dict[object, Callable[[_Walk, fx.Node], Labels | None]] = {

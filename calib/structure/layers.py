@@ -15,13 +15,14 @@ from torch import fx, nn
 from calib.structure.channels import PASSED_ON
 from calib.structure.trace import LAYER_OPERATORS, Trace, ancestors, aten, shape
 
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvTransposeNd)
 FEWEST_FIRST = 4  # input channels of a first layer: up to here it stays in float
 # what makes one position of several: pooling, and the choice of a class token
 REDUCING = (
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default, aten.avg_pool2d.default, aten.select.int, aten.slice.Tensor, operator.getitem,
 )  # fmt: skip
-FEWEST = 8  # channels in and out of any other layer, within its groups' layer
+FEWEST = 8  # input channels, and output channels, of any other layer that is quantized
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,10 @@ class Layer:
 
 def plain_calls(trace: Trace) -> dict[fx.Node, str]:
     """Return the calls of layers in `trace`, with the name of the layer."""
-    owned = trace.owned()
     found: dict[fx.Node, str] = {}
-    for name, nodes in owned.items():
-        module = trace.net.get_submodule(name)
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.modules.conv._ConvTransposeNd):
-            found |= {node: name for node in nodes if all(_is_plain(trace, name, each) for each in nodes)}
+    for name, nodes in trace.owned.items():
+        if isinstance(trace.net.get_submodule(name), KINDS) and all(_is_plain(trace, name, node) for node in nodes):
+            found |= dict.fromkeys(nodes, name)
     return found
 
 

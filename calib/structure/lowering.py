@@ -22,9 +22,8 @@ from calib.modules import replace_module
 from calib.structure.layers import plain_calls
 from calib.structure.proof import MAX_REL_L2, difference, output_of, preserving
 from calib.structure.self_attention import SelfAttention
-from calib.structure.trace import LAYER_OPERATORS, Trace, aten, calls
+from calib.structure.trace import LAYER_OPERATORS, PADS, Trace, aten, calls, padding_of
 
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONV = (aten.conv2d.default, aten.conv2d.padding)
 Edit = tuple[str, Callable[[nn.Module], None]]  # name of the module, what to do to a copy of the network
 
@@ -36,15 +35,7 @@ def _pair(value: object) -> tuple[int, int]:
 
 def _zero_pad(node: fx.Node) -> list[int] | None:
     """Return (left, right, top, bottom) of a padding with zeros; None for anything else."""
-    args: Any = node.args
-    mode: Any = "constant"
-    value: Any = 0
-    if node.target is aten.pad.default:
-        mode = args[2] if len(args) > 2 else node.kwargs.get("mode", "constant")
-        value = args[3] if len(args) > 3 else node.kwargs.get("value")
-    elif len(args) > 2:
-        value = args[2]
-    pads = list(args[1])
+    pads, mode, value = padding_of(node)
     return pads if mode == "constant" and not value and len(pads) == 4 and min(pads) >= 0 else None
 
 
@@ -128,14 +119,13 @@ def _self_attention(trace: Trace, node: fx.Node) -> Edit | None:
     def edit(net: nn.Module) -> None:
         attention = net.get_submodule(name)
         assert isinstance(attention, nn.MultiheadAttention)
-        kind = attention.in_proj_weight.dtype
-        replace_module(net, name, SelfAttention(attention).to(kind))
+        replace_module(net, name, SelfAttention(attention))
 
     return name, edit
 
 
 def _edits(trace: Trace) -> list[Edit]:
-    plain, owned = plain_calls(trace), trace.owned()
+    plain, owned = plain_calls(trace), trace.owned
     found: list[Edit] = []
     for node in calls(trace.nodes, *LAYER_OPERATORS):
         name = trace.owner(node)
@@ -165,24 +155,28 @@ def merged_branches(net: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[s
     return merged, ("parallel branches merged by re-parameterisation",)
 
 
+def _edit(net: nn.Module, edits: Sequence[Edit]) -> None:
+    """Make `edits` on `net`; the modules that they add come in float32, and take the type of the rest."""
+    kind = next(net.parameters()).dtype
+    for _, edit in edits:
+        edit(net)
+    net.to(kind).eval()
+
+
 def lowered(trace: Trace, example: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
     """Return (the network of `trace` with plain layers, or itself if it has no others; notes on what was done)."""
     net, edits = trace.net, _edits(trace)
     if not edits:
         return net, ()
 
-    def edited(some: Sequence[Edit]) -> nn.Module:
-        changed = copy.deepcopy(net)
-        for _, edit in some:
-            edit(changed)
-        return changed.eval()
-
-    exact = output_of(net, example)
-    kept, refused = preserving(edits, lambda some: difference(exact, output_of(edited(some), example)))
+    kept, refused = preserving(net, edits, _edit, example)
     notes = [f"{len(kept)} layers made plain (padding, weights or biases of their own)"] if kept else []
     notes += [
         f"{name}: not made plain, "
         + ("the network's code needs it" if math.isinf(apart) else f"it would change the output by {apart:.1e}")
         for (name, _), apart in refused
     ]
-    return (edited(kept) if kept else net), tuple(notes)
+    if kept:
+        net = copy.deepcopy(net)
+        _edit(net, kept)
+    return net, tuple(notes)

@@ -20,7 +20,7 @@ POINTWISE = (
 
 def absorbing(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
     """Return the calls of layers that can absorb a scale: called once, of a kind whose weight has its outputs first."""
-    read, found = trace.reads_parameter(), {}
+    read, found = trace.reads_parameter, {}
     for node, name in plain.items():
         module = trace.net.get_submodule(name)
         once = read[f"{name}.weight"] == 1 and read[f"{name}.bias"] <= 1
@@ -46,7 +46,7 @@ def channel_map(reach: Reach) -> tuple[int, ...] | None:
 
 
 def _norm_places(trace: Trace, layers: Mapping[fx.Node, str]) -> Iterator[Place]:
-    read = trace.reads_parameter()
+    read = trace.reads_parameter
     for node in calls(trace.nodes, *NORMS):
         position = NORMS[node.target]  # type: ignore[index]
         weight = trace.parameter(node.args[position]) if len(node.args) > position else None
@@ -84,13 +84,13 @@ def _activation_before(node: fx.Node) -> fx.Node | None:
 
 def _insertions(trace: Trace, layers: Mapping[fx.Node, str], placed: Iterable[str]) -> Iterator[Place]:
     """Yield places behind activations that are modules, for layers that are not in `placed`."""
-    owned, done = trace.owned(), {*placed}
+    done = {*placed}
     for node, name in layers.items():
         before = _activation_before(node)
         if name in done or before is None:
             continue
         owner = trace.owner(before)
-        module, nodes = trace.net.get_submodule(owner), owned.get(owner, [])
+        module, nodes = trace.net.get_submodule(owner), trace.owned.get(owner, [])
         alone = nodes and nodes[-1] is before and len([each for each in nodes if each.target is before.target]) == 1
         if not alone or any(True for _ in module.parameters()) or any(True for _ in module.children()):
             continue

@@ -50,22 +50,25 @@ def difference(exact: Tensor, other: Tensor) -> float:
 
 
 def preserving(
-    steps: Sequence[Step], difference_of: Callable[[Sequence[Step]], float]
+    net: nn.Module, steps: Sequence[Step], apply: Callable[[nn.Module, Sequence[Step]], None], example: Tensor
 ) -> tuple[tuple[Step, ...], tuple[tuple[Step, float], ...]]:
-    """Return (the steps that leave the function as it is, those that do not with the difference that each makes).
+    """Return (the steps that leave the output of `net` as it is, those that do not with the difference that each makes).
 
-    `difference_of`: what some steps together do to the output, as a relative L2 difference. Steps that are sound alone have
-    to be sound together as well; otherwise all of them are refused.
+    `apply` makes some steps together on a copy of `net`, which may be in float64. Steps that are sound alone have to be
+    sound together as well; otherwise all of them are refused. Where the network's code fails with a step, the difference is
+    infinite.
     """
+    if not steps:
+        return (), ()
+    exact = output_of(net, example)
 
     def apart_by(some: Sequence[Step]) -> float:
         try:
-            return difference_of(some)
-        except Exception:  # the code of a network that wants what the step replaced may raise anything
+            return difference(exact, output_of(net, example, lambda copied: apply(copied, some)))
+        except Exception:  # the network's own code may raise anything
             return float("inf")
 
-    together = apart_by(steps) if steps else 0.0
-    if together <= MAX_REL_L2:
+    if apart_by(steps) <= MAX_REL_L2:
         return tuple(steps), ()
     alone = [(step, apart_by([step])) for step in steps]
     sound = [step for step, apart in alone if apart <= MAX_REL_L2]
@@ -76,7 +79,7 @@ def preserving(
     return tuple(sound), tuple(refused)
 
 
-def _move_by_chance(net: nn.Module, places: Sequence[Place]) -> None:
+def move_by_chance(net: nn.Module, places: Sequence[Place]) -> None:
     """Move random scales of 1/2 to 2, and shifts, at `places` (edits `net`)."""
     generator = torch.Generator().manual_seed(0)
     kind = next(net.parameters()).dtype
@@ -84,15 +87,3 @@ def _move_by_chance(net: nn.Module, places: Sequence[Place]) -> None:
         scale = torch.exp2(torch.rand(len(place.rows), generator=generator, dtype=kind) * 2 - 1)
         shift = torch.randn(len(place.rows), generator=generator, dtype=kind) * 0.1 * place.shifts
         move(net, place, scale, shift)
-
-
-def proved(
-    net: nn.Module, places: Sequence[Place], example: Tensor
-) -> tuple[tuple[Place, ...], tuple[tuple[Place, float], ...]]:
-    """Return (the places at which random scales leave the output of `net` unchanged, those at which they do not)."""
-    exact = output_of(net, example)
-
-    def difference_of(some: Sequence[Place]) -> float:
-        return difference(exact, output_of(net, example, lambda copied: _move_by_chance(copied, some)))
-
-    return preserving(places, difference_of)

@@ -1,4 +1,4 @@
-"""What a network tells of itself: one value, read from a trace and proved on an example."""
+"""What a network tells of itself, as one value: read from a trace; the places for scales are proved on an example."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from calib.structure.channels import PASSED_ON
 from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
 from calib.structure.moves import NORM, Place
 from calib.structure.places import places_of
-from calib.structure.proof import proved
+from calib.structure.proof import move_by_chance, preserving
 from calib.structure.trace import Trace, aten, calls
 
 PACKED = ("qkv", "proj", "q_norm", "k_norm", "num_heads", "head_dim")  # what INT8 attention takes of a module
@@ -19,10 +19,8 @@ PACKED = ("qkv", "proj", "q_norm", "k_norm", "num_heads", "head_dim")  # what IN
 # carry the signal (DINOv2-S loses 14 dB at 99.99); elsewhere rare outliers would make the scale too large for all others
 # (MobileNet-v2 loses 3 dB at 99.9999).
 PERCENTILE_WITH_ATTENTION, PERCENTILE = 99.9999, 99.99
-SHARED_FORMS = (
-    "shared",
-    "shared_mlp",
-)  # branches that read the integers of a block's first, second layer behind a norm
+# branches that read the integers of a block's first, second layer behind a norm
+SHARED_FORMS = ("shared", "shared_mlp")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place,
         usual = scale is None or math.isclose(float(scale), float(module.head_dim) ** -0.5)  # type: ignore[arg-type]
         factors = zip(node.args[:3], (f"{name}.q_norm", f"{name}.k_norm", ""), strict=True)
         direct = all(_reaches(factor, [qkv], trace, norm) for factor, norm in factors)
-        moved = any(f"{name}.proj" in place.readers and place.producer == f"{name}.qkv" for place in places)
+        moved = any(place.readers == (f"{name}.proj",) and place.producer == f"{name}.qkv" for place in places)
         found[name] = usual and direct and moved and _reaches(proj.args[0], [node], trace)
     return tuple(name for name, usable in found.items() if usable)
 
@@ -142,7 +140,7 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
     useful = [
         place for place in places_of(trace, plain) if any(layers[name].why_float is None for name in place.readers)
     ]
-    places, refused = proved(net, useful, example)
+    places, refused = preserving(net, useful, move_by_chance, example)
     blocks = blocks_of(trace, plain, example)
     attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
     return Structure(

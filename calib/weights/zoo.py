@@ -5,7 +5,7 @@ papers quantize (84.5 %). If timm has no checkpoint with the accuracy of the pap
 accuracy can be compared, the accuracy itself cannot.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calib.errors import UserError, suggestion
 from calib.weights.own import name_of
@@ -76,6 +76,15 @@ def input_size(text: str) -> tuple[int, int]:
 def own_model(factory: str) -> ModelSpec:
     """The spec of a network of the user's own. Raises UserError if `factory` is not of the form module:name."""
     return ModelSpec(name_of(factory), factory, factory=factory)
+
+
+def spec_of(name: str, factory: str | None, size: tuple[int, int] | None) -> ModelSpec:
+    """The spec of a network of the user's own if there is a `factory`, else of the model `name`, for images of `size`.
+
+    Raises UserError for an unknown name or a malformed factory.
+    """
+    spec = own_model(factory) if factory else resolve_model(name)
+    return replace(spec, img_size=size or spec.img_size)
 
 
 def resolve_model(name: str) -> ModelSpec:

@@ -138,9 +138,13 @@ def fold_constants(model: ir.Model) -> None:
         fold(model)
 
 
+class NoExportError(UserError):
+    """torch.onnx cannot export the network in the type that it has."""
+
+
 @contextmanager
 def _said_in_one_line(kind: str) -> Iterator[None]:
-    """Turn what the exporter raises into a UserError with the first line of its cause."""
+    """Turn what the exporter raises into a NoExportError with the first line of its cause; a UserError stays one."""
     try:
         yield
     except torch.onnx.OnnxExporterError as error:
@@ -150,7 +154,7 @@ def _said_in_one_line(kind: str) -> Iterator[None]:
         if isinstance(cause, UserError):
             raise cause from error
         line = (str(cause).strip().splitlines() or [""])[0][:300]
-        raise UserError(
+        raise NoExportError(
             f"{kind} cannot be exported to ONNX ({type(cause).__name__}: {line}): expected operators that torch.onnx knows, "
             f"and code that keeps the type of its inputs"
         ) from error
@@ -175,7 +179,8 @@ def onnx_from_net(
 
     `rewrite`: what is done to the graph once constants are folded.
 
-    Raises UserError for a quantizer that only a simulation can compute; the message names it.
+    Raises UserError for a quantizer that only a simulation can compute, whose name it says, and NoExportError for what
+    torch.onnx cannot export.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
@@ -223,7 +228,7 @@ def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
     images = torch.zeros(2, 3, *size)
     try:
         return onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32)
-    except UserError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
+    except NoExportError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
         return onnx_from_net(net, images, no_fp32)
 
 

@@ -1,4 +1,6 @@
-"""Engine builders: one file per backend, each with `NAME`, `cannot_build()`, `cannot_run()`, `version()` and `build()`."""
+"""Engine builders: one file per backend, each with `NAME` and the functions `cannot_build`, `cannot_run`, `require_target`,
+`version` and `build`.
+"""
 
 import importlib
 import pkgutil

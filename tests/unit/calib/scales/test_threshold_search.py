@@ -104,7 +104,7 @@ class Lone(nn.Module):
 
 
 def test_a_layer_clips_an_outlier_that_carries_nothing_and_keeps_one_that_does():
-    torch.manual_seed(4)
+    torch.manual_seed(4)  # a draw at which some rule clips: at others all rules agree on the maximum
     net = Lone().requires_grad_(False)
     net.first.weight.data[0] *= 100
     model = QuantModel.of("lone", net, Structure("Lone", {name: Layer(name) for name in ("first", "second")}))
