@@ -2,10 +2,12 @@
 
 Writes `results/intake.json`: for every architecture the numbers of layers, of those to be quantized, of places where channel
 scales can move, of blocks and of attentions that can be INT8, or the reason why nothing was found, in one line. Weights are
-random: they decide nothing here but the proof of every step, for which random numbers do. A network of more than `LARGEST`
-parameters is skipped and counted as such. A process may take `GIGABYTES` of memory.
+random: they decide nothing here but the proof of every step, for which random numbers do. So that it takes an hour and not
+days, networks for any size get images of `SIDE` pixels, others of at most `LARGEST_SIDE` where they can be built so, and
+those of more than `LARGEST` parameters have `DEPTH` blocks; where that is not possible the architecture is skipped and
+counted as such. Each line says what was examined. A process may take `GIGABYTES` of memory.
 
-    python -m benchmarks.coverage                  every architecture
+    python -m benchmarks.coverage                  every architecture; goes on where a run of the same commit was interrupted
     python -m benchmarks.coverage --every 3        every third one in timm's alphabetic order: a sample
     python -m benchmarks.coverage 'vit_*' swin_t   some of them, by pattern; figures of others stay
 """
@@ -28,10 +30,51 @@ from deploy.report.evidence import tool_commit
 RESULT = Path(__file__).parent / "results" / "intake.json"
 LARGEST = 250_000_000  # parameters, of which the proof holds two copies in float64
 GIGABYTES = 9  # per process
+SIDE = 128  # pixels of the images of an architecture that takes any size
+LARGEST_SIDE, SIDE_OF_FIXED = 288, 224  # an architecture for one size above the first is built for the second
+DEPTH = 3  # blocks of a transformer that would be too large
 WORKERS = 2
 EVERY = "--every"
 CHUNK = 15  # architectures per process
 EXAMINE = "--examine"  # the rest are names: examine them in this process
+
+
+class TooLargeError(Exception):
+    """An architecture that this machine cannot examine."""
+
+
+def parameters(name: str, **options: int) -> int | None:
+    """Return how many parameters an architecture has with `options`, or None if it does not take them."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        try:
+            return sum(each.numel() for each in timm.create_model(name, **options).parameters())
+        except (TypeError, AssertionError, RuntimeError):
+            return None
+
+
+def examined(name: str) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Return (options of the architecture, (channels, height, width) of the example), small enough for this machine.
+
+    Raises TooLargeError if the architecture cannot be built with fewer blocks.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    channels, *own = config.input_size
+    options: dict[str, int] = {}
+    if not config.fixed_input_size and min(own) > SIDE:
+        own = [SIDE, SIDE]
+    elif min(own) > LARGEST_SIDE and parameters(name, img_size=SIDE_OF_FIXED) is not None:
+        options, own = {"img_size": SIDE_OF_FIXED}, [SIDE_OF_FIXED, SIDE_OF_FIXED]
+    size = parameters(name, **options) or 0
+    if size > LARGEST:
+        options |= {"depth": DEPTH}
+        if (parameters(name, **options) or size) > LARGEST:
+            raise TooLargeError(f"{size / 1e6:.0f} million parameters, more than this machine takes")
+    return options, (channels, *own)
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -51,14 +94,12 @@ def examine(name: str) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
     start = time.perf_counter()
     try:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in timm.create_model(name).parameters())
-        if parameters > LARGEST:
-            return {"skipped": f"{parameters / 1e6:.0f} million parameters, more than this machine takes"}
+        options, size = examined(name)
         torch.manual_seed(0)
-        net = timm.create_model(name).eval().requires_grad_(False)
-        size = timm.data.resolve_model_data_config(net)["input_size"]
+        net = timm.create_model(name, **options).eval().requires_grad_(False)
         found = structure_json(fold_affine(QuantModel.of(name, net), torch.randn(1, *size)).structure)
+    except TooLargeError as error:
+        return {"skipped": str(error)}
     except UserError as error:
         return {"reason": str(error).splitlines()[0]}
     except Exception as error:  # what an architecture raises is the finding
@@ -66,7 +107,8 @@ def examine(name: str) -> dict[str, Any]:
     figures = {
         key: len(found[key]) for key in ("quantized", "float", "places", "refused_places", "blocks", "int8_attention")
     }
-    return {"kind": found["kind"], **figures, "seconds": round(time.perf_counter() - start, 1)}
+    shown = {"input": "x".join(map(str, size)), **options}
+    return {"kind": found["kind"], **shown, **figures, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def examine_all(names: Sequence[str]) -> None:
@@ -121,25 +163,40 @@ def main(patterns: Sequence[str]) -> int:
     if not chosen:
         print(f"no architecture of timm matches {', '.join(patterns)}", file=sys.stderr)
         return 2
-    kept = json.loads(RESULT.read_text())["architectures"] if RESULT.exists() and patterns else {}
-    for name, found in results(chosen):
+    command = "python -m benchmarks.coverage" + (f" {EVERY} {every}" if every > 1 else "")
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    interrupted = before.get("commit") == tool_commit() and not before.get("complete") and before["command"] == command
+    kept = before["architectures"] if before and (patterns or interrupted) else {}
+    waiting = chosen if patterns else [name for name in chosen if name not in kept]
+    for number, (name, found) in enumerate(results(waiting), 1):
         kept[name] = found
         print(f"{len(kept)}/{len(names)} {name}: {json.dumps(found)}", flush=True)
-    tried = {name: found for name, found in kept.items() if "skipped" not in found}
-    whole = sum(map(has_structure, tried.values()))
+        if number % CHUNK == 0:
+            write(kept, command, complete=False)
+    report = write(kept, command, complete=all(name in kept for name in names))
+    print(
+        f"{report['with_places_and_blocks']} of {report['tried']} architectures have layers, places and blocks "
+        f"({report['skipped']} skipped)"
+    )
+    return 0
+
+
+def write(kept: dict[str, dict[str, Any]], command: str, complete: bool) -> dict[str, Any]:
+    """Write `results/intake.json` and return it."""
+    import timm
+
+    tried = [found for found in kept.values() if "skipped" not in found]
     report = {
         "architectures": dict(sorted(kept.items())),
-        "in_timm": len(timm.list_models()),
+        "in_timm": len(timm.list_models()), "complete": complete,
         "tried": len(tried), "skipped": len(kept) - len(tried),
-        "traced": sum("reason" not in found for found in tried.values()),
-        "with_places_and_blocks": whole,
-        "reasons": Counter(found["reason"][:80] for found in tried.values() if "reason" in found),
-        "machine": host.describe(), "commit": tool_commit(),
-        "command": "python -m benchmarks.coverage" + (f" {EVERY} {every}" if every > 1 else ""),
+        "traced": sum("reason" not in found for found in tried),
+        "with_places_and_blocks": sum(map(has_structure, tried)),
+        "reasons": Counter(found["reason"][:80] for found in tried if "reason" in found),
+        "machine": host.describe(), "commit": tool_commit(), "command": command,
     }  # fmt: skip
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{whole} of {len(tried)} architectures have layers, places and blocks ({len(kept) - len(tried)} skipped)")
-    return 0
+    return report
 
 
 if __name__ == "__main__":
