@@ -43,7 +43,7 @@ class TooLargeError(Exception):
     """An architecture that this machine cannot examine."""
 
 
-def parameters(name: str, **options: int) -> int | None:
+def parameters(name: str, **options: Any) -> int | None:
     """Return how many parameters an architecture has with `options`, or None if it does not take them."""
     import timm
     import torch
@@ -55,7 +55,7 @@ def parameters(name: str, **options: int) -> int | None:
             return None
 
 
-def examined(name: str) -> tuple[dict[str, int], tuple[int, ...]]:
+def examined(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return (options of the architecture, (channels, height, width) of the example), small enough for this machine.
 
     Raises TooLargeError if the architecture cannot be built with fewer blocks.
@@ -64,7 +64,7 @@ def examined(name: str) -> tuple[dict[str, int], tuple[int, ...]]:
 
     config = timm.get_pretrained_cfg(name)
     channels, *own = config.input_size
-    options: dict[str, int] = {}
+    options: dict[str, Any] = {}
     if not config.fixed_input_size and min(own) > SIDE:
         own = [SIDE, SIDE]
     elif min(own) > LARGEST_SIDE and parameters(name, img_size=SIDE_OF_FIXED) is not None:
