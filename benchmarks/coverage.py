@@ -4,8 +4,8 @@ Writes `results/intake.json`: for every architecture the numbers of layers, of t
 scales can move, of blocks and of attentions that can be INT8, or the reason why nothing was found, in one line. Weights are
 random: they decide nothing here but the proof of every step, for which random numbers do. So that it takes an hour and not
 days, networks for any size get images of `SIDE` pixels, others of at most `LARGEST_SIDE` where they can be built so, and
-those of more than `LARGEST` parameters have `DEPTH` blocks; where that is not possible the architecture is skipped and
-counted as such. Each line says what was examined. A process may take `GIGABYTES` of memory.
+those of more than `LARGE` parameters have `DEPTH` blocks if their code has that option; what then has more than `LARGEST`
+is skipped and counted as such. Each line says what was examined. A process may take `GIGABYTES` of memory.
 
     python -m benchmarks.coverage                  every architecture; goes on where a run of the same commit was interrupted
     python -m benchmarks.coverage --every 3        every third one in timm's alphabetic order: a sample
@@ -28,11 +28,12 @@ from deploy import host
 from deploy.report.evidence import tool_commit
 
 RESULT = Path(__file__).parent / "results" / "intake.json"
-LARGEST = 250_000_000  # parameters, of which the proof holds two copies in float64
+LARGE = 50_000_000  # parameters from which on an architecture is built with fewer blocks, if it can be
+LARGEST = 300_000_000  # parameters, of which the proof holds two copies in float64
 GIGABYTES = 9  # per process
 SIDE = 128  # pixels of the images of an architecture that takes any size
 LARGEST_SIDE, SIDE_OF_FIXED = 288, 224  # an architecture for one size above the first is built for the second
-DEPTH = 3  # blocks of a transformer that would be too large
+DEPTH = 3  # blocks of a transformer that would be large
 WORKERS = 2
 EVERY = "--every"
 CHUNK = 15  # architectures per process
@@ -63,6 +64,7 @@ def examined(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
     import timm
 
     config = timm.get_pretrained_cfg(name)
+    assert config is not None
     channels, *own = config.input_size
     options: dict[str, Any] = {}
     if not config.fixed_input_size and min(own) > SIDE:
@@ -70,10 +72,11 @@ def examined(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
     elif min(own) > LARGEST_SIDE and parameters(name, img_size=SIDE_OF_FIXED) is not None:
         options, own = {"img_size": SIDE_OF_FIXED}, [SIDE_OF_FIXED, SIDE_OF_FIXED]
     size = parameters(name, **options) or 0
+    shorter = parameters(name, **options, depth=DEPTH) if size > LARGE else None
+    if shorter is not None:
+        options, size = {**options, "depth": DEPTH}, shorter
     if size > LARGEST:
-        options |= {"depth": DEPTH}
-        if (parameters(name, **options) or size) > LARGEST:
-            raise TooLargeError(f"{size / 1e6:.0f} million parameters, more than this machine takes")
+        raise TooLargeError(f"{size / 1e6:.0f} million parameters, more than this machine takes")
     return options, (channels, *own)
 
 

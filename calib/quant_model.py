@@ -8,6 +8,7 @@ from torch import nn
 
 from calib.errors import UserError
 from calib.grids import Grid
+from calib.outputs import kind_of
 from calib.precision import INT8_ENGINE, LayerBits, Precision
 from calib.quantizer import QParams
 from calib.structure.moves import Moved
@@ -82,7 +83,7 @@ class QuantModel:
         cls, name: str, net: nn.Module, structure: Structure | None = None, precision: Precision = INT8_ENGINE
     ) -> "QuantModel":
         """Return the float network `net` of which nothing is quantized yet; without `structure`, folding reads it."""
-        return cls(name, net, net, net, structure or Structure(type(net).__name__, {}), precision=precision)
+        return cls(name, net, net, net, structure or Structure(kind_of(net), {}), precision=precision)
 
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `quantizers` added (same names replaced)."""
@@ -134,8 +135,3 @@ class QuantModel:
         layers = {*self.layers}
         reasons = {layer.name: layer.why_float for layer in self.structure.layers.values() if layer.name not in layers}
         return {name: reason for name, reason in {**reasons, **self.structure.unknown}.items() if reason is not None}
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether the outputs are logits of classes; otherwise they are features."""
-        return int(getattr(self.float_net, "num_classes", 0)) > 0

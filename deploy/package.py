@@ -17,6 +17,7 @@ from calib.errors import UserError
 
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
 MANIFEST, REPORT, GOLDEN = "manifest.json", "report.json", "golden.npz"
+GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # what the names of outputs in golden.npz begin with
 FILES = (MODEL, MODEL_FP32, ENGINE, MANIFEST, REPORT, GOLDEN)
 
 UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}

@@ -31,10 +31,10 @@ from deploy.run import Run
 from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
-IMAGES = ("calibration", "evaluation", "golden", "images", "key")
+IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
 MEASURED = (
-    "loaded", "outputs", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned", "built",
-    "plain", "audit", "verdict", "speed", "float_model",
+    "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
+    "built", "plain", "audit", "verdict", "speed", "float_model",
 )  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def _deciding(stages: Iterator[ModelStage]) -> Iterator[Stage]:
 def spine(recipe: Recipe) -> tuple[Stage, ...]:
     """All stages in order: name, half, what it reads, what it writes, what it runs."""
     return (
-        Stage("load", TORCH, (), ("loaded", "outputs", "model"), steps.load),
-        Stage("images", TORCH, ("loaded", "outputs"), IMAGES, steps.read_images),
+        Stage("load", TORCH, (), ("loaded", "outputs", "task"), steps.load),
+        Stage("images", TORCH, ("loaded", "outputs", "task"), IMAGES, steps.read_images),
         Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
         *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
@@ -60,7 +60,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
         Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
-        Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "loaded", "model"), ("verdict",), steps.verify),
+        Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "loaded", "task"), ("verdict",), steps.verify),
         Stage("benchmark", ENGINE, ("float_model", "golden"), ("speed",), steps.benchmark),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from calib.images.image_set import ImageSet
     from calib.network.fp16_range import Fp16Range
+    from calib.outputs import Output
     from calib.quant_model import QuantModel
     from calib.scales.coverage import Coverage
     from calib.weights.load import LoadedNet
@@ -47,7 +48,8 @@ class Run:
     taken: dict[str, str] = field(default_factory=dict)  # stage -> key of the state it was taken from
 
     loaded: "LoadedNet" = field(init=False)
-    outputs: int = field(init=False)  # values per image
+    outputs: "tuple[Output, ...]" = field(init=False)
+    task: str = field(init=False)  # what the outputs are (calib/outputs.py)
     model: "QuantModel" = field(init=False)
     calibration: "ImageSet" = field(init=False)
     evaluation: "ImageSet" = field(init=False)

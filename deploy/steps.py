@@ -18,6 +18,7 @@ from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.network.fp16_range import fp16_range
 from calib.network.qdq import quantized_net
+from calib.outputs import CLASSIFIER, Output, apart, joined, named_outputs, outputs_of, task_of
 from calib.quant_model import QuantModel
 from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
@@ -28,7 +29,18 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.errors import ContractError
 from deploy.graph.check import require_strongly_typed
-from deploy.package import ENGINE, FILES, GOLDEN, MANIFEST, MODEL, MODEL_FP32, REPORT, write_json
+from deploy.package import (
+    ENGINE,
+    FILES,
+    GOLDEN,
+    GOLDEN_FLOAT,
+    GOLDEN_SIMULATED,
+    MANIFEST,
+    MODEL,
+    MODEL_FP32,
+    REPORT,
+    write_json,
+)
 from deploy.progress import Progress
 from deploy.report.evidence import report_json
 from deploy.report.manifest import manifest_json
@@ -58,9 +70,12 @@ class Batches:
         return -(-self.images.count // BATCH)
 
 
-def _float_outputs(net: nn.Module, images: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return net(torch.from_numpy(images)).numpy()
+def _named(prefix: str, net: nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The outputs of `net`, for the file of golden images."""
+    with torch.inference_mode(), apart(net):
+        return {
+            f"{prefix}{name}": value.numpy() for name, value in named_outputs(net(torch.from_numpy(images))).items()
+        }
 
 
 def _hold(contract: Any) -> None:
@@ -81,30 +96,28 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
     return found[0] if found else ""
 
 
-def _values_per_image(net: nn.Module, size: Sequence[int]) -> int:
-    """Return how many values `net` makes of an image; `size` is (3, H, W).
+def _outputs(net: nn.Module, size: Sequence[int]) -> tuple[Output, ...]:
+    """Return the outputs that `net` computes from images; `size` is (3, H, W).
 
-    Raises UserError unless it turns images (B, 3, H, W) into finite values (B, N).
+    Raises UserError unless it turns images (B, 3, H, W) into finite floating-point values.
     """
-    images, kind = torch.zeros(1, *size), type(net).__name__
+    images, kind = torch.zeros(2, *size), type(net).__name__
     try:
-        with torch.no_grad():
-            output = net(images)
+        outputs = outputs_of(net, images)
     except (RuntimeError, ValueError, AssertionError) as error:
         shape = "x".join(map(str, size))
         raise UserError(f"{kind} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]) from error
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-        raise UserError(f"{kind} returns {got}: only networks with one output (images, values) are built so far")
     classes = getattr(net, "num_classes", None)
-    if classes is not None and classes not in (0, output.shape[1]):
+    if task_of(net, outputs) == CLASSIFIER and outputs[0].shape != (classes,):
         raise UserError(
-            f"{kind} says num_classes = {classes!r} and returns {output.shape[1]} values: expected the same"
+            f"{kind} says num_classes = {classes!r} and returns {outputs[0].shape[0]} values: expected the same"
         )
-    if not output.isfinite().all():
+    with torch.no_grad():
+        found = named_outputs(net(images))
+    if not all(value.isfinite().all() for value in found.values()):
         name = _not_a_number(net, images)
         raise UserError(f"the float network computes NaN or Inf, first in '{name}': give weights that work in float")
-    return output.shape[1]
+    return outputs
 
 
 def _check_labels(images: ImageSet, outputs: int) -> None:
@@ -123,8 +136,8 @@ def load(run: Run) -> Lines:
     """The float network."""
     run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
     net = run.loaded.net
-    run.outputs = _values_per_image(net, run.loaded.data_config["input_size"])
-    run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
+    run.outputs = _outputs(net, run.loaded.data_config["input_size"])
+    run.task = task_of(net, run.outputs)
     return (run.loaded.source,)
 
 
@@ -134,8 +147,11 @@ def read_images(run: Run) -> Lines:
     run.calibration, run.evaluation = image_sets(
         options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
     )
-    _check_labels(run.evaluation, run.outputs)
+    if run.task == CLASSIFIER:
+        _check_labels(run.evaluation, run.outputs[0].shape[0])
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
+    net = joined(run.loaded.net, torch.from_numpy(run.golden))
+    run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
     halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, torch.from_numpy))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
     run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch)
@@ -251,7 +267,7 @@ def verify(run: Run) -> Lines:
     labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
     images = Batches(run.evaluation, run.progress, np.asarray)
     run.verdict = verify_fidelity(
-        run.folder, run.float_model, images, run.golden, run.model.is_classifier, labels, run.evaluation.sources
+        run.folder, run.float_model, images, run.golden, run.task, labels, run.evaluation.sources
     )
     _hold(run.verdict)
     if not run.loaded.random and (reason := run.verdict.no_longer_the_network()):
@@ -267,12 +283,12 @@ def benchmark(run: Run) -> Lines:
 
 def package(run: Run) -> Lines:
     """What ships beside the engine: golden images with their outputs, report and manifest."""
-    np.savez(
-        run.folder / GOLDEN,
-        images=run.golden,
-        float_output=_float_outputs(run.model.float_net, run.golden),
-        simulated_output=_float_outputs(run.simulation, run.golden),
-    )
+    arrays = {
+        "images": run.golden,
+        **_named(GOLDEN_FLOAT, run.model.float_net, run.golden),
+        **_named(GOLDEN_SIMULATED, run.simulation, run.golden),
+    }
+    np.savez(run.folder / GOLDEN, **arrays)  # type: ignore[arg-type]
     run.report = report_json(run)
     write_json(run.folder / REPORT, run.report)
     write_json(run.folder / MANIFEST, manifest_json(run))

@@ -11,10 +11,10 @@ import numpy as np
 
 from calib.errors import UserError
 from calib.store.digests import file_sha256
-from deploy.measure.accuracy import Fidelity, fidelity, mean_sqnr_db
+from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
 from deploy.measure.onnx_runner import OnnxRunner, integer_layers
-from deploy.package import FILES, GOLDEN, MANIFEST, MODEL, MODEL_FP32, read_json
+from deploy.package import FILES, GOLDEN, GOLDEN_FLOAT, GOLDEN_SIMULATED, MANIFEST, MODEL, MODEL_FP32, read_json
 
 # FP16 moves values across rounding boundaries, as another processor does: that changed the SQNR of the few golden images
 # by -2.1 to +2.7 dB. An overflow costs tens of dB.
@@ -64,7 +64,7 @@ class Verdict:
         found = self.fidelity
         if not found.sqnr_db >= LEAST_DB:
             what = f"its output has {found.sqnr_db:.1f} dB SQNR to the float network's, expected {LEAST_DB:.0f} or more"
-        elif not found.top1_agreement >= LEAST_AGREEMENT:
+        elif found.top1_agreement is not None and not found.top1_agreement >= LEAST_AGREEMENT:
             what = f"it agrees with the float network on {found.top1_agreement:.0%} of the images"
         else:
             return None
@@ -74,8 +74,15 @@ class Verdict:
         )
 
 
-def _outputs(runner: OnnxRunner, batches: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([runner(batch) for batch in batches])
+def _outputs(runner: OnnxRunner, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    found = [runner.named_outputs(batch) for batch in batches]
+    return {name: np.concatenate([each[name] for each in found]).astype(np.float32) for name in found[0]}
+
+
+def _golden_db(reference: Outputs, model: Path, golden: np.ndarray, fused: bool = True) -> float:
+    """The SQNR (dB, mean over images) of the graph `model` on the `golden` images."""
+    found = _outputs(OnnxRunner(model, fused=fused), [golden])
+    return mean_sqnr_db(joined_rows(reference), joined_rows(found, reference))
 
 
 def verify_fidelity(
@@ -83,23 +90,22 @@ def verify_fidelity(
     float_model: Path,
     batches: Iterable[np.ndarray],
     golden: np.ndarray,
-    classifier: bool,
+    task: str,
     labels: np.ndarray | None = None,
     sources: Sequence[int] | None = None,
 ) -> Verdict:
     """Compare the graphs in `folder` with `float_model` on `batches` and on the `golden` images.
 
-    `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `classifier`: whether outputs are logits.
+    `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `task`: what the outputs are.
     `labels`: (images,) class indices of a classifier.
     """
     reference_runner, runner = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
-    reference, output = _outputs(reference_runner, batches), _outputs(runner, batches)
-    golden_reference = reference_runner(golden)
+    golden_reference = _outputs(reference_runner, [golden])
     return Verdict(
-        fidelity=fidelity(reference, output, classifier, labels, sources),
-        fp32_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL_FP32, fused=False)(golden)),
+        fidelity=fidelity(_outputs(reference_runner, batches), _outputs(runner, batches), task, labels, sources),
         # unfused, because ONNX Runtime's CPU fusions compute convolutions with FP16 scales wrongly
-        fp16_sqnr_db=mean_sqnr_db(golden_reference, OnnxRunner(folder / MODEL, fused=False)(golden)),
+        fp32_sqnr_db=_golden_db(golden_reference, folder / MODEL_FP32, golden, fused=False),
+        fp16_sqnr_db=_golden_db(golden_reference, folder / MODEL, golden, fused=False),
     )
 
 
@@ -142,27 +148,43 @@ def recorded_sha256(manifest: Path) -> dict[str, str]:
     return found
 
 
-def golden_arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images (N, 3, H, W), float output (N, D), simulated output (N, D)) of a package, all floating point.
+def golden_arrays(path: Path) -> tuple[np.ndarray, Outputs, Outputs]:
+    """(images (N, 3, H, W), outputs (N, ...) of the float network and of the simulation by name), all floating point.
 
     Raises UserError if the file is not an archive of such arrays.
     """
     try:
         with np.load(path, allow_pickle=False) as golden:
-            arrays = tuple(golden[name] for name in ("images", "float_output", "simulated_output"))
+            arrays = {name: golden[name] for name in golden.files}
+        images = arrays["images"]
+        reference, simulated = (
+            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            for prefix in (GOLDEN_FLOAT, GOLDEN_SIMULATED)
+        )
     # np.load also returns a bare array, which is no context manager: TypeError
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"'{path}' holds no golden images and outputs ({error}): build the package again") from error
-    images, reference, simulated = arrays
     sound = (
-        all(np.issubdtype(array.dtype, np.floating) and array.size for array in arrays)
-        and (images.ndim, reference.ndim) == (4, 2)
-        and reference.shape == simulated.shape
-        and len(images) == len(reference)
+        all(np.issubdtype(array.dtype, np.floating) and array.size and array.ndim >= 2 for array in arrays.values())
+        and images.ndim == 4
+        and reference.keys() == simulated.keys() != set()
+        and all(array.shape == simulated[name].shape and len(array) == len(images) for name, array in reference.items())
     )
     if not sound:
-        found = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
-        raise UserError(f"'{path}' holds {found}: expected float (N, 3, H, W), (N, D), (N, D); build the package again")
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise UserError(
+            f"'{path}' holds {found}: expected float images (N, 3, H, W), and {GOLDEN_FLOAT}... and {GOLDEN_SIMULATED}... "
+            f"(N, ...) of the same names; build the package again"
+        )
     return images, reference, simulated
 
 
@@ -181,10 +203,8 @@ def verify_package(folder: Path) -> list[str]:
     if wrong:
         return wrong
     images, reference, simulated = golden_arrays(folder / GOLDEN)
-    found, recorded_db = (
-        mean_sqnr_db(reference, OnnxRunner(folder / MODEL_FP32)(images)),
-        mean_sqnr_db(reference, simulated),
-    )
+    recorded_db = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))
+    found = _golden_db(reference, folder / MODEL_FP32, images)
     if not found >= recorded_db - MAX_DRIFT_DB:
         wrong.append(
             f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 
 from calib.errors import UserError
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
-from calib.quant_model import QuantModel
+from calib.outputs import outputs_of, task_of
 from calib.weights.load import load_net
 from calib.weights.zoo import resolve_model
 from deploy import host
@@ -47,7 +48,7 @@ def write_inputs(model: str, folder: Path, calib_images: int, eval_images: int) 
     about = {
         "model": model,
         "weights_source": loaded.source,
-        "classifier": QuantModel.of(model, loaded.net).is_classifier,
+        "task": task_of(loaded.net, outputs_of(loaded.net, torch.zeros(2, *loaded.data_config["input_size"]))),
         "calibration": _save(calibration, folder / CALIBRATION),
         "evaluation": _save(evaluation, folder / EVALUATION),
         "machine": host.describe(),

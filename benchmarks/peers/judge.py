@@ -44,18 +44,17 @@ class _Network:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self.session.run(None, {self.input: images})[0]
 
-    def outputs(self, images: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [self(images[start : start + FIDELITY_BATCH]) for start in range(0, len(images), FIDELITY_BATCH)]
-        )
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        batches = (images[start : start + FIDELITY_BATCH] for start in range(0, len(images), FIDELITY_BATCH))
+        return {"output": np.concatenate([self(batch) for batch in batches])}
 
 
-def judge(float_model: Path, quantized: Path, images: np.ndarray, classifier: bool) -> dict[str, Any]:
+def judge(float_model: Path, quantized: Path, images: np.ndarray, task: str) -> dict[str, Any]:
     """{`fidelity` on all `images` (float32 (N, 3, H, W)), `speed` of both in turn on the first eight, `note`}."""
     reference, candidate = _Network(float_model), _Network(quantized)
     batch = np.ascontiguousarray(images[:SPEED_BATCH])
     return {
-        "fidelity": fidelity(reference.outputs(images), candidate.outputs(images), classifier).to_json(),
+        "fidelity": fidelity(reference.outputs(images), candidate.outputs(images), task).to_json(),
         "speed": compare(lambda: reference(batch), lambda: candidate(batch)).to_json(),
         "note": candidate.note,
     }
@@ -66,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.judge")
     for name in ("float_model", "quantized", "images"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--classifier", action="store_true", help="the outputs are logits")
+    parser.add_argument("--task", required=True, help="what the outputs are (deploy/measure/tasks)")
     args = parser.parse_args(argv)
-    print(json.dumps(judge(args.float_model, args.quantized, np.load(args.images, mmap_mode="r"), args.classifier)))
+    print(json.dumps(judge(args.float_model, args.quantized, np.load(args.images, mmap_mode="r"), args.task)))
     return 0
 
 

@@ -191,7 +191,7 @@ def measure(contender: Contender, inputs: Inputs, folder: Path) -> Row:
     if quantized is None:
         return replace(row, error="wrote no model")
     command = [sys.executable, "-m", "benchmarks.peers.judge", inputs.float_model, quantized, inputs.evaluation]
-    judged = run([*map(str, command), *(["--classifier"] if inputs.about["classifier"] else [])])
+    judged = run([*map(str, command), "--task", str(inputs.about["task"])])
     if judged.error:
         return replace(row, error=f"ONNX Runtime cannot run its model: {judged.error}")
     return replace(row, **read_last_line(judged.stdout))

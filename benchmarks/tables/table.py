@@ -28,6 +28,7 @@ from calib.errors import UserError
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import Preprocessing, preprocessing_from_config
 from calib.network.qdq import quantized_net
+from calib.outputs import OUTPUT, outputs_of, task_of
 from calib.quant_model import QuantModel
 from calib.store.kept_files import replacing
 from calib.store.provenance import code_sha256, made_by
@@ -108,9 +109,9 @@ def _in_memory(images: ImageSet) -> CalibrationImages:
     return CalibrationImages(next(iter(halves[0]))[:1], halves)
 
 
-def _outputs(net: nn.Module, images: ImageSet) -> np.ndarray:
+def _outputs(net: nn.Module, images: ImageSet) -> dict[str, np.ndarray]:
     with torch.inference_mode():
-        return np.concatenate([net(torch.from_numpy(batch)).numpy() for batch in images.batches(TABLE_BATCH)])
+        return {OUTPUT: np.concatenate([net(torch.from_numpy(x)).numpy() for x in images.batches(TABLE_BATCH)])}
 
 
 class Bench:
@@ -122,8 +123,10 @@ class Bench:
         self.calibration, self.evaluation = _images(options, preprocessing_from_config(self.loaded.data_config))
         net = self.loaded.net
         self.model = QuantModel.of(spec.name, net)
+        size = self.loaded.data_config["input_size"]
+        self.task = task_of(net, outputs_of(net, torch.zeros(2, *size)))
         self._simulator: Simulator | None = None
-        self._reference = np.empty(0)
+        self._reference: dict[str, np.ndarray] = {}
 
     def key(self, experiment: Experiment) -> str:
         """Hex sha256 of all that determines a row."""
@@ -144,7 +147,7 @@ class Bench:
         simulated = self._simulator.run(experiment.recipe, watch)
         labels = self.evaluation.labels
         found = fidelity(
-            self._reference, _outputs(quantized_net(simulated), self.evaluation), self.model.is_classifier,
+            self._reference, _outputs(quantized_net(simulated), self.evaluation), self.task,
             None if labels is None else np.array(labels), self.evaluation.sources,
         )  # fmt: skip
         return {

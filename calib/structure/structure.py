@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from calib.outputs import kind_of
 from calib.structure.blocks import Block, blocks_of
 from calib.structure.channels import PASSED_ON
 from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
@@ -144,7 +145,7 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
     blocks = blocks_of(trace, plain, example)
     attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
     return Structure(
-        type(net).__name__,
+        kind_of(net),
         layers,
         not_plain(trace, plain),
         places,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.errors import UserError
+from calib.outputs import apart, kind_of
 
 aten = torch.ops.aten
 CONVOLUTIONS = (
@@ -72,13 +73,13 @@ class Trace:
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), apart(net):
                 warnings.simplefilter("ignore")  # of tables that a network keeps between runs
                 program = torch.export.export(net, (example,), strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced
             reason = str(error).strip().splitlines() or [""]
             raise UserError(
-                f"{type(net).__name__} cannot be traced by torch.export ({type(error).__name__}: {reason[0][:200]}): "
+                f"{kind_of(net)} cannot be traced by torch.export ({type(error).__name__}: {reason[0][:200]}): "
                 f"expected a forward pass without branches that depend on values"
             ) from error
         self.net, self.graph = net, program.graph

@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -26,13 +26,13 @@ from calib.errors import UserError
 from calib.grids import why_not_int8
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
+from calib.outputs import apart, kind_of, outputs_of
 from deploy.graph.half import no_fp32
-from deploy.graph.names import node_name, value_name
+from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.zero_points import with_zero_points
 
 OPSET = 21  # has int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer ones give fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
-INPUT, OUTPUT = "input", "output"
 MASKED = -3e4  # a score that FP16 can hold
 LARGEST_CONSTANT = 1 << 24  # elements of a tensor that is computed at export
 
@@ -123,6 +123,14 @@ def name_nodes(model: ir.Model) -> None:
                 value.name = value_name(node.name, index)
 
 
+def _require_own_names(model: ir.Model, outputs: Sequence[str]) -> None:
+    """Raise UserError if an output has the name of another value: TensorRT would report a graph with a cycle."""
+    taken = {value.name for value in model.graph.inputs} | {*model.graph.initializers}
+    for name in outputs:
+        if name in taken:
+            raise UserError(f"the output '{name}' has the name of the input or of a weight: expected another name")
+
+
 def fold_constants(model: ir.Model) -> None:
     """Compute what depends on constants only, in the types of the graph (edits `model`); integer weights stay as they are.
 
@@ -188,14 +196,15 @@ def onnx_from_net(
                 f"quantizer '{module.quantizer}' has {why_not_int8(module.grid)}: it is simulated only, no INT8 kernel "
                 f"of TensorRT reads it"
             )
-    with _quiet(), torch.no_grad(), _said_in_one_line(type(net).__name__):
+    names = [output.name for output in outputs_of(net, example)]
+    with _quiet(), torch.no_grad(), _said_in_one_line(kind_of(net)), apart(net):
         program = torch.onnx.export(
             net,
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=names,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table=TRANSLATION,
             verbose=False,
@@ -205,6 +214,7 @@ def onnx_from_net(
     if rewrite:
         rewrite(program.model)
     name_nodes(program.model)
+    _require_own_names(program.model, names)
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]

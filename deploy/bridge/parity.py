@@ -7,7 +7,7 @@ every quantized layer of the simulation reads the integers that the ONNX graph c
 with them: they may differ by one, and rarely.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from calib.hooks import input_hooks
 from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
+from calib.outputs import apart, named_outputs
 from calib.quantizer import QParams, quantize
-from deploy.bridge.export import OUTPUT
 from deploy.graph.names import node_by_layer
 from deploy.measure.accuracy import relative_l2
 from deploy.measure.onnx_runner import OnnxRunner
@@ -33,9 +33,9 @@ MAX_MISMATCH = 1e-3  # the largest share of the integers of a layer that may dif
 class Parity:
     """The difference between simulation and graph on `images` images.
 
-    `rel_l2`: relative L2 difference of the outputs if every layer reads the same integers. `suspect`: the first layer
-    beyond the limits, or else the one with the largest mismatch; `mismatch`: the share of its integers that differ;
-    `steps`: their largest difference. `end_to_end_difference`: relative L2 difference of the outputs of independent runs.
+    `rel_l2`: relative L2 difference of the outputs, the largest of several, if every layer reads the same integers.
+    `suspect`: the first layer beyond the limits, or else the one with the largest mismatch; `mismatch`: the share of its
+    integers that differ; `steps`: their largest difference. `end_to_end_difference`: that of independent runs.
     """
 
     images: int
@@ -92,8 +92,8 @@ def _suspect(deviations: Deviations) -> str:
     return next(beyond, max(deviations, key=lambda name: deviations[name]))
 
 
-def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Tensor, Deviations]:
-    """(output of `net` if each quantized layer reads `integers`, the deviations of its own integers from them)."""
+def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Any, Deviations]:
+    """(what `net` returns if each quantized layer reads `integers`, the deviations of its own integers from them)."""
     deviations: Deviations = {}
 
     def force(name: str, layer: nn.Module, x: Tensor) -> Tensor:
@@ -110,18 +110,21 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
     layers = [name for name, module in net.named_modules() if isinstance(module, QuantLinear | QuantConv2d | Quantizer)]
     probe, integers = with_integer_outputs(model, layers)
     outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(images)
-    output = outputs[OUTPUT]
     given = {layer: torch.from_numpy(outputs[name]) for layer, name in integers.items()}
     tensor = torch.from_numpy(images)
-    with torch.inference_mode():
-        alone = net(tensor).numpy()
-    forced, deviations = _forced_run(net, tensor, given)
+    with torch.inference_mode(), apart(net):
+        alone = named_outputs(net(tensor))
+        forced, deviations = _forced_run(net, tensor, given)
+
+    def apart_by(own: Mapping[str, Tensor]) -> float:
+        return max(relative_l2(outputs[name], value.numpy()) for name, value in own.items())
+
     suspect = _suspect(deviations)
     return Parity(
         images=len(images),
-        rel_l2=relative_l2(output, forced.numpy()),
+        rel_l2=apart_by(named_outputs(forced)),
         suspect=suspect,
         mismatch=deviations[suspect][0],
         steps=deviations[suspect][1],
-        end_to_end_difference=relative_l2(output, alone),
+        end_to_end_difference=apart_by(alone),
     )

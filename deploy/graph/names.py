@@ -14,6 +14,7 @@ import onnx
 
 from calib.errors import UserError
 
+INPUT = "input"  # of every graph
 NETWORK = "net"  # the layer of nodes that lie in no module but the network itself
 _NAME = re.compile(r"(?P<layer>.*)/(?P<operator>[^/]*?)(?P<repeat>_\d+)?(?P<output>:\d+)?")
 

@@ -1,36 +1,38 @@
-"""The fidelity of a quantized network: how close its outputs are to those of the float network.
+"""The fidelity of a quantized network: how close its outputs are to those of the float network."""
 
-Outputs have one row per image: logits (N, classes) of a classifier, features (N, D) of a network without a head.
-"""
-
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from deploy.measure.tasks import task_module
+from deploy.measure.tasks.features import unit
+
+Outputs = Mapping[str, np.ndarray]  # by name, one entry per image on the first axis
+
 MAX_SQNR_DB = 200.0  # far beyond float32, and JSON has no infinity
 RESAMPLES = 1000  # of the source images, for the interval
-NEIGHBOUR_ROWS = 1024  # nearest neighbours are searched among the first rows only: cost grows with the square
 
 
 @dataclass(frozen=True)
 class Fidelity:
     """The agreement of a network with its reference over `count` images.
 
-    `sqnr_db`: 10 log10(|reference|^2 / |difference|^2) over all rows. `cosine`: mean over images.
-    `top1_agreement`: share of images with the same top-1 result: the class of a classifier, or for features the
-    nearest other image by cosine (`top1_kind` says which). `kl`: mean KL(reference || network) of the class
-    probabilities in nats, None for features. `top1`, `reference_top1`: accuracy on labels, None without labels.
-    `sources`: number of source images, `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db` over them; None where
-    the source images are not known.
+    `sqnr_db`: 10 log10(|reference|^2 / |difference|^2) over all images; several outputs count alike (`joined_rows`), and
+    `outputs` holds the SQNR of each. `cosine`: mean over images. `top1_agreement`: share of images with the same top-1
+    result: the class of a classifier, or for features the nearest other image by cosine (`top1_kind` says which); None for
+    outputs of another kind. `kl`: mean KL(reference || network) of the class probabilities in nats, None without classes.
+    `top1`, `reference_top1`: accuracy on labels, None without labels. `sources`: number of source images,
+    `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db` over them; None where the source images are not known.
     """
 
     count: int
     sqnr_db: float
     cosine: float
-    top1_agreement: float
-    top1_kind: str
+    outputs: dict[str, float] = field(default_factory=dict)
+    top1_agreement: float | None = None
+    top1_kind: str | None = None
     kl: float | None = None
     top1: float | None = None
     reference_top1: float | None = None
@@ -77,54 +79,40 @@ def relative_l2(reference: np.ndarray, output: np.ndarray) -> float:
     return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+def joined_rows(outputs: Outputs, sizes: Outputs | None = None) -> np.ndarray:
+    """Return one row of values per image (N, D): the output, or of several each divided by its size and flattened.
 
-
-def nearest_neighbours(features: np.ndarray) -> np.ndarray:
-    """The index (N,) of the most similar other row (by cosine) for each row of `features` (N, D)."""
-    unit = _unit(features)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, -np.inf)
-    return similarity.argmax(1)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    The size of an output is its root mean square in `sizes`, by default its own.
+    """
+    if len(outputs) == 1:
+        (only,) = outputs.values()
+        return only.reshape(len(only), -1)
+    rows = []
+    for name, value in outputs.items():
+        size = np.sqrt(np.square((sizes or outputs)[name], dtype=np.float64).mean())
+        rows.append((value / (size or 1.0)).reshape(len(value), -1))
+    return np.concatenate(rows, 1)
 
 
 def fidelity(
-    reference: np.ndarray,
-    output: np.ndarray,
-    classifier: bool,
+    reference: Outputs,
+    output: Outputs,
+    task: str,
     labels: np.ndarray | None = None,
     sources: Sequence[int] | None = None,
 ) -> Fidelity:
-    """Compare `output` with `reference`, both (N, D).
+    """Compare `output` with `reference`, both with one entry per image on the first axis of every output.
 
-    `labels` (N,) are class indices of a classifier, `sources` (N,) the numbers of the rows' source images.
+    `task`: what the outputs are (deploy/measure/tasks). `labels` (N,) are class indices of a classifier, `sources` (N,) the
+    numbers of the images' source images.
     """
-    interval = None if sources is None else sqnr_interval_db(reference, output, sources)
-    count = None if sources is None else len(set(sources))
-    cosine = float((_unit(reference) * _unit(output)).sum(1).mean())
-    if not classifier:
-        rows = slice(0, NEIGHBOUR_ROWS)
-        agreement = float((nearest_neighbours(reference[rows]) == nearest_neighbours(output[rows])).mean())
-        return Fidelity(len(output), sqnr_db(reference, output), cosine, agreement, "nearest neighbour",
-                        sources=count, sqnr_interval_db=interval)  # fmt: skip
-    winner, reference_winner = output.argmax(1), reference.argmax(1)
-    p, q = _log_softmax(reference), _log_softmax(output)
+    exact, found = joined_rows(reference), joined_rows(output, reference)
     return Fidelity(
-        count=len(output),
-        sqnr_db=sqnr_db(reference, output),
-        cosine=cosine,
-        top1_agreement=float((winner == reference_winner).mean()),
-        top1_kind="class",
-        kl=float((np.exp(p) * (p - q)).sum(1).mean()),
-        top1=None if labels is None else float((winner == labels).mean()),
-        reference_top1=None if labels is None else float((reference_winner == labels).mean()),
-        sources=count,
-        sqnr_interval_db=interval,
+        count=len(found),
+        sqnr_db=sqnr_db(exact, found),
+        cosine=float((unit(exact) * unit(found)).sum(1).mean()),
+        outputs={name: sqnr_db(value, output[name]) for name, value in reference.items()},
+        sources=None if sources is None else len(set(sources)),
+        sqnr_interval_db=None if sources is None else sqnr_interval_db(exact, found, sources),
+        **task_module(task).measures(exact, found, labels),
     )

@@ -39,12 +39,12 @@ def warnings(run: "Run") -> list[str]:
         found.append(f"{len(run.calibration.skipped)} unreadable images skipped: {shown}")
     if run.evaluation.overlap:
         found.append(f"{run.evaluation.overlap} evaluation images left out: they are calibration images")
-    if run.evaluation.labels is not None and not run.model.is_classifier:
+    if run.evaluation.labels is not None and run.task != "classifier":
         found.append(
             "labels are not used: the network does not say that its outputs are classes (attribute num_classes)"
         )
     top1 = run.verdict.fidelity.reference_top1
-    if top1 is not None and top1 <= CHANCE / run.outputs:
+    if top1 is not None and top1 <= CHANCE / run.outputs[0].shape[0]:
         found.append(
             f"the float network itself reaches {top1:.1%} on these labels, no more than chance: class folders are numbered "
             f"by ImageNet's wnids, by their own numbers, or in alphabetic order, which may not be the network's order"

@@ -6,11 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 from calib.store.digests import file_sha256
 from deploy import host
+from deploy.graph.names import INPUT
 from deploy.package import FILES, MANIFEST
 from deploy.report.evidence import images_json, tool_commit, warnings
 
 if TYPE_CHECKING:
     from deploy.run import Run
+
+
+def _io_json(run: "Run") -> dict[str, Any]:
+    """Inputs and outputs of the engine: names, types, and shapes for the least, the usual and the largest batch."""
+    image, profile = run.loaded.data_config["input_size"], run.options.profile
+    batches = {"min": 1, "opt": profile.opt, "max": profile.maximum}
+    tensors = (("inputs", [(INPUT, image)]), ("outputs", [(each.name, each.shape) for each in run.outputs]))
+    return {
+        kind: [
+            {"name": name, "dtype": "float16", **{which: [batch, *shape] for which, batch in batches.items()}}
+            for name, shape in named
+        ]
+        for kind, named in tensors
+    }
 
 
 def manifest_json(run: "Run") -> dict[str, Any]:
@@ -42,7 +57,8 @@ def manifest_json(run: "Run") -> dict[str, Any]:
             "settings": run.built.settings,
             "audit": run.audit.to_json(),
         },
-        "io": {"input": "FP16 (batch, 3, height, width), normalised", "output": "FP16 (batch, outputs)"},
+        "task": run.task,
+        "io": _io_json(run),
         "host": host.describe(),
         "commit": tool_commit(),
     }

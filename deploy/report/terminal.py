@@ -56,8 +56,12 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             "fidelity to float",
             f"SQNR {fidelity['sqnr_db']:.1f} dB{_interval(fidelity)}, cosine {fidelity['cosine']:.4f}",
         ),
-        (f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"),
     ]
+    if len(fidelity["outputs"]) > 1:
+        each = ", ".join(f"{name} {db:.1f} dB" for name, db in fidelity["outputs"].items())
+        rows.append(("its outputs", each))
+    if fidelity["top1_agreement"] is not None:
+        rows.append((f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"))
     if fidelity["kl"] is not None:
         rows.append(("KL of class probabilities", f"{fidelity['kl']:.4f} nats"))
     if fidelity["top1"] is not None:

@@ -8,11 +8,13 @@ import torch
 
 from calib.network.fold import fold_affine
 from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
+from calib.outputs import OUTPUT
 from calib.scales.calibrate import Config, calibrate
-from deploy.bridge.export import INPUT, OUTPUT, export_float, export_pair
+from deploy.bridge.export import export_float, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
 from deploy.graph.check import check_strongly_typed
+from deploy.graph.names import INPUT
 from deploy.measure.onnx_runner import OnnxRunner
 from tests.tiny import SIZE, TINY, rounded, tiny_batches, tiny_halves, tiny_model
 

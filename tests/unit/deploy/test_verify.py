@@ -104,6 +104,8 @@ GOLDENS = {
     "no images": {"images": IMAGES[:0], "float_output": OUTPUT[:0], "simulated_output": OUTPUT[:0]},
     "integers": {"images": IMAGES.astype(int), "float_output": OUTPUT, "simulated_output": OUTPUT},
     "scalars": {"images": IMAGES, "float_output": np.float32(0), "simulated_output": np.float32(0)},
+    "no outputs": {"images": IMAGES},
+    "other names": {"images": IMAGES, "float_boxes": OUTPUT, "simulated_scores": OUTPUT},
     "objects": {"images": np.array([{}], object), "float_output": OUTPUT, "simulated_output": OUTPUT},
 }
 
@@ -127,5 +129,5 @@ def test_golden_arrays_that_are_none_are_refused_in_one_line(tmp_path, case):
     ],
 )
 def test_a_result_that_is_no_longer_the_network_is_said_with_its_causes(sqnr_db, agreement, text):
-    found = Verdict(Fidelity(8, sqnr_db, 1.0, agreement, "class"), 30.0, 30.0).no_longer_the_network()
+    found = Verdict(Fidelity(8, sqnr_db, 1.0, top1_agreement=agreement), 30.0, 30.0).no_longer_the_network()
     assert found is None if text is None else text in found

@@ -49,7 +49,7 @@ def inputs(tmp_path):
     onnx.save(model, found.float_model)
     np.save(found.calibration, images(5, seed=1))
     np.save(found.evaluation, images(9, seed=2))
-    (tmp_path / "about.json").write_text(json.dumps({"classifier": True, "calibration": {"count": 5}}))
+    (tmp_path / "about.json").write_text(json.dumps({"task": "classifier", "calibration": {"count": 5}}))
     return found
 
 
@@ -193,6 +193,6 @@ def test_the_inputs_are_the_float_network_and_images_of_two_sets(tmp_path, monke
     calibration, evaluation = np.load(found.calibration), np.load(found.evaluation)
     assert calibration.shape == (3, 3, SIZE, SIZE)
     assert evaluation.shape == (2, 3, SIZE, SIZE)
-    assert found.about["classifier"]
+    assert found.about["task"] == "classifier"
     assert len(activation_products(onnx.load(found.float_model))) == 2 * 2
     assert peers_inputs.main(["no_such_model", str(tmp_path)]) == 2

@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deploy.measure.accuracy import MAX_SQNR_DB, fidelity, mean_sqnr_db, nearest_neighbours, relative_l2, sqnr_db
+from deploy.measure.accuracy import MAX_SQNR_DB, fidelity, joined_rows, mean_sqnr_db, relative_l2, sqnr_db
+from deploy.measure.tasks import task_module
+from deploy.measure.tasks.features import nearest_neighbours
 
 
 def logits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -17,7 +19,7 @@ def logits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_classifier_figures_equal_torchs():
     reference, output = logits()
     labels = np.arange(40) % 10
-    found = fidelity(reference, output, classifier=True, labels=labels)
+    found = fidelity({"output": reference}, {"output": output}, "classifier", labels)
     r, o = torch.from_numpy(reference), torch.from_numpy(output)
     assert found.cosine == pytest.approx(float(F.cosine_similarity(r, o).mean()), rel=1e-6)
     kl = F.kl_div(o.log_softmax(1), r.log_softmax(1), log_target=True, reduction="batchmean")
@@ -53,7 +55,30 @@ def test_nearest_neighbour_is_the_loops_answer():
 
 
 def test_features_have_no_class_figures():
-    found = fidelity(*logits(), classifier=False)
+    reference, output = logits()
+    found = fidelity({"output": reference}, {"output": output}, "features")
     assert found.top1_kind == "nearest neighbour"
     assert found.kl is None
     assert found.top1 is None
+
+
+def test_several_outputs_count_alike_whatever_their_sizes():
+    generator = np.random.default_rng(0)
+    boxes, scores = 1000 * generator.normal(size=(6, 20, 4)), generator.normal(size=(6, 20))
+    worse = {"boxes": boxes, "scores": scores + 0.1 * generator.normal(size=scores.shape)}
+    found = fidelity({"boxes": boxes, "scores": scores}, worse, "values")
+    assert found.outputs["boxes"] == MAX_SQNR_DB
+    assert found.outputs["scores"] == pytest.approx(20, abs=1.5)
+    share = 10 * np.log10(5)  # 20 of 100 values an image are scores, and only they have noise
+    assert found.sqnr_db == pytest.approx(found.outputs["scores"] + share, abs=0.1)
+    assert found.top1_agreement is None
+
+
+def test_a_single_output_of_any_shape_is_compared_as_it_is():
+    picture = np.random.default_rng(0).normal(size=(4, 3, 8, 8))
+    np.testing.assert_array_equal(joined_rows({"output": picture}), picture.reshape(4, -1))
+
+
+def test_an_unknown_task_is_no_task():
+    with pytest.raises(ValueError, match="expected classifier, features, values"):
+        task_module("boxes")

@@ -1,0 +1,132 @@
+"""The outputs of a network by name, and as the one row of values per image that judges compare."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
+
+from calib.errors import UserError
+
+OUTPUT = "output"  # the name of a single one
+CLASSIFIER, FEATURES, VALUES = "classifier", "features", "values"  # tasks: what the outputs are
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output. `shape`: of one image, without the batch axis."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Return the name of an output at `path`: keys and fields as they are, numbers of a tuple behind "output"."""
+    words = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    if words and words[0].isdigit():
+        words.insert(0, OUTPUT)
+    return re.sub(r"\W", "_", "_".join(words)) or OUTPUT
+
+
+def named_outputs(returned: Any) -> dict[str, Tensor]:
+    """Return the tensors of what a network returned, by name, in their order; what is no tensor is left out.
+
+    A single tensor is called `OUTPUT`; keys of a dictionary and fields of a dataclass are names; those of a tuple are
+    numbered from output_0.
+
+    Raises UserError for two outputs of the same name.
+    """
+    found: dict[str, Tensor] = {}
+    for path, value in tree_flatten_with_path(returned)[0]:
+        if isinstance(value, Tensor):
+            name = _name(path)
+            if name in found:
+                raise UserError(f"the network returns two outputs named '{name}': expected different names")
+            found[name] = value
+    return found
+
+
+class JoinedOutputs(nn.Module):
+    """`net` with its outputs as one row (B, N) per image, in which every output counts alike.
+
+    Each output is divided by `sizes` (its root mean square) and flattened, so that squared differences of rows add up the
+    outputs' noise relative to their signals. Within `apart`, it returns its outputs by name instead.
+    """
+
+    def __init__(self, net: nn.Module, sizes: Mapping[str, float]) -> None:
+        super().__init__()
+        self.network, self.sizes, self.joined = net, dict(sizes), True
+
+    def forward(self, images: Tensor) -> Any:
+        """Return (B, N), or the outputs by name."""
+        outputs = named_outputs(self.network(images))
+        if not self.joined:
+            return outputs
+        return torch.cat([value.flatten(1) / self.sizes[name] for name, value in outputs.items()], 1)
+
+
+@contextmanager
+def apart(net: nn.Module) -> Iterator[nn.Module]:
+    """Let a network with joined outputs return them by name; any other network is left as it is."""
+    if isinstance(net, JoinedOutputs):
+        net.joined = False
+    try:
+        yield net
+    finally:
+        if isinstance(net, JoinedOutputs):
+            net.joined = True
+
+
+def kind_of(net: nn.Module) -> str:
+    """Return the name of the network's class."""
+    return type(net.network if isinstance(net, JoinedOutputs) else net).__name__
+
+
+def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
+    """Return the outputs of `net` on two or more `images` (B, 3, H, W).
+
+    Raises UserError unless all of them are floating-point tensors with one entry per image on their first axis.
+    """
+    kind = kind_of(net)
+    with torch.no_grad(), apart(net):
+        returned = net(images)
+    found = named_outputs(returned)
+    if not found:
+        raise UserError(f"{kind} returns a {type(returned).__name__} without tensors: expected a tensor or several")
+    for name, value in found.items():
+        if not value.is_floating_point():
+            what = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{kind} returns {what} numbers as '{name}': expected floating-point outputs only; leave what follows them "
+                f"(argmax, sorting, choice of boxes) to the code behind the engine"
+            )
+        if value.ndim < 2 or len(value) != len(images):
+            raise UserError(
+                f"{kind} returns '{name}' of shape {tuple(value.shape)} for {len(images)} images: expected "
+                f"({len(images)}, ...), one entry per image on the first axis"
+            )
+    return tuple(Output(name, tuple(value.shape[1:])) for name, value in found.items())
+
+
+def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> str:
+    """Return what the outputs are: logits of classes, features of an image, or values of any other kind."""
+    if len(outputs) > 1 or len(outputs[0].shape) > 1:
+        return VALUES
+    return CLASSIFIER if int(getattr(net, "num_classes", None) or 0) > 0 else FEATURES
+
+
+def joined(net: nn.Module, images: Tensor) -> nn.Module:
+    """Return `net` with one row of values per image; itself if it has a single output (B, N) already.
+
+    The sizes of its outputs are those on `images` (B, 3, H, W).
+    """
+    with torch.no_grad():
+        returned = net(images)
+    if isinstance(returned, Tensor) and returned.ndim == 2:
+        return net
+    sizes = {name: float(value.square().mean().sqrt()) or 1.0 for name, value in named_outputs(returned).items()}
+    return JoinedOutputs(net, sizes).eval()

@@ -1,0 +1,10 @@
+"""Outputs of any other kind, or several: nothing is known of them but their values."""
+
+from typing import Any
+
+import numpy as np
+
+
+def measures(_reference: np.ndarray, _output: np.ndarray, _labels: np.ndarray | None) -> dict[str, Any]:
+    """Return nothing: SQNR and cosine are all there is."""
+    return {}

@@ -1,0 +1,103 @@
+"""The whole pipeline on networks of a user's own with several outputs, and with a picture as output."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+
+from deploy import cli
+from deploy.verify import verify_package
+
+pytest.importorskip("tensorrt_rtx")
+
+NETS = '''
+import torch
+from torch import nn
+
+
+class Detector(nn.Module):
+    """Scores on two levels, and boxes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU())
+        self.scores, self.boxes = nn.Conv2d(32, 8, 1), nn.Conv2d(32, 16, 1)
+
+    def forward(self, images):
+        near = self.first(self.stem(images))
+        far = self.second(near)
+        boxes = [self.boxes(each).flatten(2).transpose(1, 2) for each in (near, far)]
+        return {"scores": [self.scores(near), self.scores(far)], "boxes": 100 * torch.cat(boxes, 1)}
+
+
+class Upscaler(nn.Module):
+    """A picture twice as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU())
+        self.tail = nn.Conv2d(16, 12, 3, 1, 1)
+
+    def forward(self, images):
+        return nn.functional.pixel_shuffle(self.tail(self.body(images)), 2)
+
+
+def detector():
+    torch.manual_seed(0)
+    return Detector()
+
+
+def upscaler():
+    torch.manual_seed(0)
+    return Upscaler()
+'''
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "nets.py").write_text(NETS)
+    np.save(folder / "images.npy", np.random.default_rng(0).normal(size=(24, 3, 32, 32)).astype(np.float32))
+
+    def run(factory):
+        command = [
+            "engine", "--module", f"{folder / 'nets.py'}:{factory}", "--input", "32", "--calib", str(folder / "images.npy"),
+            "--calib-images", "16", "--sm", "89", "--cache", "off", "--out", str(folder / "out"), "--weights", "random",
+            "--recipe", "int8_plain",
+        ]  # fmt: skip
+        assert cli.main(command) == 0
+        return folder / "out" / f"nets.{factory}-random-weights" / "int8_plain"
+
+    return run
+
+
+def test_several_outputs(build, capsys):
+    package = build("detector")
+    names = ["scores_0", "scores_1", "boxes"]
+    for file in ("model.onnx", "model.fp32.onnx"):
+        assert [each.name for each in onnx.load(package / file).graph.output] == names
+    report, manifest = (json.loads((package / f"{name}.json").read_text()) for name in ("report", "manifest"))
+    assert list(report["fidelity"]["outputs"]) == names
+    assert report["fidelity"]["top1_agreement"] is None
+    assert manifest["task"] == "values"
+    (given,) = manifest["io"]["inputs"]
+    assert given == {
+        "name": "input", "dtype": "float16", "min": [1, 3, 32, 32], "opt": [8, 3, 32, 32], "max": [32, 3, 32, 32]
+    }  # fmt: skip
+    assert [(each["name"], each["max"]) for each in manifest["io"]["outputs"]] == [
+        ("scores_0", [32, 8, 8, 8]), ("scores_1", [32, 8, 4, 4]), ("boxes", [32, 80, 16])
+    ]  # fmt: skip
+    with np.load(package / "golden.npz") as golden:
+        assert golden["float_boxes"].shape == (8, 80, 16)
+    assert verify_package(package) == []
+    assert "scores_1" in capsys.readouterr().out
+
+
+def test_a_picture_as_output(build):
+    package = build("upscaler")
+    manifest = json.loads((package / "manifest.json").read_text())
+    assert [(each["name"], each["opt"]) for each in manifest["io"]["outputs"]] == [("output", [8, 3, 64, 64])]
+    assert verify_package(package) == []

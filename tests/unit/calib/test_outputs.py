@@ -1,0 +1,106 @@
+"""Outputs by name, and joined to one row per image."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from calib.errors import UserError
+from calib.outputs import OUTPUT, JoinedOutputs, apart, joined, kind_of, named_outputs, outputs_of, task_of
+
+Pair = namedtuple("Pair", "boxes scores")
+
+
+@dataclass
+class Plain:
+    logits: torch.Tensor
+
+
+ONE, TWO = torch.ones(2, 3), torch.zeros(2, 4)
+RETURNED = {
+    "a tensor": (ONE, [OUTPUT]),
+    "a tuple": ((ONE, TWO), ["output_0", "output_1"]),
+    "a list": ([ONE, TWO], ["output_0", "output_1"]),
+    "a dictionary": ({"logits": ONE, "boxes": TWO}, ["logits", "boxes"]),
+    "a dictionary of one": ({"logits": ONE}, ["logits"]),
+    "a named tuple": (Pair(ONE, TWO), ["boxes", "scores"]),
+    "levels": ({"scores": [ONE, TWO], "aux": None}, ["scores_0", "scores_1"]),
+    "odd keys": ({"a.b/c": ONE}, ["a_b_c"]),
+    "nothing": (None, []),
+}
+
+
+@pytest.mark.parametrize("case", RETURNED)
+def test_names(case):
+    returned, names = RETURNED[case]
+    assert list(named_outputs(returned)) == names
+
+
+def test_two_outputs_of_one_name_are_refused():
+    with pytest.raises(UserError, match="two outputs named 'a_0'"):
+        named_outputs({"a": [ONE], "a_0": TWO})
+
+
+class Returning(nn.Module):
+    """Returns what `make` makes of the images."""
+
+    def __init__(self, make, num_classes=None):
+        super().__init__()
+        self.make = make
+        if num_classes is not None:
+            self.num_classes = num_classes
+
+    def forward(self, images):
+        return self.make(images)
+
+
+IMAGES = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
+REFUSED = {
+    "no tensor": (lambda _: {"a": 1}, "without tensors"),
+    "integers": (lambda x: x.argmax(1), "int64 numbers as 'output'"),
+    "a scalar per batch": (lambda x: x.mean(), r"shape \(\) for 2 images"),
+    "batch not first": (lambda x: x.flatten(1).T, r"shape \(48, 2\) for 2 images"),
+    "one value per image": (lambda x: x.flatten(1).sum(1), r"shape \(2,\) for 2 images"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_judged_is_refused(case):
+    make, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        outputs_of(Returning(make), IMAGES)
+
+
+def test_tasks():
+    def task(make, classes=None):
+        net = Returning(make, classes)
+        return task_of(net, outputs_of(net, IMAGES))
+
+    assert task(lambda x: x.flatten(1), 48) == "classifier"
+    assert task(lambda x: x.flatten(1), 0) == "features"
+    assert task(lambda x: x.flatten(1)) == "features"
+    assert task(lambda x: x, 3) == "values"
+    assert task(lambda x: (x.flatten(1), x.flatten(1)), 48) == "values"
+
+
+def test_a_network_with_one_row_per_image_stays_as_it_is():
+    net = Returning(lambda x: x.flatten(1))
+    assert joined(net, IMAGES) is net
+    with apart(net):
+        assert net(IMAGES).shape == (2, 48)
+
+
+def test_several_outputs_are_joined_by_their_sizes():
+    net = joined(Returning(lambda x: {"big": 1000 * x, "small": x[:, 0], "nothing": 0 * x[:, :1]}), IMAGES)
+    assert isinstance(net, JoinedOutputs)
+    assert kind_of(net) == "Returning"
+    rows = net(IMAGES)
+    assert rows.shape == (2, 48 + 16 + 16)
+    for part in (rows[:, :48], rows[:, 48:64]):
+        assert float(part.square().mean()) == pytest.approx(1, rel=1e-6)
+    assert not rows[:, 64:].any()
+    with apart(net):
+        assert list(net(IMAGES)) == ["big", "small", "nothing"]
+    assert net(IMAGES).shape == rows.shape
