@@ -13,6 +13,7 @@ SM ?=
 BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
+DEVICE ?= auto
 CACHE ?= on
 FROM ?=
 UNTIL ?=
@@ -48,9 +49,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 
 setup: $(VENV)/.ready ## Create the virtual environment (done by the other targets)
 
-engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= OUT= CACHE= FROM= UNTIL=
+engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
-	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" \
+	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
 	  --out "$(OUT)" --cache "$(CACHE)" $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
 verify: $(VENV)/.ready ## Check a finished package again: MODEL= WEIGHTS= RECIPE= OUT= as for engine

@@ -1,11 +1,14 @@
 """The noun that flows through the torch half: a float network and what has been decided about its rounding."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from calib.device import CPU
 from calib.errors import UserError
 from calib.grids import Grid
 from calib.outputs import kind_of
@@ -36,6 +39,19 @@ class StageRecord:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for manifest and report."""
         return asdict(self)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return `value` with the tensors in it on `device`; modules are edited."""
+    if isinstance(value, Tensor | nn.Module):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(each, device) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _moved(getattr(value, each.name), device) for each in fields(value)})
+    return value
 
 
 class Branch(Protocol):
@@ -84,6 +100,19 @@ class QuantModel:
     ) -> "QuantModel":
         """Return the float network `net` of which nothing is quantized yet; without `structure`, folding reads it."""
         return cls(name, net, net, net, structure or Structure(kind_of(net), {}), precision=precision)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the networks are on."""
+        return next((each.device for each in self.net.parameters()), CPU)
+
+    def to(self, device: torch.device) -> "QuantModel":
+        """A copy with all tensors on `device`; itself if they are there."""
+        if self.device == device:
+            return self
+        # one copy of everything together: networks that are one object stay one
+        kept = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "structure"}
+        return replace(self, **_moved(copy.deepcopy(kept), device))
 
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `quantizers` added (same names replaced)."""

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--sm", type=_sms, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")
+    engine.add_argument(
+        "--device", default="auto", help="where torch computes: auto, cpu, cuda or cuda:1 (default auto)"
+    )
     engine.add_argument("--out", default="artifacts", help="root of the output folders (default artifacts)")
     engine.add_argument("--seed", type=_seed, default=0, help="decides the choice of images (default 0)")
     engine.add_argument(

@@ -50,7 +50,8 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return one.detach().contiguous().numpy().tobytes() == other.detach().contiguous().numpy().tobytes()
+    bits = [each.detach().cpu().contiguous().numpy().tobytes() for each in (one, other)]
+    return bits[0] == bits[1]
 
 
 def _grid_of(tensor: str, quantizers: Mapping[str, Grid]) -> QParams | None:
@@ -174,7 +175,7 @@ class KeptStates:
         if path is None or not path.exists():
             return None, ""
         try:
-            state = read_state(path, CLASSES)
+            state = read_state(path, CLASSES, before.device)
             if state.get("key") != key:
                 raise UnusableError("made from other inputs than its name says")
         except UnusableError as reason:

@@ -21,6 +21,7 @@ class Options:
     sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
     profile: Profile = field(default_factory=Profile)
     out: str = "artifacts"
+    device: str = "auto"  # of the torch half: auto | cpu | cuda | cuda:1
     seed: int = 0
     max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
     max_extra_bytes: int | None = None

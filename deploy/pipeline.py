@@ -32,6 +32,7 @@ from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
+EXPORTED = ("simulation", "fp16", "fp32", "float_model")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
     "built", "plain", "audit", "verdict", "speed", "float_model",
@@ -55,7 +56,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
         *_deciding(repair_stages(recipe)),  # the method that rounds weights, (attention), (compensate), (finetune)
         Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
-        Stage("export", BRIDGE, ("model", "calibration"), ("simulation", "fp16", "fp32", "float_model"), steps.export),
+        Stage("export", BRIDGE, ("model", "calibration"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
         Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain"), steps.build),

@@ -5,16 +5,19 @@ they begin with. Whatever changes the network's function is a candidate, and the
 stays (calib/judge/held_out.py).
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calib.attention.int8 import int8_attention
 from calib.attention.simulated import calibrate_attention
+from calib.device import CPU
 from calib.images.batches import Batches, Half, Part
 from calib.images.image_set import ImageSet
 from calib.judge.held_out import Candidate, Offer, challenge
@@ -31,11 +34,15 @@ from deploy.recipe import Recipe, method_module
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """What the stages look at, and who is told of their progress. `example` (1, 3, H, W): any image."""
+    """What the stages look at, and who is told of their progress.
+
+    `example` (1, 3, H, W): any image, on the CPU. `halves` are on `device`, where the stages behind folding compute.
+    """
 
     example: Tensor
     halves: Sequence[Half]
     watch: Watch = UNWATCHED
+    device: torch.device = CPU
 
 
 def halves_of(images: ImageSet, batches: Callable[[ImageSet], Batches]) -> tuple[Half, Half]:
@@ -54,12 +61,22 @@ class Stage:
     options: Any
     run: Callable[[QuantModel, CalibrationImages], QuantModel] = field(compare=False)
 
+    def __call__(self, model: QuantModel, images: CalibrationImages) -> QuantModel:
+        """Run on the model's device: tensors that the stage makes are made there."""
+        with contextlib.nullcontext() if model.device == CPU else model.device:
+            return self.run(model, images)
+
 
 def _on_halves(name: str, stage: Callable[..., QuantModel], options: Any) -> Stage:
     return Stage(name, options, lambda model, images: stage(model, images.halves, options))
 
 
-FOLD = Stage("fold", None, lambda model, images: fold_affine(model, images.example))
+def _fold(model: QuantModel, images: CalibrationImages) -> QuantModel:
+    """Fold on the CPU, where every GPU's owner has the float64 that proofs want, then go to the device."""
+    return fold_affine(model, images.example).to(images.device)
+
+
+FOLD = Stage("fold", None, _fold)
 
 
 def scale_stages(recipe: Recipe) -> Iterator[Stage]:
@@ -153,5 +170,5 @@ class Simulator:
         del self.done[shared:]
         for stage in todo[shared:]:
             model = self.done[-1][1] if self.done else self.model
-            self.done.append((stage, stage.run(model, replace(self.images, watch=watch))))
+            self.done.append((stage, stage(model, replace(self.images, watch=watch))))
         return self.done[-1][1]

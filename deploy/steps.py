@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import nn
 
+from calib.device import CPU, chosen_device
 from calib.errors import UserError
 from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
@@ -68,6 +69,11 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-self.images.count // BATCH)
+
+
+def _to(device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+    """Return what makes tensors on `device` of arrays."""
+    return lambda batch: torch.from_numpy(batch).to(device)
 
 
 def _named(prefix: str, net: nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -152,14 +158,15 @@ def read_images(run: Run) -> Lines:
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
     net = joined(run.loaded.net, torch.from_numpy(run.golden))
     run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
-    halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, torch.from_numpy))
+    device = chosen_device(options.device)
+    halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, _to(device)))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
-    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch)
+    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch, device)
     run.key = run.kept.first_key(
         {
             "network": [run.spec.tag, run.spec.img_size, run.loaded.sha256],
             "images": run.calibration.sha256,
-            "batch": BATCH, "seed": options.seed, "precision": asdict(run.recipe.precision),
+            "batch": BATCH, "seed": options.seed, "device": device.type, "precision": asdict(run.recipe.precision),
         }
     )  # fmt: skip
     found = f"{run.calibration.count} to calibrate, {run.evaluation.count} to judge; {run.calibration.source}"
@@ -168,7 +175,7 @@ def read_images(run: Run) -> Lines:
 
 def fold(run: Run) -> Lines:
     """BatchNorm and LayerScale become part of the layers before them."""
-    run.model = FOLD.run(run.model, run.images)
+    run.model = FOLD(run.model, run.images)
     if not run.model.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(run.model.float_layers.items())[:3])
         raise UserError(f"{run.model.structure.kind} has no layer to quantize ({reasons or 'no Linear or Conv2d'})")
@@ -189,21 +196,21 @@ def decide(run: Run, stage: Stage) -> Lines:
             f"--from '{run.options.begin}' needs what '{stage.name}' decided: {why}; run without --from first"
         )
     with run.progress.steps() as at:
-        run.model = stage.run(before, replace(run.images, watch=replace(run.images.watch, at=at)))
+        run.model = stage(before, replace(run.images, watch=replace(run.images.watch, at=at)))
     said = run.kept.save(before, run.model, stage.name, run.key)
     return (*run.model.history[-1].notes, *filter(None, (why, said)))
 
 
 def fits_fp16(run: Run) -> Lines:
     """Whether the activations of the float network fit FP16. Raises UserError if they do not."""
-    few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, torch.from_numpy)
+    few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, _to(run.model.device))
     run.fp16_range = found = fp16_range(run.model.net, few)
     return (f"fits FP16 {found.headroom:.0f} times over: {found.largest:.4g} in {found.module}", *found.warnings())
 
 
 def covers(run: Run) -> Lines:
     """How far other images exceed the calibrated ranges."""
-    others = Batches(run.evaluation.subset(0, COVERAGE_IMAGES), run.progress, torch.from_numpy)
+    others = Batches(run.evaluation.subset(0, COVERAGE_IMAGES), run.progress, _to(run.model.device))
     run.coverage = coverage(run.model, others)
     return (run.coverage.summary(), *run.coverage.warnings())
 
@@ -213,6 +220,7 @@ def covers(run: Run) -> Lines:
 
 def export(run: Run) -> Lines:
     """The rounded network as ONNX, with FP16 and with FP32 types, and the float network."""
+    run.model = run.model.to(CPU)
     run.simulation = quantized_net(run.model)
     size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
     run.fp16, run.fp32 = export_pair(run.simulation, size)

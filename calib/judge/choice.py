@@ -44,7 +44,7 @@ def output_terms(
     wanted, d = [outputs[name] for name in modules], [-changes[name] for name in modules]
     difference, found = exact(images).detach() - y.detach(), []
     for vector in projections(y, generator):
-        gradients = torch.autograd.grad(y, wanted, vector, retain_graph=True)
+        gradients = torch.autograd.grad(y, wanted, vector, retain_graph=True) if wanted else ()
         pairs = [(vector, difference), *zip(gradients, d, strict=True)]
         found.append(torch.stack([(one * other).detach().flatten(1).sum(1) for one, other in pairs], 1))
     return torch.cat(found).double()

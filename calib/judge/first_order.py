@@ -50,7 +50,7 @@ def leaf(x: Tensor) -> Tensor:
 
 def projections(output: Tensor, generator: torch.Generator) -> Tensor:
     """`PROJECTIONS` vectors r (K, *output.shape)."""
-    return torch.randn(PROJECTIONS, *output.shape, generator=generator).to(output.dtype)
+    return torch.randn(PROJECTIONS, *output.shape, generator=generator, device="cpu").to(output)
 
 
 @contextmanager

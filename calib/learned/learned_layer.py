@@ -99,7 +99,8 @@ class LearnedInput(nn.Module):
             rounded = straight_through(x, self.grid)
         if not (self.mode.soft and self.mode.drop):
             return rounded
-        return torch.where(torch.rand(x.shape, generator=self.mode.generator) < self.mode.drop, x, rounded)
+        drawn = torch.rand(x.shape, generator=self.mode.generator, device="cpu").to(x.device)
+        return torch.where(drawn < self.mode.drop, x, rounded)
 
 
 class LearnedLayer(nn.Module):

@@ -132,7 +132,7 @@ def _learn(task: Task, phase: Phase, schedule: Schedule, steps: int, state: Stat
     task.mode.exact_inputs = phase.exact_inputs
     for step in range(state["step"], steps):
         task.mode.soft = True
-        loss = task.loss(torch.randperm(task.count, generator=task.generator)[: schedule.batch])
+        loss = task.loss(torch.randperm(task.count, generator=task.generator, device="cpu")[: schedule.batch])
         if alphas and (beta := beta_at(step / steps)):
             loss = loss + schedule.regulariser * _undecided(task, beta)
         optimiser.param_groups[1]["lr"] = schedule.step_rate * cosine(step, steps)
@@ -195,7 +195,9 @@ def put_learned_layers(
 
 def _sampled(one: Tensor, other: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Elements of `one`, a `share` of them replaced by those of `other`."""
-    return torch.where(torch.rand(one.shape, generator=generator) < share, other, one) if share else one
+    if not share:
+        return one
+    return torch.where(torch.rand(one.shape, generator=generator, device="cpu").to(one.device) < share, other, one)
 
 
 def block_task(

@@ -19,7 +19,7 @@ def least_squares_qparams(weight: Tensor, bits: int) -> QParams:
     rows = weight.detach().flatten(1)
     whole = channel_qparams(rows, bits)
     best, least = whole.scale, torch.full_like(whole.scale, torch.inf)
-    for share in SHARES:
+    for share in SHARES.tolist():
         params = QParams(fp16_scale(whole.scale * share), axis=0, narrow=True, bits=bits)
         error = (params.fake_quantize(rows) - rows).square().sum(1)
         best, least = torch.where(error < least, params.scale, best), torch.minimum(error, least)

@@ -33,14 +33,14 @@ def sample_rows(layer: nn.Module, x: Tensor, count: int, generator: torch.Genera
     """`count` random rows (T, G, K) of the input `x` of `layer`."""
     if not isinstance(layer, nn.Conv2d):
         rows = x.reshape(-1, x.shape[-1])
-        return rows[torch.randint(len(rows), (count,), generator=generator)][:, None]
-    images = torch.randint(len(x), (count,), generator=generator).sort().values
+        return rows[torch.randint(len(rows), (count,), generator=generator, device="cpu")][:, None]
+    images = torch.randint(len(x), (count,), generator=generator, device="cpu").sort().values
     parts = []
     for image in images.unique():
         patches = F.unfold(x[image : image + 1], layer.kernel_size, layer.dilation, _pair(layer.padding), layer.stride)[
             0
         ]
-        chosen = torch.randint(patches.shape[1], (int((images == image).sum()),), generator=generator)
+        chosen = torch.randint(patches.shape[1], (int((images == image).sum()),), generator=generator, device="cpu")
         parts.append(patches[:, chosen].T)
     return torch.cat(parts).reshape(count, layer.groups, -1)
 

@@ -79,7 +79,7 @@ def mse_amax(histogram: Histogram, bits: int = 8) -> float:
     """
     lower, upper, count = histogram.populated()
     centre = (lower + upper) / 2
-    thresholds, high = MSE_FRACTIONS * histogram.amax, largest_integer(bits)
+    thresholds, high = MSE_FRACTIONS.to(centre.device) * histogram.amax, largest_integer(bits)
 
     def error(scale: Tensor) -> Tensor:
         rounded = torch.round(centre / scale).clamp(max=high) * scale

@@ -32,8 +32,10 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         fresh.write_bytes(hashlib.sha256(content).digest() + content)
 
 
-def read_state(path: Path, classes: Sequence[type] = ()) -> dict[str, Any]:
-    """What `write_state` wrote: tensors, plain values and objects of `classes`. Raises UnusableError for anything else.
+def read_state(path: Path, classes: Sequence[type] = (), device: torch.device | None = None) -> dict[str, Any]:
+    """What `write_state` wrote: tensors (on `device`, if given), plain values and objects of `classes`.
+
+    Raises UnusableError for anything else.
 
     No code that a file carries runs: torch builds objects of the named classes alone.
     """
@@ -46,7 +48,7 @@ def read_state(path: Path, classes: Sequence[type] = ()) -> dict[str, Any]:
         raise UnusableError("damaged")
     try:
         with torch.serialization.safe_globals([*classes]):
-            state = torch.load(io.BytesIO(content), weights_only=True)
+            state = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
     except Exception as error:  # the digest is no signature, and a foreign pickle fails in many ways
         foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to read the file without this guard
         raise UnusableError("no state of this tool" + (f" (it holds {foreign[1]})" if foreign else "")) from error

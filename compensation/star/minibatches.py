@@ -17,7 +17,7 @@ def shuffled(items: Iterable[Item], window: int, seed: int) -> Iterator[Item]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(waiting: list[Item]) -> Item:
-        return waiting.pop(int(torch.randint(len(waiting), (), generator=generator)))
+        return waiting.pop(int(torch.randint(len(waiting), (), generator=generator, device="cpu")))
 
     waiting: list[Item] = []
     for item in items:

@@ -57,7 +57,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"SQNR {fidelity['sqnr_db']:.1f} dB{_interval(fidelity)}, cosine {fidelity['cosine']:.4f}",
         ),
     ]
-    if len(fidelity["outputs"]) > 1:
+    if len(fidelity.get("outputs", {})) > 1:  # which a report of an older version lacks
         each = ", ".join(f"{name} {db:.1f} dB" for name, db in fidelity["outputs"].items())
         rows.append(("its outputs", each))
     if fidelity["top1_agreement"] is not None:

@@ -65,3 +65,10 @@ def test_terms_are_those_of_the_network_with_a_change(inplace):
     for index, name in enumerate(names, 1):
         expected = along(name) - terms[:, 0]
         assert float((terms[:, index] - expected).norm() / expected.norm()) < 0.01
+
+
+def test_without_changes_there_are_no_terms_but_the_difference():
+    net, exact = (torch.nn.Linear(3, 2).requires_grad_(False) for _ in range(2))
+    images = torch.randn(2, 3)
+    terms = output_terms(net, exact, [], images, lambda *_: torch.zeros(1), torch.Generator())
+    assert terms.shape == (2 * PROJECTIONS, 1)
