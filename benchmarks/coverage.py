@@ -13,6 +13,7 @@ is skipped and counted as such. Each line says what was examined. A process may 
 """
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def main(patterns: Sequence[str]) -> int:
     interrupted = before.get("commit") == tool_commit() and not before.get("complete") and before["command"] == command
     kept = before["architectures"] if before and (patterns or interrupted) else {}
     waiting = chosen if patterns else [name for name in chosen if name not in kept]
+    random.Random(0).shuffle(waiting)  # what an interrupted run has seen is a fair sample
     for number, (name, found) in enumerate(results(waiting), 1):
         kept[name] = found
         print(f"{len(kept)}/{len(names)} {name}: {json.dumps(found)}", flush=True)
