@@ -78,6 +78,7 @@ class QuantModel:
 
     `equalised` maps layers to the (exponent, centred) of their channel scales, which tell how one half of the calibration
     images alone would set them; `half_thresholds` maps layers to the clipping threshold that each half would give.
+    `kept_float`: layers that could be quantized and went back to FP16, with the reason.
     """
 
     name: str
@@ -92,6 +93,7 @@ class QuantModel:
     moved: tuple[Moved, ...] = ()
     equalised: dict[str, tuple[float, bool]] = field(default_factory=dict)
     half_thresholds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    kept_float: dict[str, str] = field(default_factory=dict)
     precision: Precision = INT8_ENGINE
 
     @classmethod
@@ -163,4 +165,5 @@ class QuantModel:
         """Linear and convolution layers that stay in FP16, with the reason."""
         layers = {*self.layers}
         reasons = {layer.name: layer.why_float for layer in self.structure.layers.values() if layer.name not in layers}
-        return {name: reason for name, reason in {**reasons, **self.structure.unknown}.items() if reason is not None}
+        every = {**reasons, **self.structure.unknown, **self.kept_float}
+        return {name: reason for name, reason in every.items() if reason is not None}

@@ -54,7 +54,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
         *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
-        *_deciding(repair_stages(recipe)),  # the method that rounds weights, (attention), (compensate), (finetune)
+        *_deciding(repair_stages(recipe)),  # the method that rounds weights, (attention), ...
         Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
         Stage("export", BRIDGE, ("model", "calibration"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
@@ -69,7 +69,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
 
 def stage_names() -> dict[str, tuple[str, ...]]:
     """The names of all stages in order, by half; in brackets those that not every recipe has."""
-    every: dict[str, Any] = {key: {} for key in ("equalise", "attention", "compensate", "finetune")}
+    every: dict[str, Any] = {key: {} for key in ("equalise", "attention", "keep_float", "compensate", "finetune")}
     most, least = (spine(recipe_from_tables("", tables, "")) for tables in (every, {}))
     always = {stage.name for stage in least}
     return {

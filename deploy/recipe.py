@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import calib.methods
 from calib.attention import int8 as int8_attention
 from calib.errors import UserError, suggestion
+from calib.layerwise import float_layers
 from calib.precision import INT8_ENGINE, Precision
 from calib.scales import calibrate, equalise
 from compensation import qwt
@@ -35,6 +36,7 @@ class Recipe:
     calibrate: calibrate.Config
     method: str
     method_config: Any
+    keep_float: float_layers.Config | None  # None: all layers that can be are quantized
     compensate: qwt.Config | None  # None: no branches
     finetune: finetune.Config | None  # None: branches keep the closed-form solution
 
@@ -131,7 +133,17 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
 
     Raises UserError, which begins with `where` the tables come from, for an unknown key or a value of another type.
     """
-    known = ("description", "precision", "equalise", "attention", "calibrate", "method", "compensate", "finetune")
+    known = (
+        "description",
+        "precision",
+        "equalise",
+        "attention",
+        "calibrate",
+        "method",
+        "keep_float",
+        "compensate",
+        "finetune",
+    )
     for key in content:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(known)}.{suggestion(key, known)}")
@@ -154,6 +166,7 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
         calibrate=_config(calibrate.Config, content.get("calibrate", {}), f"{where}, [calibrate]"),
         method=method_name,
         method_config=_config(method_module(method_name).Config, method, f"{where}, [method]"),
+        keep_float=optional("keep_float", float_layers.Config),
         compensate=optional("compensate", qwt.Config),
         finetune=optional("finetune", finetune.Config),
     )

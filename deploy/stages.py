@@ -21,6 +21,7 @@ from calib.device import CPU
 from calib.images.batches import Batches, Half, Part
 from calib.images.image_set import ImageSet
 from calib.judge.held_out import Candidate, Offer, challenge
+from calib.layerwise import float_layers
 from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.quant_model import QuantModel, StageRecord
@@ -121,6 +122,15 @@ def _round_weights(recipe: Recipe) -> Stage:
     return Stage(recipe.method, options, run)
 
 
+def _keep_float(options: float_layers.Config) -> Stage:
+    def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
+        plain = Candidate.unfitted("all layers INT8", model)
+        offer = lambda: float_layers.candidates(model, images.halves, options)  # noqa: E731
+        return judged("keep_float", options, plain, images.halves, offer)
+
+    return Stage("keep_float", options, run)
+
+
 def _compensate(options: qwt.Config) -> Stage:
     def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
         plain = Candidate.unfitted("no branches", model)
@@ -143,6 +153,8 @@ def repair_stages(recipe: Recipe) -> Iterator[Stage]:
     yield _round_weights(recipe)
     if recipe.attention:
         yield _on_halves("attention", int8_attention, recipe.attention)
+    if recipe.keep_float:
+        yield _keep_float(recipe.keep_float)
     if recipe.compensate:
         yield _compensate(recipe.compensate)
     if recipe.finetune:

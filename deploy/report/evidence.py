@@ -167,6 +167,7 @@ def report_json(run: "Run") -> dict[str, Any]:
         "history": history,
         "waterfall": waterfall(history),
         "float_layers": run.model.float_layers,
+        "kept_float": run.model.kept_float,
         "int8_attention": list(run.model.int8_attention),
         "seconds": {**run.progress.seconds, "total": round(sum(run.progress.seconds.values()), 3)},
         "peak_rss_mb": peak_rss_mb(),

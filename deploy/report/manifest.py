@@ -50,6 +50,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
         "recipe": run.recipe.to_json(),
         "calibration_cache": run.taken.get("calibrate"),
         "planned_int8_layers": list(run.planned),
+        "kept_float": run.model.kept_float,
         "engine": {
             "backend": run.built.backend,
             "version": run.built.version,

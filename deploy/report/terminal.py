@@ -36,6 +36,8 @@ def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What every stage that measured itself did to the output, and what branches cost."""
     steps, branches = waterfall(report["history"]), report["branches"]
     rows = [("stages, on held-out images", _shown_steps(steps))] if steps else []
+    if kept := report.get("kept_float"):
+        rows.append(("kept in FP16", "; ".join(f"{name}: {reason}" for name, reason in kept.items())))
     return [*rows, ("branches", _shown_branches(branches, report["engine"]))] if branches else rows
 
 

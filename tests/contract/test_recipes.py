@@ -33,7 +33,7 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, recipe):
     stages = [record["stage"] for record in report["history"]]
     loaded = load_recipe(recipe)
     expected = {
-        "equalise": loaded.equalise, "attention": loaded.attention,
+        "equalise": loaded.equalise, "attention": loaded.attention, "keep_float": loaded.keep_float,
         "qwt": loaded.compensate, "qwt_star": loaded.finetune, loaded.method: True, "calibrate": True,
     }  # fmt: skip
     assert set(stages) == {"fold", *(stage for stage, wanted in expected.items() if wanted is not None)}

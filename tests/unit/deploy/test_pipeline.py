@@ -14,7 +14,8 @@ from deploy.recipe import load_recipe, recipe_from_tables, recipe_names
 from deploy.report import evidence, manifest
 from deploy.run import GIVEN
 
-EVERYTHING = recipe_from_tables("", {key: {} for key in ("equalise", "attention", "compensate", "finetune")}, "")
+STAGES = ("equalise", "attention", "keep_float", "compensate", "finetune")
+EVERYTHING = recipe_from_tables("", {key: {} for key in STAGES}, "")
 MODULES = (steps, evidence, manifest)
 
 
@@ -49,11 +50,12 @@ def test_what_a_stage_reads_was_written_before_it(name):
 
 def test_the_spine_of_a_recipe_has_its_stages_in_order():
     assert [stage.name for stage in spine(EVERYTHING)] == [
-        "load", "images", "fold", "equalise", "calibrate", "range", "rtn", "attention", "compensate",
-        "finetune", "coverage", "export", "parity", "check", "build", "audit", "verify", "benchmark", "package",
+        "load", "images", "fold", "equalise", "calibrate", "range", "rtn", "attention", "keep_float",
+        "compensate", "finetune", "coverage", "export", "parity", "check", "build", "audit", "verify",
+        "benchmark", "package",
     ]  # fmt: skip
     names = [stage.name for stage in spine(load_recipe("int8_erq"))]
-    assert names[3:8] == ["equalise", "calibrate", "range", "erq", "coverage"]
+    assert names[3:9] == ["equalise", "calibrate", "range", "erq", "keep_float", "coverage"]
     for recipe in map(load_recipe, recipe_names()):
         names = [stage.name for stage in spine(recipe)]
         assert len({*names}) == len(names), "a name stands for one stage"
@@ -66,7 +68,7 @@ def test_the_names_of_all_stages_tell_which_are_optional():
     assert stage_names() == {
         "torch": (
             "load", "images", "fold", "[equalise]", "calibrate", "range", "rtn", "[attention]",
-            "[compensate]", "[finetune]", "coverage",
+            "[keep_float]", "[compensate]", "[finetune]", "coverage",
         ),
         "bridge": ("export", "parity"),
         "engine": ("check", "build", "audit", "verify", "benchmark", "package"),

@@ -7,6 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.peers.judge import _Network
 from deploy.graph.zero_points import with_zero_points
+from deploy.host import int8_instructions
+from deploy.measure import ort_options
 from deploy.measure.onnx_runner import OnnxRunner, integer_layers
 
 INNER, OUTER, SIDE = 64, 16, 5
@@ -58,3 +60,20 @@ def test_only_weights_get_zero_points(product):
     *_, activation, weight, _ = onnx.load(product[0]).graph.node
     assert activation.input[2] == "zero"
     assert weight.input[2] == "w/zero_points"
+
+
+@pytest.mark.parametrize("saturating", [True, False])
+def test_exact_kernels_are_asked_for_where_the_default_ones_saturate(monkeypatch, saturating):
+    monkeypatch.setattr(ort_options, "saturates", lambda: saturating)
+    options = ort_options.ort_options(1)
+    if saturating:
+        assert options.get_session_config_entry(ort_options.EXACT_SUMS) == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry(ort_options.EXACT_SUMS)
+
+
+def test_the_default_kernels_are_exact_on_a_processor_with_vnni():
+    if not {"avx512_vnni", "avx_vnni"} & {*int8_instructions()}:
+        pytest.skip("a processor without VNNI")
+    assert not ort_options.saturates()
