@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
+from calib.weights.layouts import layout_of
 from calib.weights.own import build
 from calib.weights.state import first_few, is_read, read_state
 from calib.weights.wheels import WHEELS, state_dict_from_wheel
@@ -140,14 +141,6 @@ def _check_types(net: "nn.Module", state: Mapping[str, "Tensor"], path: Path) ->
         )
 
 
-_LAYOUTS = (
-    ("encoder.layer.0.attention.attention.query.weight", "Hugging Face's ViT"),
-    ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's ViT"),
-    ("features.0.0.weight", "torchvision's MobileNet or EfficientNet"),
-    ("resnet.embedder.embedder.convolution.weight", "Hugging Face's ResNet"),
-)
-
-
 def _resampled(state: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"]) -> str:
     """Return which tables of positions were resampled, as text."""
     changed = [key for key, value in state.items() if key in given and value.shape != given[key].shape]
@@ -155,18 +148,16 @@ def _resampled(state: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"]) -> 
     return f": resampled {first_few(shapes)}" if changed else ""
 
 
-def _layout(state: Mapping[str, "Tensor"]) -> str:
-    """Return a sentence on a layout of names that is not timm's; empty if it is not known."""
-    known = next((who for key, who in _LAYOUTS if any(name.endswith(key) for name in state)), None)
-    return (
-        f" The names are those of {known}, which is not converted: load it there and save timm's names."
-        if known
-        else ""
-    )
-
-
 def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
     state, note = read_state(path, net.state_dict().keys())
+    layout, state = layout_of(state, net.state_dict())
+    foreign = f" The names are those of {layout.name}" if layout else ""
+    if layout and not layout.names:
+        raise UserError(
+            f"{path} does not fit {tag}.{foreign}, which are not converted: {layout.why_not}. Let a factory build that "
+            f"network and load the file, and give MODULE=file.py:factory."
+        )
+    note += f" (names of {layout.name})" if layout else ""
     note += _with_heads_of(net, state)
     _check_types(net, state, path)
     problem = _mismatch(net, state)
@@ -174,7 +165,8 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
         converted = _timm_layout(net, state)
         if converted is None:
             raise UserError(
-                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL.{_layout(state)}"
+                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL."
+                + (f"{foreign} and were converted." if layout else "")
             )
         given, state = state, converted
         note = f"{note} (converted by timm's checkpoint filter{_resampled(state, given)})"

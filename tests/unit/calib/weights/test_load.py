@@ -170,11 +170,6 @@ def test_files_of_other_kinds_are_named(tmp_path):
     assert "cannot be read" in refusal(VIT, tmp_path / "text.pth")
 
 
-def test_a_known_layout_is_named(tmp_path):
-    state = {"vit.encoder.layer.0.attention.attention.query.weight": torch.ones(2, 2)}
-    assert "names are those of Hugging Face's ViT" in refusal(VIT, write(tmp_path / "hf.pth", state))
-
-
 def test_averaged_weights_win_over_raw_ones(tmp_path):
     state = filled_state()
     content = {"state_dict": {key: value * 0 for key, value in state.items()}, "state_dict_ema": state}
