@@ -14,7 +14,13 @@ from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import ContractError
+from deploy.host import require_address_space
 
+# What libraries say, in exceptions of many types, when the machine has no more memory to give.
+OUT_OF_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "failed to map segment", "failed to allocate memory", "bad_alloc",
+    "bad allocation", "out of memory", "can't start new thread",
+)  # fmt: skip
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -113,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _engine(args: argparse.Namespace) -> int:
+    require_address_space()
     from deploy.engine.build import Profile
     from deploy.options import Options
     from deploy.pipeline import engine
@@ -197,6 +204,7 @@ def _list(_args: argparse.Namespace) -> int:
 
 
 def _structure(args: argparse.Namespace) -> int:
+    require_address_space()
     import torch
 
     from calib.network.fold import fold_affine
@@ -258,6 +266,16 @@ def answered(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(text in said.lower() for text in OUT_OF_MEMORY):
+            raise
+        print(
+            f"error: out of memory ({said[:150] or type(error).__name__}): free some, raise the limit, or give a smaller "
+            f"INPUT= or BATCH=; nothing was written",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
 
 
 def _run(argv: Sequence[str]) -> int:

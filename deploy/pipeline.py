@@ -49,7 +49,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
     """All stages in order: name, half, what it reads, what it writes, what it runs."""
     return (
         Stage("load", TORCH, (), ("loaded", "outputs", "model"), steps.load),
-        Stage("images", TORCH, ("loaded", "outputs"), IMAGES, steps.read_images),
+        Stage("images", TORCH, ("loaded", "outputs", "model"), IMAGES, steps.read_images),
         Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
         *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),

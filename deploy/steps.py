@@ -23,6 +23,7 @@ from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.weights.load import load_net
+from calib.weights.own import wrapping
 from deploy.bridge.export import export_float, export_fp16, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
@@ -94,8 +95,10 @@ def _values_per_image(net: nn.Module, size: Sequence[int]) -> int:
         shape = "x".join(map(str, size))
         raise UserError(f"{kind} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
-        raise UserError(f"{kind} returns {got}: only networks with one output (images, values) are built so far")
+        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else wrapping(output)
+        raise UserError(
+            f"{kind} returns {got}: expected one tensor (images, values), other networks are not built so far"
+        )
     classes = getattr(net, "num_classes", None)
     if classes is not None and classes not in (0, output.shape[1]):
         raise UserError(
@@ -107,9 +110,9 @@ def _values_per_image(net: nn.Module, size: Sequence[int]) -> int:
     return output.shape[1]
 
 
-def _check_labels(images: ImageSet, outputs: int) -> None:
-    """Raise UserError for a class index that the network has no output for."""
-    if images.labels is not None and max(images.labels) >= outputs:
+def _check_labels(images: ImageSet, outputs: int, classifier: bool) -> None:
+    """Raise UserError for a class index that a classifier has no output for; features have no classes."""
+    if classifier and images.labels is not None and max(images.labels) >= outputs:
         raise UserError(
             f"evaluation images have class {max(images.labels)}, but the network has {outputs} outputs: expected classes "
             f"0 to {outputs - 1}; class folders named by numbers count from 0"
@@ -134,7 +137,7 @@ def read_images(run: Run) -> Lines:
     run.calibration, run.evaluation = image_sets(
         options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
     )
-    _check_labels(run.evaluation, run.outputs)
+    _check_labels(run.evaluation, run.outputs, run.model.is_classifier)
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
     halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, torch.from_numpy))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))

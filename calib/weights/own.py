@@ -1,21 +1,62 @@
 """A network of the user's own: `package.module:factory`, or `path/to/file.py:factory`, that builds an `nn.Module`."""
 
+import dataclasses
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
+from calib.store.digests import file_sha256
 from calib.store.paths import expanded
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORM = "expected package.module:factory or path/to/file.py:factory"
+# Files that a network cannot be built from, by their endings.
+NO_CODE = {
+    **dict.fromkeys((".onnx",), "an ONNX graph"),
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
+    **dict.fromkeys((".tflite", ".h5", ".keras", ".pb"), "a TensorFlow model"),
+    **dict.fromkeys((".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar", ".npz"), "a checkpoint of weights"),
+}
+
+
+def no_network(text: str) -> str:
+    """Return a sentence on a file, given for a network, that holds none in PyTorch; empty for anything else."""
+    kind = NO_CODE.get(Path(text.rpartition(":")[0] or text).suffix.lower()) or NO_CODE.get(Path(text).suffix.lower())
+    if kind is None:
+        return ""
+    weights = "WEIGHTS= takes it" if kind.endswith("weights") else "WEIGHTS= takes the checkpoint it was exported from"
+    return f" This is {kind}: a network is a timm name (MODEL=) or a file.py:factory (MODULE=); {weights}."
+
+
+def identity(factory: str) -> dict[str, str | None]:
+    """Return the factory and the sha256 of the file it is in; what that file imports is not part of it."""
+    module = sys.modules[_module_name(_parts(factory)[0])]
+    file = getattr(module, "__file__", None)
+    return {"factory": factory, "file": file, "sha256": file and file_sha256(Path(file))}
+
+
+def wrapping(output: Any) -> str:
+    """Return what a network returned that is no tensor, and what to write in the factory instead."""
+    names: dict[str, Any] = {}
+    if isinstance(output, Mapping):
+        names = {f"[{key!r}]": value for key, value in output.items()}
+    elif dataclasses.is_dataclass(output):
+        names = {f".{each.name}": getattr(output, each.name) for each in dataclasses.fields(output)}
+    elif isinstance(output, tuple | list):
+        names = {f"[{index}]": value for index, value in enumerate(output)}
+    shapes = {name: tuple(value.shape) for name, value in names.items() if hasattr(value, "shape")}
+    held = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no tensors"
+    wanted = next((name for name, shape in shapes.items() if len(shape) == 2), "")
+    advice = f"; wrap it in the factory in a module whose forward returns net(images){wanted}" if wanted else ""
+    return f"a {type(output).__name__} with {held}{advice}"
 
 
 def _imported(where: str) -> Any:
@@ -27,11 +68,12 @@ def _imported(where: str) -> Any:
     path = expanded(where, "MODULE").resolve()
     if not path.is_file():
         raise UserError(f"MODULE: '{where}' does not exist; {FORM}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = _module_name(where)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up there
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
     sys.path.insert(0, str(path.parent))  # files beside it can be imported
     try:
         spec.loader.exec_module(module)
@@ -40,11 +82,16 @@ def _imported(where: str) -> Any:
     return module
 
 
+def _module_name(where: str) -> str:
+    return Path(where).stem if where.endswith(".py") else where
+
+
 def _parts(factory: str) -> tuple[str, str]:
     """Return (the file or module, the name in it). Raises UserError for another form."""
     where, _, attribute = factory.rpartition(":")
-    if not where or not attribute.isidentifier():
-        raise UserError(f"MODULE='{factory}': {FORM}")
+    wrong = no_network(factory)
+    if wrong or not where or not attribute.isidentifier():
+        raise UserError(f"MODULE='{factory}': {FORM}.{wrong}")
     return where, attribute
 
 

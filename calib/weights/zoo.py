@@ -8,7 +8,7 @@ accuracy can be compared, the accuracy itself cannot.
 from dataclasses import dataclass, replace
 
 from calib.errors import UserError, suggestion
-from calib.weights.own import name_of
+from calib.weights.own import name_of, no_network
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def resolve_model(name: str) -> ModelSpec:
         return ModelSpec(name, name)
     raise UserError(
         f"Unknown model '{name}': expected a short name ({', '.join(ZOO)}) or a timm model name."
-        f"{suggestion(name, {*ZOO, *known})}"
+        f"{no_network(name) or suggestion(name, {*ZOO, *known})}"
     )

@@ -42,7 +42,10 @@ def warnings(run: "Run") -> list[str]:
         )
     if run.evaluation.labels is not None and not run.model.is_classifier:
         found.append(
-            "labels are not used: the network does not say that its outputs are classes (attribute num_classes)"
+            f"labels are not used: the network does not say that its outputs are classes (set net.num_classes = "
+            f"{run.outputs} in the factory if they are)"
+            if run.spec.factory
+            else "labels are not used: the outputs of this network are features, not classes"
         )
     top1 = run.verdict.fidelity.reference_top1
     if top1 is not None and top1 <= CHANCE / run.outputs:

@@ -158,3 +158,42 @@ def test_a_path_that_the_terminal_cannot_show_is_written_all_the_same():
     )
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"
+        ),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_more_memory_is_one_line(monkeypatch, capsys, error):
+    def starved(_args):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "list", starved)
+    code, _, err = run(capsys, "list")
+    assert code == cli.EXIT_USER_ERROR
+    assert err.startswith("error: out of memory")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["deploy engine --model test_resnet", "deploy structure test_resnet"])
+def test_a_shell_that_allows_too_little_memory_is_told_before_anything_loads(command):
+    done = subprocess.run(
+        f"ulimit -v 3000000; {sys.executable} -m {command}",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: this shell allows 3\.1 GB of address space: expected 5 GB or more; raise it .*\n", done.stderr
+    )

@@ -58,3 +58,10 @@ def test_only_weights_get_zero_points(product):
     *_, activation, weight, _ = onnx.load(product[0]).graph.node
     assert activation.input[2] == "zero"
     assert weight.input[2] == "w/zero_points"
+
+
+@pytest.mark.parametrize("name", ["o\udcc3\udcbc.onnx", "lat\udce9.onnx"], ids=["UTF-8 in an ASCII locale", "Latin-1"])
+def test_a_path_that_python_cannot_encode_is_read(tmp_path, product, name):
+    (tmp_path / name).write_bytes(product[0].read_bytes())
+    assert OnnxRunner(tmp_path / name).input.name
+    assert integer_layers(tmp_path / name) >= 0
