@@ -56,7 +56,7 @@ def wrapping(output: Any) -> str:
     held = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no tensors"
     wanted = next((name for name, shape in shapes.items() if len(shape) == 2), "")
     advice = f"; wrap it in the factory in a module whose forward returns net(images){wanted}" if wanted else ""
-    return f"a {type(output).__name__} with {held}{advice}"
+    return f"an output of type {type(output).__name__} with {held}{advice}"
 
 
 def _imported(where: str) -> Any:

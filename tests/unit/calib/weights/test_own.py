@@ -196,12 +196,15 @@ ROWS, MAP = torch.zeros(1, 5), torch.zeros(1, 8, 2, 2)
     [
         (
             {"map": MAP, "logits": ROWS},
-            r"a dict with ['map'] (1, 8, 2, 2), ['logits'] (1, 5); wrap .* net(images)['logits']",
+            r"an output of type dict with ['map'] (1, 8, 2, 2), ['logits'] (1, 5); wrap .* net(images)['logits']",
         ),
-        (Heads(MAP, ROWS), "a Heads with .features (1, 8, 2, 2), .logits (1, 5); wrap .* net(images).logits"),
-        ((ROWS, None), "a tuple with [0] (1, 5); wrap .* net(images)[0]"),
-        ([MAP], "a list with [0] (1, 8, 2, 2)"),
-        (None, "a NoneType with no tensors"),
+        (
+            Heads(MAP, ROWS),
+            "an output of type Heads with .features (1, 8, 2, 2), .logits (1, 5); wrap .* net(images).logits",
+        ),
+        ((ROWS, None), "an output of type tuple with [0] (1, 5); wrap .* net(images)[0]"),
+        ([MAP], "an output of type list with [0] (1, 8, 2, 2)"),
+        (None, "an output of type NoneType with no tensors"),
     ],
 )
 def test_another_output_is_told_with_what_to_write(output, message):
