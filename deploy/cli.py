@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from calib.errors import UserError, suggestion
@@ -15,6 +14,7 @@ from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import ContractError
 from deploy.host import require_address_space
+from deploy.package import package_folder
 
 # What libraries say, in exceptions of many types, when the machine has no more memory to give.
 OUT_OF_MEMORY = (
@@ -100,7 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
+    for option, default in (
+        ("model", "dinov2_s"),
+        ("module", ""),
+        ("weights", "auto"),
+        ("recipe", "int8"),
+        ("out", "artifacts"),
+    ):
+        verify.add_argument(f"--{option}", default=default, help=f"as for `engine` (default {default or 'none'})")
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
     structure = verbs.add_parser(
@@ -161,11 +169,13 @@ def _engine(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from deploy.verify import verify_package
 
-    wrong = verify_package(args.folder)
+    chosen = args.folder or package_folder(args.out, args.model, args.module, args.weights, args.recipe)
+    folder = expanded(str(chosen), "OUT")
+    wrong = verify_package(folder)
     for finding in wrong:
-        print(f"{args.folder}: {finding}", file=sys.stderr)
+        print(f"{folder}: {finding}", file=sys.stderr)
     if not wrong:
-        print(f"{args.folder}: files unchanged, golden outputs reproduced")
+        print(f"{folder}: files unchanged, golden outputs reproduced")
     return EXIT_FAILED if wrong else 0
 
 
@@ -282,7 +292,10 @@ def _run(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
         raise UserError(f"unknown command '{argv[0]}': expected {', '.join(VERBS)}.{suggestion(argv[0], VERBS)}")
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = " ".join(filter(None, (parser.prog, args.verb)))
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see `{command} --help`)")
     if args.verb is None:
         parser.print_help()
         return EXIT_USER_ERROR

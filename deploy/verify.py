@@ -170,6 +170,11 @@ def verify_package(folder: Path) -> list[str]:
     Needs only the folder: no torch, no images. The digests detect accidents, not an attacker, who can write a manifest
     that fits: nothing is signed. Raises UserError if the manifest or the golden file is not one of a package.
     """
+    if not (folder / MANIFEST).exists():
+        raise UserError(
+            f"no package at '{folder}': expected a folder with {MANIFEST}; build one with make engine, or give the MODEL=, "
+            f"MODULE=, WEIGHTS=, RECIPE= and OUT= that it was built with"
+        )
     recorded = recorded_sha256(folder / MANIFEST)
     present = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     unknown = [name for name in dict.fromkeys((*FILES, *present)) if name != MANIFEST and name not in recorded]

@@ -25,7 +25,7 @@ def last_line(err: str) -> str:
 
 BAD = {
     "no such verb": (["engin"], r"unknown command 'engin'.*Did you mean 'engine'"),
-    "no such option": (["engine", "--modle", "x"], r"unrecognized arguments"),
+    "no such option": (["engine", "--modle", "x"], r"unrecognized .*--modle x \(see `python -m deploy engine --help`\)"),
     "unknown model": (["engine", "--model", "vit_bb"], r"vit_bb.*'vit_b'"),
     "unknown recipe": (["engine", "--recipe", "int"], r"unknown RECIPE 'int'.*Did you mean 'int8'"),
     "unknown target": (["engine", "--target", "tensorrt_rtxx"], r"unknown TARGET 'tensorrt_rtxx'.*'tensorrt_rtx'"),
@@ -57,7 +57,11 @@ BAD = {
         ["engine", "--model", "test_vit", "--weights", "random", "--from", "range", "--cache", "off"],
         r"--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from$",
     ),
-    "missing package": (["verify", "/nowhere"], r"/nowhere/manifest\.json"),
+    "missing package": (["verify", "/nowhere"], r"no package at '/nowhere': expected a folder with manifest\.json"),
+    "package of no such options": (
+        ["verify", "--module", "a/nets.py:make", "--weights", "random", "--recipe", "x/my.toml", "--out", "/nowhere"],
+        r"no package at '/nowhere/nets\.make-random-weights/my'",
+    ),
 }  # fmt: skip
 
 

@@ -425,8 +425,11 @@ def test_a_single_image_is_refused_when_one_must_be_held_out(tmp_path):
     assert "at least 2" in message
 
 
-def test_an_evaluation_folder_with_only_calibration_images_is_refused(photos):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_evaluation_folder_with_only_calibration_images_is_refused(photos, damaged):
     photos /= "other"
+    if damaged:
+        (photos / "empty.jpg").write_bytes(b"")
     message = refusal(str(photos), str(photos))
     assert str(photos) in message
     assert "not also in the calibration set" in message
