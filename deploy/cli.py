@@ -1,6 +1,7 @@
 """The command line: parses, calls, and turns a user's mistake into one line and exit code 2."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -254,6 +255,11 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _close_stdout() -> None:
+    """Let what is still buffered go nowhere: Python would write it at the end, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def answered(command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 for a user's mistake, 1 for a result that does not hold, each told in one line."""
     signal.signal(signal.SIGTERM, _terminated)  # cleans up like Ctrl-C
@@ -265,8 +271,16 @@ def answered(command: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # who reads has read enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return EXIT_FAILED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _close_stdout()
+        print(
+            f"error: {error.filename or 'the output'} cannot be written ({error.strerror}): free space", file=sys.stderr
+        )
+        return EXIT_USER_ERROR
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -201,3 +201,16 @@ def test_a_shell_that_allows_too_little_memory_is_told_before_anything_loads(com
     assert re.fullmatch(
         r"error: this shell allows 3\.1 GB of address space: expected 5 GB or more; raise it .*\n", done.stderr
     )
+
+
+def test_an_output_that_is_full_is_one_line():
+    done = subprocess.run(
+        f"{sys.executable} -m deploy list > /dev/full",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "error: the output cannot be written (No space left on device): free space\n"
+    assert done.returncode == 2
