@@ -59,11 +59,7 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-
-    engine = verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model")
+def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--model", default="dinov2_s", help="short name (see `list`) or any timm name")
     engine.add_argument(
         "--module", help="a network of your own instead: package.module:factory or path/to/file.py:factory"
@@ -100,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
     for option, default in (
