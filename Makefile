@@ -54,8 +54,8 @@ engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= (or MODULE=) INPU
 	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
 	  --out "$(OUT)" --cache "$(CACHE)" $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
-verify: $(VENV)/.ready ## Check a finished package again: MODEL= WEIGHTS= RECIPE= OUT= as for engine
-	@$(RUN) -m deploy verify "$(OUT)/$(subst /,_,$(MODEL))$(if $(filter random,$(WEIGHTS)),-random-weights)/$(basename $(notdir $(RECIPE)))"
+verify: $(VENV)/.ready ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
+	@$(RUN) -m deploy verify --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"
 
 doctor: $(VENV)/.ready ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor

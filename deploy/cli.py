@@ -1,20 +1,27 @@
 """The command line: parses, calls, and turns a user's mistake into one line and exit code 2."""
 
 import argparse
+import errno
 import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import ContractError
+from deploy.host import require_address_space
+from deploy.package import package_folder
 
+# What libraries say, in exceptions of many types, when the machine has no more memory to give.
+OUT_OF_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "failed to map segment", "failed to allocate memory", "bad_alloc",
+    "bad allocation", "out of memory", "can't start new thread",
+)  # fmt: skip
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -52,11 +59,7 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-
-    engine = verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model")
+def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--model", default="dinov2_s", help="short name (see `list`) or any timm name")
     engine.add_argument(
         "--module", help="a network of your own instead: package.module:factory or path/to/file.py:factory"
@@ -96,8 +99,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
+    for option, default in (
+        ("model", "dinov2_s"),
+        ("module", ""),
+        ("weights", "auto"),
+        ("recipe", "int8"),
+        ("out", "artifacts"),
+    ):
+        verify.add_argument(f"--{option}", default=default, help=f"as for `engine` (default {default or 'none'})")
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
     structure = verbs.add_parser(
@@ -116,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _engine(args: argparse.Namespace) -> int:
+    require_address_space()
     from deploy.engine.build import Profile
     from deploy.options import Options
     from deploy.pipeline import engine
@@ -157,11 +174,13 @@ def _engine(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from deploy.verify import verify_package
 
-    wrong = verify_package(args.folder)
+    chosen = args.folder or package_folder(args.out, args.model, args.module, args.weights, args.recipe)
+    folder = expanded(str(chosen), "OUT")
+    wrong = verify_package(folder)
     for finding in wrong:
-        print(f"{args.folder}: {finding}", file=sys.stderr)
+        print(f"{folder}: {finding}", file=sys.stderr)
     if not wrong:
-        print(f"{args.folder}: files unchanged, golden outputs reproduced")
+        print(f"{folder}: files unchanged, golden outputs reproduced")
     return EXIT_FAILED if wrong else 0
 
 
@@ -201,6 +220,7 @@ def _list(_args: argparse.Namespace) -> int:
 
 
 def _structure(args: argparse.Namespace) -> int:
+    require_address_space()
     import torch
 
     from calib.network.fold import fold_affine
@@ -240,6 +260,11 @@ def _terminated(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _close_stdout() -> None:
+    """Let what is still buffered go nowhere: Python would write it at the end, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def answered(command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 for a user's mistake, 1 for a result that does not hold, each told in one line."""
     signal.signal(signal.SIGTERM, _terminated)  # cleans up like Ctrl-C
@@ -251,8 +276,16 @@ def answered(command: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # who reads has read enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return EXIT_FAILED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _close_stdout()
+        print(
+            f"error: {error.filename or 'the output'} cannot be written ({error.strerror}): free space", file=sys.stderr
+        )
+        return EXIT_USER_ERROR
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -262,13 +295,26 @@ def answered(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(text in said.lower() for text in OUT_OF_MEMORY):
+            raise
+        print(
+            f"error: out of memory ({said[:150] or type(error).__name__}): free some, raise the limit, or give a smaller "
+            f"INPUT= or BATCH=; nothing was written",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
 
 
 def _run(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
         raise UserError(f"unknown command '{argv[0]}': expected {', '.join(VERBS)}.{suggestion(argv[0], VERBS)}")
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = " ".join(filter(None, (parser.prog, args.verb)))
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see `{command} --help`)")
     if args.verb is None:
         parser.print_help()
         return EXIT_USER_ERROR

@@ -4,8 +4,11 @@ import functools
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 from typing import Any
+
+from calib.errors import UserError
 
 PACKAGES = (
     "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "polygraphy",
@@ -14,6 +17,21 @@ PACKAGES = (
 
 
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+LEAST_ADDRESS_SPACE = (
+    5_000_000_000  # bytes: with 4e9 the libraries do not load or abort, with 5e9 a small network builds
+)
+
+
+def require_address_space() -> None:
+    """Raise UserError if `ulimit -v` leaves less than torch, ONNX Runtime and a builder need to load: they would abort."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        raise UserError(
+            f"this shell allows {limit / 1e9:.1f} GB of address space: expected {LEAST_ADDRESS_SPACE / 1e9:.0f} GB or more; "
+            f"raise it with ulimit -v"
+        )
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
+from calib.weights.own import name_of
 
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
 MANIFEST, REPORT, GOLDEN = "manifest.json", "report.json", "golden.npz"
@@ -21,6 +22,21 @@ GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # what the names of out
 FILES = (MODEL, MODEL_FP32, ENGINE, MANIFEST, REPORT, GOLDEN)
 
 UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+
+
+def package_folder(out: str, model: str, module: str | None, weights: str, recipe: str) -> Path:
+    """Where `make engine` writes the package of these options, and `make verify` finds it.
+
+    Raises UserError if `module` is of another form than module:factory.
+    """
+    name = name_of(module) if module else model
+    random = "-random-weights" if weights == "random" else ""
+    return Path(out) / (name.replace("/", "_") + random) / recipe_name(recipe)
+
+
+def recipe_name(recipe: str) -> str:
+    """Return the name of a recipe, or of that in a .toml file."""
+    return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
 def _alive(pid: int) -> bool:

@@ -23,7 +23,7 @@ from deploy import steps
 from deploy.engine.backends import choose_backend
 from deploy.kept_states import KeptStates
 from deploy.options import Options
-from deploy.package import staging
+from deploy.package import package_folder, staging
 from deploy.plan import BRIDGE, ENGINE, TORCH, Stage, planned
 from deploy.progress import Progress
 from deploy.recipe import Recipe, load_recipe, recipe_from_tables
@@ -113,8 +113,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
         raise UserError("--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from")
     backend, why = choose_backend(options.target)
     backend.require_target(options.sms)
-    name = spec.name.replace("/", "_") + ("-random-weights" if options.weights == "random" else "")
-    final = Path(options.out) / name / recipe.name
+    final = package_folder(options.out, options.model, options.module, options.weights, options.recipe)
+    name = final.parent.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
     kept = KeptStates(_states_folder(options, spec, progress))
     last = stages.index(plan[-1])

@@ -127,7 +127,7 @@ def _outputs(net: nn.Module, size: Sequence[int]) -> tuple[Output, ...]:
 
 
 def _check_labels(images: ImageSet, outputs: int) -> None:
-    """Raise UserError for a class index that the network has no output for."""
+    """Raise UserError for a class index that a classifier has no output for."""
     if images.labels is not None and max(images.labels) >= outputs:
         raise UserError(
             f"evaluation images have class {max(images.labels)}, but the network has {outputs} outputs: expected classes "

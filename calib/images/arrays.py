@@ -1,10 +1,13 @@
-"""Images from a .npy or .npz file: float32 (N, 3, H, W), already preprocessed, or raw uint8 (N, H, W, 3)."""
+"""Images from a .npy or .npz file: float32 (N, 3, H, W), already preprocessed, or raw uint8 (N, H, W, 3).
+
+A .npz file may hold `labels` (N,) and `groups` (N,) beside them.
+"""
 
 import functools
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +19,26 @@ from calib.images.preprocess import Preprocessing, array_from_image
 
 SUFFIXES = (".npy", ".npz")
 PREFERRED_NAMES = ("images", "input")
+BESIDE = ("labels", "groups")  # what a file may say about its images
 EXAMINED_ROWS = 16  # that tell whether an array holds pixels
 LARGEST_PIXEL = 255.0
 
 
+def _extra(path: Path, name: str) -> np.ndarray | None:
+    """Return the array `name` of a .npz file; None without one, or for another file."""
+    if path.suffix.lower() != ".npz":
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name] if name in arrays.files else None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"array file '{path}' holds {name} that cannot be read ({' '.join(str(error).split())}): expected numbers"
+        ) from error
+
+
 def _only_array(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    names = list(arrays)
+    names = [name for name in arrays if name not in BESIDE]
     wanted = names if len(names) == 1 else [name for name in PREFERRED_NAMES if name in names]
     if len(wanted) != 1:
         raise UserError(
@@ -71,18 +88,32 @@ def labels_from_file(path: Path, rows: int) -> dict[str, int] | None:
 
     Raises `UserError` unless it holds one whole number of at least 0 per row.
     """
-    if path.suffix.lower() != ".npz":
+    labels = _extra(path, "labels")
+    if labels is None:
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        if "labels" not in arrays.files:
-            return None
-        labels = arrays["labels"]
     if labels.shape != (rows,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise UserError(
             f"array file '{path}' holds labels of {labels.dtype} and shape {labels.shape}: expected {rows} class indices, "
             f"whole numbers of at least 0"
         )
     return {f"row {row}": int(label) for row, label in enumerate(labels)}
+
+
+def groups_from_file(path: Path, rows: int) -> list[str] | None:
+    """Return what every row has in common with others of its source, from the array `groups` of a .npz file; None without.
+
+    A group is the same in every file, so that images to judge on share none with those to calibrate on. Raises `UserError`
+    unless it holds one whole number or text per row.
+    """
+    groups = _extra(path, "groups")
+    if groups is None:
+        return None
+    if groups.shape != (rows,) or groups.dtype.kind not in "iuU":
+        raise UserError(
+            f"array file '{path}' holds groups of {groups.dtype} and shape {groups.shape}: expected {rows} whole numbers or "
+            f"texts, the same for rows that show one source"
+        )
+    return [f"group {group}" for group in groups.tolist()]
 
 
 def _check_normalised(path: Path, array: np.ndarray, preprocessing: Preprocessing) -> None:
@@ -103,16 +134,20 @@ def _read_row(array: np.ndarray, row: int, preprocessing: Preprocessing) -> np.n
     return np.array(array[row])
 
 
-def _examined(path: Path, array: np.ndarray, row: int) -> Picture:
+def _examined(path: Path, array: np.ndarray, row: int, group: str) -> Picture:
     values = np.ascontiguousarray(array[row])
     if array.dtype == np.float32 and not np.isfinite(values).all():
         raise UserError(
             f"array file '{path}' holds NaN or infinity in row {row}: expected finite numbers; "
             f"remove the row or write the file again"
         )
-    return Picture(f"row {row}", hashlib.sha256(values.data).hexdigest(), functools.partial(_read_row, array, row))
+    content = hashlib.sha256(values.data).hexdigest()
+    return Picture(f"row {row}", content, functools.partial(_read_row, array, row), group=group)
 
 
-def row_candidates(path: Path, array: np.ndarray) -> list[ImageCandidate]:
-    """One candidate per row of `array`; examining it raises `UserError` for NaN or infinity."""
-    return [functools.partial(_examined, path, array, row) for row in range(len(array))]
+def row_candidates(path: Path, array: np.ndarray, groups: Sequence[str] | None = None) -> list[ImageCandidate]:
+    """One candidate per row of `array`, of its group; examining it raises `UserError` for NaN or infinity."""
+    return [
+        functools.partial(_examined, path, array, row, "" if groups is None else groups[row])
+        for row in range(len(array))
+    ]

@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,16 +17,35 @@ from calib.images.picture import ImageCandidate, Picture, Unreadable
 from calib.images.preprocess import Preprocessing, array_from_image, rgb_image
 
 WNID = re.compile(r"n\d{8}")
+# Pictures that Pillow does not read: of phones, of cameras, drawn ones.
+OTHER_PICTURES = (
+    ".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".svg", ".svgz", ".xcf", ".dng", ".raw", ".cr2", ".cr3", ".crw",
+    ".nef", ".nrw", ".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw", ".x3f",
+)  # fmt: skip
 
 
-def image_names(folder: Path) -> list[str]:
-    """Sorted paths, relative to `folder` and with "/", of all files below it with an extension that Pillow can read.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder: paths relative to it, with "/", sorted."""
+
+    images: tuple[str, ...]  # that Pillow can read by their extension
+    other_pictures: tuple[str, ...]  # that no plug-in of Pillow reads
+
+
+def listed(folder: Path) -> Listing:
+    """The pictures among all files below `folder`.
 
     Links to folders are followed; hidden files and folders are left out. Raises UserError for a folder that is closed.
     """
     extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (path for path in _files(folder) if path.suffix.lower() in extensions and path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    images, others = [], []
+    for path in _files(folder):
+        suffix, name = path.suffix.lower(), path.relative_to(folder).as_posix()
+        if suffix in extensions:
+            images.append(name)
+        elif suffix in OTHER_PICTURES:
+            others.append(name)
+    return Listing(tuple(sorted(images)), tuple(sorted(others)))
 
 
 def _hidden(name: str) -> bool:
@@ -51,11 +71,27 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()  # a link that leads back to a folder it was reached through
             continue
         folders[:] = sorted(name for name in folders if not _hidden(name))
-        yield from (place / name for name in files if not _hidden(name))
+        shown = (place / name for name in files if not _hidden(name))
+        try:
+            yield from (path for path in shown if path.is_file())
+        except PermissionError as error:  # a folder whose names may be read and whose files may not
+            _closed(error)
 
 
-def _read_file(path: Path, preprocessing: Preprocessing) -> np.ndarray:
-    with Image.open(path) as image:
+def _read_file(path: Path, content: str, preprocessing: Preprocessing) -> np.ndarray:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"image '{path}' can no longer be read ({error.strerror}): expected the files that were there when images were "
+            f"chosen; leave the folder as it is while the tool runs"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != content:
+        raise UserError(
+            f"image '{path}' has changed since images were chosen: expected the same bytes; leave the folder as it is while "
+            f"the tool runs"
+        )
+    with Image.open(io.BytesIO(data)) as image:
         return array_from_image(image, preprocessing)
 
 
@@ -67,7 +103,8 @@ def _examined(folder: Path, name: str) -> Picture | Unreadable:
     # Pillow's plug-ins raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         return Unreadable(name, f"{type(error).__name__}: {error}")
-    return Picture(name, hashlib.sha256(data).hexdigest(), functools.partial(_read_file, folder / name))
+    content = hashlib.sha256(data).hexdigest()
+    return Picture(name, content, functools.partial(_read_file, folder / name, content))
 
 
 def file_candidates(folder: Path, names: Sequence[str]) -> list[ImageCandidate]:

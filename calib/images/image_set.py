@@ -5,6 +5,7 @@ The two sets share no source image, so an error measured on the second set holds
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from calib.errors import UserError
-from calib.images.arrays import SUFFIXES, array_from_file, labels_from_file, row_candidates
-from calib.images.folder import file_candidates, image_names, labels_from_names
+from calib.images.arrays import SUFFIXES, array_from_file, groups_from_file, labels_from_file, row_candidates
+from calib.images.folder import Listing, file_candidates, labels_from_names, listed
 from calib.images.picture import THREADS, Chosen, ImageCandidate, Picture, choose_pictures, in_random_order
 from calib.images.preprocess import Preprocessing
 from calib.images.sample_photos import CALIBRATION_PHOTOS, EVALUATION_PHOTOS, random_crops
@@ -32,26 +33,40 @@ class ImageSet:
     pictures: tuple[Picture, ...]
     sample: bool = False  # True: crops of the built-in sample images, not for production
     skipped: tuple[str, ...] = ()  # unreadable files found while choosing (none in a held-out set)
+    other_pictures: tuple[str, ...] = ()  # pictures of kinds that Pillow does not read (none in a held-out set)
+    duplicates: int = 0  # files left out because an earlier one has the same content (0 in a held-out set)
     labels: tuple[int, ...] | None = None  # class index of each image
-    overlap: int = 0  # evaluation files left out because their content is in the calibration set
+    overlap: int = 0  # evaluation images left out because their content or group is in the calibration set
 
     @property
     def count(self) -> int:
         """The number of images."""
         return len(self.pictures)
 
+    def left_out(self) -> list[str]:
+        """Sentences on files that are not in the set though they may have been meant to be."""
+        found = []
+        if self.skipped:
+            found.append(f"{len(self.skipped)} unreadable images skipped: {', '.join(self.skipped[:3])}")
+        if self.other_pictures:
+            some = ", ".join(self.other_pictures[:3])
+            found.append(f"{len(self.other_pictures)} pictures of kinds that cannot be read, convert them: {some}")
+        if self.duplicates:
+            found.append(f"{self.duplicates} duplicates left out: the same content as another image")
+        return found
+
     @property
     def sha256(self) -> str:
-        """Hex sha256 of the preprocessing and of the contents and windows of all images, in order."""
+        """Hex sha256 of the preprocessing and of the contents, windows and groups of all images, in order."""
         digest = hashlib.sha256(json.dumps(self.preprocessing.to_json(), sort_keys=True).encode())
         for picture in self.pictures:
-            digest.update(f"\n{picture.content} {picture.window}".encode())
+            digest.update(f"\n{picture.content} {picture.window}{picture.group}".encode())
         return digest.hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield batches float32 (batch_size, 3, H, W) in the order of the set; the last one may be smaller.
 
-        Raises `UserError` for a batch size below 1, `OSError` for a file that vanished since it was chosen.
+        Raises `UserError` for a batch size below 1, and for a file that vanished or changed since it was chosen.
         """
         _check_at_least(1, "batch size", batch_size)
         with ThreadPoolExecutor(THREADS) as pool:
@@ -61,19 +76,19 @@ class ImageSet:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """Number of the source image of every picture; crops of one image have the same."""
+        """Number of the source image of every picture; crops of one image, and pictures of one group, have the same."""
         numbers: dict[str, int] = {}
-        return tuple(numbers.setdefault(picture.content, len(numbers)) for picture in self.pictures)
+        return tuple(numbers.setdefault(picture.source, len(numbers)) for picture in self.pictures)
 
     def halves(self) -> tuple[tuple["ImageSet", "ImageSet"], tuple["ImageSet", "ImageSet"]]:
         """Return two halves without a common source image, each in two parts without a common source image.
 
         With fewer than four source images, parts share some of them; a set of one or two pictures repeats them.
         """
-        by_content: dict[str, list[Picture]] = {}
+        by_source: dict[str, list[Picture]] = {}
         for picture in self.pictures:
-            by_content.setdefault(picture.content, []).append(picture)
-        first, second = (_dealt(half) for half in _dealt([by_content[content] for content in sorted(by_content)]))
+            by_source.setdefault(picture.source, []).append(picture)
+        first, second = (_dealt(half) for half in _dealt([by_source[source] for source in sorted(by_source)]))
         return self._parts(*first), self._parts(*second)
 
     def _parts(self, *parts: list[list[Picture]]) -> tuple["ImageSet", "ImageSet"]:
@@ -117,28 +132,41 @@ def _located(text: str, role: str) -> Path:
     return path
 
 
-def _names(folder: Path, role: str) -> list[str]:
-    names = image_names(folder)
-    if not names:
+def _listed(folder: Path, role: str) -> Listing:
+    found = listed(folder)
+    if not found.images:
         content = "holds no image files" if any(folder.iterdir()) else "is empty"
+        if found.other_pictures:
+            kinds = ", ".join(sorted({Path(name).suffix.lower() for name in found.other_pictures}))
+            content = f"holds {len(found.other_pictures)} pictures of kinds that cannot be read ({kinds})"
         raise UserError(
             f"{role} folder '{folder}' {content}: expected files such as .jpg or .png in it or below it; "
-            f"add images or pass another folder"
+            f"add or convert images, or pass another folder"
         )
-    return names
+    return found
 
 
-def _candidates(
-    path: Path, role: str, preprocessing: Preprocessing
-) -> tuple[list[ImageCandidate], dict[str, int] | None]:
-    """All candidates of `path`, and for the role "evaluation" the labels that its class folders give."""
-    if not path.is_dir():
-        array = array_from_file(path, preprocessing)
-        labels = labels_from_file(path, len(array)) if role == "evaluation" else None
-        return row_candidates(path, array), labels
-    names = _names(path, role)
-    labels = labels_from_names(path, names) if role == "evaluation" else None
-    return file_candidates(path, names), labels
+@dataclass(frozen=True)
+class _Found:
+    """What lies at a path: images to choose from, and for the role "evaluation" the labels that the path gives."""
+
+    candidates: list[ImageCandidate]
+    described: str  # how many there are and what counts as one source image
+    labels: dict[str, int] | None
+    other_pictures: tuple[str, ...] = ()
+
+
+def _found(path: Path, role: str, preprocessing: Preprocessing) -> _Found:
+    if path.is_dir():
+        listing = _listed(path, role)
+        names = listing.images
+        labels = labels_from_names(path, names) if role == "evaluation" else None
+        return _Found(file_candidates(path, names), f"{len(names)} images", labels, listing.other_pictures)
+    array = array_from_file(path, preprocessing)
+    labels = labels_from_file(path, len(array)) if role == "evaluation" else None
+    groups = groups_from_file(path, len(array))
+    kinds = "each taken for a source image of its own" if groups is None else f"{len(set(groups))} groups"
+    return _Found(row_candidates(path, array, groups), f"{len(array)} rows, {kinds}", labels)
 
 
 def _check_any_readable(path: Path, role: str, chosen: Chosen) -> None:
@@ -156,23 +184,41 @@ def _calibration_set(
 ) -> tuple[ImageSet, ImageSet]:
     """(calibration set, held-out set) of one folder or array; the second is empty if `held_out` is 0."""
     path = _located(calib, "calibration")
-    candidates, _ = _candidates(path, "calibration", preprocessing)
-    chosen = choose_pictures(in_random_order(candidates, seed), count + held_out)
+    found = _found(path, "calibration", preprocessing)
+    chosen = choose_pictures(in_random_order(found.candidates, seed), count + held_out)
     _check_any_readable(path, "calibration", chosen)
-    found = len(chosen.pictures)
-    if held_out and found < 2:
+    pictures, distinct = chosen.pictures, len(chosen.pictures)
+    if held_out and len({picture.source for picture in pictures}) < 2:
+        what = "distinct readable image" if distinct < 2 else "readable images of one group"
         raise UserError(
-            f"calibration path '{calib}' holds {found} distinct readable image: expected at least 2, one to "
+            f"calibration path '{calib}' holds {distinct} {what}: expected at least 2 source images, one to "
             f"calibrate and one held out to evaluate; add images or pass an evaluation folder"
         )
-    held_out = min(held_out, max(1, found // 8, found - count))
-    split = found - held_out
-    source = f"{calib} ({len(candidates)} images, seed {seed})"
+    held_out = min(held_out, max(1, distinct // 8, distinct - count))
+    fitted, judged = _split(pictures, distinct - held_out)
+    source = f"{calib} ({found.described}, seed {seed})"
     skipped = tuple(each.name for each in chosen.unreadable)
     return (
-        ImageSet(source, preprocessing, chosen.pictures[:split], skipped=skipped),
-        ImageSet(f"{source}, held out", preprocessing, chosen.pictures[split:]),
-    )
+        ImageSet(
+            source, preprocessing, fitted, skipped=skipped, other_pictures=found.other_pictures,
+            duplicates=chosen.duplicates,
+        ),
+        ImageSet(f"{source}, held out", preprocessing, judged),
+    )  # fmt: skip
+
+
+def _split(pictures: tuple[Picture, ...], first: int) -> tuple[tuple[Picture, ...], tuple[Picture, ...]]:
+    """Return about `first` of `pictures` and the rest, without a common source; of two sources or more neither is empty."""
+    sources = list(dict.fromkeys(picture.source for picture in pictures))
+    if first >= len(pictures):
+        return pictures, ()
+    counts = Counter(picture.source for picture in pictures)
+    taken = {sources[0]}
+    for source in sources[1:-1]:
+        if sum(counts[each] for each in taken) + counts[source] <= first:
+            taken.add(source)
+    fitted = tuple(picture for picture in pictures if picture.source in taken)
+    return fitted, tuple(picture for picture in pictures if picture.source not in taken)
 
 
 def _evaluation_set(
@@ -180,9 +226,9 @@ def _evaluation_set(
 ) -> ImageSet:
     """The images of `evaluation` (all, or `wanted` of them) that are not in `calibration`, with labels."""
     path = _located(evaluation, "evaluation")
-    candidates, labels = _candidates(path, "evaluation", preprocessing)
-    excluded = {picture.content for picture in calibration.pictures}
-    chosen = choose_pictures(in_random_order(candidates, seed), wanted or len(candidates), excluded)
+    found = _found(path, "evaluation", preprocessing)
+    excluded = {each for picture in calibration.pictures for each in (picture.content, picture.source)}
+    chosen = choose_pictures(in_random_order(found.candidates, seed), wanted or len(found.candidates), excluded)
     if not chosen.overlap:
         _check_any_readable(path, "evaluation", chosen)
     if not chosen.pictures:
@@ -191,11 +237,13 @@ def _evaluation_set(
             f"expected other images; pass another folder, or none to hold some of the calibration images out"
         )
     return ImageSet(
-        f"{evaluation} ({len(candidates)} images, seed {seed})",
+        f"{evaluation} ({found.described}, seed {seed})",
         preprocessing,
         chosen.pictures,
         skipped=tuple(each.name for each in chosen.unreadable),
-        labels=None if labels is None else tuple(labels[picture.name] for picture in chosen.pictures),
+        other_pictures=found.other_pictures,
+        duplicates=chosen.duplicates,
+        labels=None if found.labels is None else tuple(found.labels[picture.name] for picture in chosen.pictures),
         overlap=chosen.overlap,
     )
 
@@ -216,7 +264,7 @@ def image_sets(
     eval_count: int | None = None,
     seed: int = 0,
 ) -> tuple[ImageSet, ImageSet]:
-    """(calibration set, evaluation set), which share no source image and hold no duplicates.
+    """(calibration set, evaluation set), which share no source image (or group) and hold no duplicates.
 
     calib: a folder (searched recursively), a .npy/.npz file, or None for crops of the built-in sample images.
     evaluation: a folder (subfolders are classes), a .npy/.npz file, or None to hold out images of `calib`.

@@ -20,6 +20,12 @@ class Picture:
     content: str  # sha256 of the bytes of the file or row: equal content means the same source image
     read: Callable[[Preprocessing], np.ndarray]  # -> (3, height, width) float32
     window: str = ""  # the part of the source image that is used, if it is not the whole
+    group: str = ""  # what pictures of one source have in common, where the user says so
+
+    @property
+    def source(self) -> str:
+        """What pictures of one source image share."""
+        return self.group or self.content
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Chosen:
 
     pictures: tuple[Picture, ...]
     unreadable: tuple[Unreadable, ...]
-    overlap: int  # number of candidates left out because their content is excluded
+    overlap: int  # number of candidates left out because their content or group is excluded
+    duplicates: int = 0  # ... because an earlier one has the same content
 
 
 def in_random_order(candidates: Sequence[ImageCandidate], seed: int) -> list[ImageCandidate]:
@@ -48,21 +55,26 @@ def in_random_order(candidates: Sequence[ImageCandidate], seed: int) -> list[Ima
 
 
 def choose_pictures(candidates: Sequence[ImageCandidate], wanted: int, excluded: Collection[str] = ()) -> Chosen:
-    """The first `wanted` (1 or more) readable candidates of distinct content outside `excluded`, in order."""
+    """The first `wanted` (1 or more) readable candidates of distinct content outside `excluded`, in order.
+
+    `excluded`: contents, and the sources of pictures that must not be shared.
+    """
     pictures: list[Picture] = []
     unreadable: list[Unreadable] = []
-    seen = set(excluded)
-    overlap = 0
+    seen: set[str] = set()
+    overlap = duplicates = 0
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(candidates), CHUNK):
             for found in pool.map(lambda candidate: candidate(), candidates[start : start + CHUNK]):
                 if isinstance(found, Unreadable):
                     unreadable.append(found)
-                elif found.content not in seen:
+                elif found.content in excluded or found.source in excluded:
+                    overlap += 1
+                elif found.content in seen:
+                    duplicates += 1
+                else:
                     seen.add(found.content)
                     pictures.append(found)
                     if len(pictures) == wanted:
-                        return Chosen(tuple(pictures), tuple(unreadable), overlap)
-                elif found.content in excluded:
-                    overlap += 1
-    return Chosen(tuple(pictures), tuple(unreadable), overlap)
+                        return Chosen(tuple(pictures), tuple(unreadable), overlap, duplicates)
+    return Chosen(tuple(pictures), tuple(unreadable), overlap, duplicates)

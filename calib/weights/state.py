@@ -8,10 +8,13 @@ import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from datetime import datetime, timedelta
+from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from calib.weights.own import NO_CODE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +26,7 @@ WRAPPERS = (
     "state_dict_ema", "model_ema", "ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "module",
     "params_ema", "params",
 )  # fmt: skip
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # that wrappers put before every name
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 COUNTERS = ("n_averaged", "num_updates", "decay")  # that wrappers keep beside the weights
 
 
@@ -44,10 +47,19 @@ def _harmless() -> list[Any]:
     import numpy as np
 
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    array = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    kinds = [
+        type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool", "str")
+    ]
+    renamed = {
+        "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar,
+        "numpy.core.multiarray._reconstruct": array, "numpy._core.multiarray._reconstruct": array,
+        # a path of another system cannot be made here, and none is needed
+        **{f"{module}.{kind}": PurePath for module in ("pathlib", "pathlib._local") for kind in PATHS},
+    }  # fmt: skip
     return [
-        argparse.Namespace, defaultdict, dict, set, np.dtype, *kinds,
-        (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
+        argparse.Namespace, SimpleNamespace, defaultdict, dict, set, datetime, timedelta, np.dtype, np.ndarray, *kinds,
+        *((made, name) for name, made in renamed.items()),
     ]  # fmt: skip
 
 
@@ -60,8 +72,11 @@ def _is_safetensors(path: Path) -> bool:
 
 def _other_kind(path: Path) -> str | None:
     """Return what a file is that holds no state dict; None if it may."""
-    if path.suffix.lower() == ".onnx":
-        return "an ONNX file"
+    if path.name.endswith(".index.json"):
+        return "the index of a checkpoint in several files"
+    kind = NO_CODE.get(path.suffix.lower())
+    if kind and not kind.endswith("weights"):
+        return kind
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any("/code/" in name for name in archive.namelist()):
@@ -98,7 +113,8 @@ def _content(path: Path) -> Any:
     if not _is_safetensors(path):
         if kind := _other_kind(path):
             raise UserError(
-                f"{path} is {kind}, not a checkpoint of weights: save the state_dict of the network instead."
+                f"{path} is {kind}, not a checkpoint of weights: give what torch.save(net.state_dict(), 'weights.pth') "
+                f"writes for the PyTorch network it was made from, with MODEL= or MODULE=."
             )
         return _torch_content(path)
     try:
@@ -117,7 +133,37 @@ def _tensors(content: Any) -> bool:
     return bool(named) and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in named)
 
 
-def _unwrapped(content: Any, path: Path) -> tuple["StateDict", str]:
+def _entry(content: Mapping[Any, Any], path: Path, expected: Collection[str]) -> Any:
+    """Return the key of the entry that holds the weights: one of WRAPPERS, else the only one of named tensors.
+
+    Of several, the one with all the names `expected`. None if there is no such entry; raises UserError for a choice.
+    """
+    filled = [key for key, value in content.items() if isinstance(value, Mapping) and _weights(value)]
+    known = next((key for key in WRAPPERS if key in filled), None)
+    if known is not None:
+        return known
+    found = [key for key in filled if _tensors(content[key])]
+    if len(found) > 1:
+        found = [key for key in found if _holds(without_prefixes(content[key], expected)[0], expected)] or found
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds several state dicts, {first_few(map(str, found))}: save the one that you mean, "
+            f"torch.save(content[{found[0]!r}], 'weights.pth')."
+        )
+    return next(iter(found), None)
+
+
+def _weights(content: Mapping[Any, Any]) -> bool:
+    """Whether `content` holds anything but counters of a wrapper."""
+    return any(str(key).rpartition(".")[2] not in COUNTERS for key in content)
+
+
+def _holds(state: Collection[str], expected: Collection[str]) -> bool:
+    """Whether `state` has all of the names `expected` that inference reads."""
+    return all(key in state for key in expected if is_read(key))
+
+
+def _unwrapped(content: Any, path: Path, expected: Collection[str]) -> tuple["StateDict", str]:
     """Return (the tensors inside a checkpoint, a note that names its entries)."""
     import torch
 
@@ -126,7 +172,7 @@ def _unwrapped(content: Any, path: Path) -> tuple["StateDict", str]:
         if not isinstance(content, Mapping):
             kind = type(content).__name__
             raise UserError(f"{path} holds a {kind}, expected a state dict: re-save it as .safetensors.")
-        inner = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping) and len(content[key]) > 0), None)
+        inner = _entry(content, path, expected)
         if inner is None:
             others = [
                 str(key)
@@ -144,26 +190,31 @@ def _unwrapped(content: Any, path: Path) -> tuple["StateDict", str]:
 
 
 def _inner(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", str]:
-    """Return (the part of `state` under a prefix, if that is all of the network, a note on what is left out)."""
-    needed = {key for key in expected if is_read(key)}
-    for prefix in PREFIXES:
-        part = {key: value for key, value in state.items() if key.startswith(prefix)}
-        if len(part) < len(state) and needed <= {key.removeprefix(prefix) for key in part}:
-            return part, f" (left out: {first_few(key for key in state if key not in part)})"
-    return state, ""
+    """Return (the part of `state` under a prefix, if it is the only one with all of the network, a note on the rest)."""
+    first = next((key for key in expected if is_read(key)), "")
+    prefixes = [key.removesuffix(first) for key in state if first and key.endswith(f".{first}")]
+    parts = [{key: value for key, value in state.items() if key.startswith(prefix)} for prefix in prefixes]
+    whole = [
+        part
+        for prefix, part in zip(prefixes, parts, strict=True)
+        if _holds({key.removeprefix(prefix) for key in part}, expected)
+    ]
+    if len(whole) != 1 or len(whole[0]) == len(state):
+        return state, ""
+    return whole[0], f" (left out: {first_few(key for key in state if key not in whole[0])})"
 
 
 def without_prefixes(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", str]:
     """Return (`state` without what wrappers put before every name, a note on it).
 
-    A prefix that the names `expected` have as well stays. What a training loop keeps beside a whole network under a prefix,
-    such as the weights of a loss, is left out.
+    A prefix is a first part that all names share and that no name of `expected` begins with. What a training loop keeps
+    beside a whole network under a prefix, such as the weights of a loss, is left out.
     """
     taken = ""
     state, left_out = _inner(state, expected)
     while state:
-        prefix = next((each for each in PREFIXES if all(key.startswith(each) for key in state)), None)
-        if prefix is None or all(key.startswith(prefix) for key in expected):
+        prefix = next(iter(state)).partition(".")[0] + "."
+        if not all(key.startswith(prefix) for key in state) or any(key.startswith(prefix) for key in expected):
             break
         state, taken = {key.removeprefix(prefix): value for key, value in state.items()}, taken + prefix
     return state, (f" (without '{taken}')" if taken else "") + left_out
@@ -174,6 +225,6 @@ def read_state(path: Path, expected: Collection[str]) -> tuple["StateDict", str]
 
     `expected`: the names that the network has. Raises UserError if the file cannot be read or holds no state dict.
     """
-    state, note = _unwrapped(_content(path), path)
+    state, note = _unwrapped(_content(path), path, expected)
     state, prefixes = without_prefixes(state, expected)
     return state, note + prefixes

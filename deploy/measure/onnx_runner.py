@@ -12,6 +12,14 @@ INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QL
 THREADS = 2  # fixed, so that results do not depend on the number of cores
 
 
+def _utf8(path: Path) -> str | bytes:
+    """Return the path as ONNX Runtime reads it whatever the locale; the content of a file whose path is no UTF-8."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return path.read_bytes()
+
+
 class OnnxRunner:
     """A session for one graph: `runner(images)` is its first output as float32.
 
@@ -25,7 +33,7 @@ class OnnxRunner:
         options = ort_options(threads)
         if not fused:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source = os.fspath(model) if isinstance(model, Path) else model
+        source = _utf8(model) if isinstance(model, Path) else model
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0]
         self.dtype = np.float16 if self.input.type == "tensor(float16)" else np.float32
@@ -48,6 +56,6 @@ def integer_layers(model: Path) -> int:
     options = ort_options(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
-        ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(_utf8(model), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
     return sum(node.op_type in INTEGER_KERNELS for node in nodes)

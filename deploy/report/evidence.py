@@ -34,14 +34,18 @@ def warnings(run: "Run") -> list[str]:
             f"the calibration images show {sources} source images only: expected {PARTS} or more, so that images that judge "
             f"are never images that fitted or chose"
         )
-    if run.calibration.skipped:
-        shown = ", ".join(run.calibration.skipped[:3])
-        found.append(f"{len(run.calibration.skipped)} unreadable images skipped: {shown}")
+    for role, images in (("calibration", run.calibration), ("evaluation", run.evaluation)):
+        found += [f"{role}: {each}" for each in images.left_out()]
     if run.evaluation.overlap:
-        found.append(f"{run.evaluation.overlap} evaluation images left out: they are calibration images")
+        found.append(
+            f"{run.evaluation.overlap} evaluation images left out: they, or their group, are calibration images"
+        )
     if run.evaluation.labels is not None and run.task != "classifier":
         found.append(
-            "labels are not used: the network does not say that its outputs are classes (attribute num_classes)"
+            f"labels are not used: the network does not say that its outputs are classes (set net.num_classes = "
+            f"{run.outputs[0].shape[-1]} in the factory if they are)"
+            if run.spec.factory
+            else "labels are not used: the outputs of this network are features, not classes"
         )
     top1 = run.verdict.fidelity.reference_top1
     if top1 is not None and top1 <= CHANCE / run.outputs[0].shape[0]:
@@ -94,6 +98,8 @@ def images_json(images: "ImageSet") -> dict[str, Any]:
         "sha256": images.sha256,
         "sample": images.sample,
         "skipped": list(images.skipped),
+        "other_pictures": list(images.other_pictures),
+        "duplicates": images.duplicates,
     }
 
 

@@ -44,6 +44,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
             "source": run.loaded.source,
             "sha256": run.loaded.sha256,
             "random": run.loaded.random,
+            "module": run.loaded.module,
         },
         "calibration": images_json(run.calibration),
         "preprocessing": run.calibration.preprocessing.to_json(),

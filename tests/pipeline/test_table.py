@@ -18,7 +18,7 @@ from calib.precision import Precision
 from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
-from calib.weights.load import LoadedNet, state_sha256
+from calib.weights.load import LoadedNet, NoWeightsError, state_sha256
 from deploy import cli, stages
 from tests.tiny import SIZE, rounded, tiny_model, tiny_net
 
@@ -275,3 +275,14 @@ def test_a_stage_that_a_network_cannot_have_is_one_line(paper, monkeypatch, caps
     assert run(paper, "--models", "vit_s") == 0
     assert all(row["fidelity"] is None for row in result_of(paper)["rows"])
     assert "no attention here" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_had_are_told_with_what_this_command_can_do(paper, monkeypatch, capsys):
+    def unreachable(_spec):
+        raise NoWeightsError("the hub is away")
+
+    monkeypatch.setattr(table, "load_net", unreachable)
+    assert run(paper, "--models", "swin_t") == cli.EXIT_USER_ERROR
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the hub is away: choose others with MODELS=, such as dinov2_s,mobilenetv2")
+    assert "WEIGHTS=" not in said

@@ -25,7 +25,7 @@ def last_line(err: str) -> str:
 
 BAD = {
     "no such verb": (["engin"], r"unknown command 'engin'.*Did you mean 'engine'"),
-    "no such option": (["engine", "--modle", "x"], r"unrecognized arguments"),
+    "no such option": (["engine", "--modle", "x"], r"unrecognized .*--modle x \(see `python -m deploy engine --help`\)"),
     "unknown model": (["engine", "--model", "vit_bb"], r"vit_bb.*'vit_b'"),
     "unknown recipe": (["engine", "--recipe", "int"], r"unknown RECIPE 'int'.*Did you mean 'int8'"),
     "unknown target": (["engine", "--target", "tensorrt_rtxx"], r"unknown TARGET 'tensorrt_rtxx'.*'tensorrt_rtx'"),
@@ -57,7 +57,11 @@ BAD = {
         ["engine", "--model", "test_vit", "--weights", "random", "--from", "range", "--cache", "off"],
         r"--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from$",
     ),
-    "missing package": (["verify", "/nowhere"], r"/nowhere/manifest\.json"),
+    "missing package": (["verify", "/nowhere"], r"no package at '/nowhere': expected a folder with manifest\.json"),
+    "package of no such options": (
+        ["verify", "--module", "a/nets.py:make", "--weights", "random", "--recipe", "x/my.toml", "--out", "/nowhere"],
+        r"no package at '/nowhere/nets\.make-random-weights/my'",
+    ),
 }  # fmt: skip
 
 
@@ -158,3 +162,55 @@ def test_a_path_that_the_terminal_cannot_show_is_written_all_the_same():
     )
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"
+        ),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_more_memory_is_one_line(monkeypatch, capsys, error):
+    def starved(_args):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "list", starved)
+    code, _, err = run(capsys, "list")
+    assert code == cli.EXIT_USER_ERROR
+    assert err.startswith("error: out of memory")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["deploy engine --model test_resnet", "deploy structure test_resnet"])
+def test_a_shell_that_allows_too_little_memory_is_told_before_anything_loads(command):
+    done = subprocess.run(
+        f"ulimit -v 3000000; {sys.executable} -m {command}",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: this shell allows 3\.1 GB of address space: expected 5 GB or more; raise it .*\n", done.stderr
+    )
+
+
+def test_an_output_that_is_full_is_one_line():
+    done = subprocess.run(
+        f"{sys.executable} -m deploy list > /dev/full",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "error: the output cannot be written (No space left on device): free space\n"
+    assert done.returncode == 2

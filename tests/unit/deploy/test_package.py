@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from calib.errors import UserError
-from deploy.package import MANIFEST, read_json, staging, write_json
+from deploy.package import MANIFEST, package_folder, read_json, staging, write_json
 
 
 def names(folder):
@@ -155,3 +155,16 @@ def test_a_closed_input_is_not_called_a_closed_output(tmp_path):
     with pytest.raises(UserError, match=f"'{closed}' cannot be read") as caught, staging(tmp_path / "out" / "int8"):
         raise PermissionError(errno.EACCES, "Permission denied", str(closed))
     assert "output" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "weights", "recipe", "folder"),
+    [
+        ("vit_b", None, "auto", "int8", "out/vit_b/int8"),
+        ("a/b", "", "random", "x/my.v2.toml", "out/a_b-random-weights/my.v2"),
+        ("dinov2_s", "nets/mine.py:build", "last.ckpt", "int8", "out/mine.build/int8"),
+        ("dinov2_s", "package.models:make", "random", "int8", "out/models.make-random-weights/int8"),
+    ],
+)
+def test_the_folder_of_a_package_follows_its_options(model, module, weights, recipe, folder):
+    assert str(package_folder("out", model, module, weights, recipe)) == folder

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from calib.errors import UserError
-from calib.images.folder import image_names, labels_from_names
+from calib.images.folder import labels_from_names, listed
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.picture import Picture
 from calib.images.preprocess import Preprocessing, array_from_image
@@ -425,8 +425,11 @@ def test_a_single_image_is_refused_when_one_must_be_held_out(tmp_path):
     assert "at least 2" in message
 
 
-def test_an_evaluation_folder_with_only_calibration_images_is_refused(photos):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_evaluation_folder_with_only_calibration_images_is_refused(photos, damaged):
     photos /= "other"
+    if damaged:
+        (photos / "empty.jpg").write_bytes(b"")
     message = refusal(str(photos), str(photos))
     assert str(photos) in message
     assert "not also in the calibration set" in message
@@ -611,7 +614,7 @@ def test_links_to_folders_count_as_folders_and_one_that_leads_back_ends(tmp_path
     (folder / "dog").symlink_to("../real/two")
     (tmp_path / "real" / "two" / "loop").symlink_to(folder)
     (folder / "cat" / "self").symlink_to(tmp_path / "real" / "one")
-    assert image_names(folder) == ["cat/0.png", "dog/0.png"]
+    assert list(listed(folder).images) == ["cat/0.png", "dog/0.png"]
 
 
 def test_what_editors_and_archives_leave_is_no_class_and_no_image(tmp_path):
@@ -619,7 +622,7 @@ def test_what_editors_and_archives_leave_is_no_class_and_no_image(tmp_path):
         (tmp_path / name).mkdir()
         picture(100).save(tmp_path / name / "0.png")
     picture(100).save(tmp_path / "cat" / "._0.png")
-    names = image_names(tmp_path)
+    names = list(listed(tmp_path).images)
     assert names == ["cat/0.png", "dog/0.png"]
     assert labels_from_names(tmp_path, names) == {"cat/0.png": 0, "dog/0.png": 1}
 
@@ -640,3 +643,132 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path, photos, labels):
     np.savez(tmp_path / "some.npz", images=np.zeros((5, 20, 20, 3), np.uint8), labels=labels)
     with pytest.raises(UserError, match="expected 5 class indices"):
         image_sets(str(photos), str(tmp_path / "some.npz"), SMALL)
+
+
+def test_pictures_that_pillow_does_not_read_are_named(photos):
+    for name in ("IMG_1.HEIC", "other/raw.dng", "notes.txt"):
+        (photos / name).write_bytes(b"x")
+    for images in (image_sets(str(photos), None, SMALL)[0], image_sets(None, str(photos / "other"), SMALL)[1]):
+        assert "raw.dng" in "".join(images.other_pictures)
+        assert any("kinds that cannot be read" in line and "raw.dng" in line for line in images.left_out())
+    assert image_sets(str(photos), None, SMALL)[0].other_pictures == ("IMG_1.HEIC", "other/raw.dng")
+
+
+def test_a_folder_of_nothing_but_other_pictures_says_so(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (tmp_path / "b.HEIC").write_bytes(b"x")
+    assert "holds 2 pictures of kinds that cannot be read (.heic)" in refusal(str(tmp_path), None)
+
+
+def test_duplicates_are_counted_in_both_sets(photos, tmp_path):
+    for value in (0, 3, 6):
+        (photos / f"again{value}.png").write_bytes((photos / f"{value}.png").read_bytes())
+    calibration, evaluation = image_sets(str(photos), None, SMALL)
+    assert (calibration.duplicates, evaluation.duplicates) == (3, 0)
+    assert calibration.left_out() == ["3 duplicates left out: the same content as another image"]
+    for name in ("a", "b"):
+        save(tmp_path / "eval", f"{name}.png", 77)
+    assert image_sets(str(photos), str(tmp_path / "eval"), SMALL)[1].duplicates == 1
+
+
+def test_a_closed_folder_is_refused_by_name(photos, monkeypatch):
+    import os
+
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("other"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"folder '.*other' cannot be read \(Permission denied\)"):
+        image_sets(str(photos), None, SMALL)
+
+
+def test_a_folder_whose_files_may_not_be_looked_at_is_refused_by_name(photos, monkeypatch):
+    is_file = Path.is_file
+
+    def closed(path):
+        if path.parent.name == "other":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(UserError, match=r"'.*other/.*' cannot be read \(Permission denied\)"):
+        image_sets(str(photos), None, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "can no longer be read .No such file"),
+        (lambda path: picture(99).save(path), "has changed since images were chosen"),
+        (lambda path: path.write_bytes(b""), "has changed since images were chosen"),
+    ],
+    ids=["gone", "replaced", "emptied"],
+)
+def test_a_file_that_goes_or_changes_after_it_was_chosen_is_named(photos, change, message):
+    calibration, _ = image_sets(str(photos), None, SMALL)
+    change(photos / names(calibration)[5])
+    with pytest.raises(UserError, match=f"'{photos / names(calibration)[5]}' {message}"):
+        stream(calibration)
+
+
+def grouped(path, groups):
+    rng = np.random.default_rng(0)
+    np.savez(path, images=rng.integers(0, 256, (len(groups), 20, 20, 3), dtype=np.uint8), groups=groups)
+    return str(path)
+
+
+def groups_of(images, groups):
+    return {groups[int(each.name.removeprefix("row "))] for each in images.pictures}
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_rows_of_one_group_count_as_one_source_image(tmp_path, kind):
+    groups = [kind(row // 4) for row in range(40)]
+    calibration, evaluation = image_sets(grouped(tmp_path / "a.npz", np.array(groups)), None, SMALL, eval_count=8)
+    assert calibration.count + evaluation.count == 40
+    assert not groups_of(calibration, groups) & groups_of(evaluation, groups)
+    assert len(set(calibration.sources)) == len(groups_of(calibration, groups))
+    for one, other in itertools.combinations([part for half in calibration.halves() for part in half], 2):
+        assert not groups_of(one, groups) & groups_of(other, groups)
+    assert "40 rows, 10 groups" in calibration.source
+
+
+def test_an_evaluation_file_shares_no_group_with_calibration_on_it(tmp_path):
+    groups = [row // 4 for row in range(40)]
+    path = grouped(tmp_path / "a.npz", np.array(groups))
+    calibration, evaluation = image_sets(path, path, SMALL, count=6)
+    assert not groups_of(calibration, groups) & groups_of(evaluation, groups)
+    assert evaluation.count + evaluation.overlap == 40
+    save(tmp_path / "other", "a.png", 1)
+    assert image_sets(str(tmp_path / "other"), path, SMALL)[1].overlap == 0
+
+
+def test_groups_decide_the_digest_and_their_absence_is_said(tmp_path):
+    one = image_sets(grouped(tmp_path / "a.npz", np.arange(12) // 2), None, SMALL)[0]
+    others = [replace(picture, group="group 0") for picture in one.pictures]
+    assert replace(one, pictures=tuple(others)).sha256 != one.sha256
+    np.savez(tmp_path / "c.npz", np.load(tmp_path / "a.npz")["images"])
+    assert (
+        "12 rows, each taken for a source image of its own"
+        in image_sets(str(tmp_path / "c.npz"), None, SMALL)[0].source
+    )
+
+
+@pytest.mark.parametrize(
+    "groups", [np.zeros(4, int), np.zeros(5), np.array([{}] * 5, object)], ids=["too few", "float", "objects"]
+)
+def test_groups_that_are_none_are_refused(tmp_path, groups):
+    assert "groups" in refusal(grouped_file(tmp_path / "a.npz", groups), None)
+
+
+def grouped_file(path, groups):
+    np.savez(path, images=np.zeros((5, 20, 20, 3), np.uint8), groups=groups)
+    return str(path)
+
+
+def test_one_group_cannot_be_split(tmp_path):
+    assert "6 readable images of one group" in refusal(grouped(tmp_path / "a.npz", np.zeros(6, int)), None)

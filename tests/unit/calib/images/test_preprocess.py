@@ -240,3 +240,11 @@ def test_importing_needs_no_heavy_package(module):
     code = f"import sys, {module}; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_eight_bit_values_in_a_wider_grey_file_keep_their_brightness(dtype):
+    values = gradient(dtype=dtype, top=255)
+    image = reopened(Image.fromarray(values), "PNG" if dtype == np.uint16 else "TIFF")
+    assert image.mode in ("I;16", "I")
+    np.testing.assert_array_equal(np.asarray(rgb_image(image))[:, :, 1], values)

@@ -1,8 +1,12 @@
 import argparse
+import datetime
 import http.server
+import re
 import threading
 import time
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import close_session
 from safetensors.torch import save_file
 
 from calib.errors import UserError
@@ -70,7 +75,8 @@ def test_round_trip(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "key", ["state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net"]
+    "key",
+    ["state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net", "weights", "student"],
 )
 def test_wrapper_and_module_prefix_are_taken_off(tmp_path, key):
     state = filled_state()
@@ -80,7 +86,10 @@ def test_wrapper_and_module_prefix_are_taken_off(tmp_path, key):
     assert loaded.source.endswith(f"[{key}] (without 'module.')")
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "backbone.", "0.", "_forward_module.a."],
+)
 def test_prefixes_of_wrappers_go_in_any_order(tmp_path, prefix):
     state = filled_state()
     content = {f"{prefix}{name}": value for name, value in state.items()} | {"n_averaged": torch.tensor(3)}
@@ -108,20 +117,41 @@ def test_the_name_of_a_file_does_not_matter(tmp_path, name, kind):
 
 def test_harmless_objects_beside_the_weights_are_allowed(tmp_path):
     state = filled_state()
-    extra = {"args": argparse.Namespace(lr=1e-3), "best": np.float64(0.8), "seen": np.int64(3)}
+    extra = {
+        "args": argparse.Namespace(lr=1e-3, out=Path("runs")), "best": np.float64(0.8), "seen": np.int64(3),
+        "when": datetime.datetime(2020, 1, 2), "losses": np.arange(3.0), "more": types.SimpleNamespace(epochs=3),
+    }  # fmt: skip
     torch.save({"model": state, **extra}, tmp_path / "train.pth")
     assert_same(load_net(VIT, str(tmp_path / "train.pth")).net, state)
 
 
 def test_an_empty_average_does_not_hide_the_weights(tmp_path):
     state = filled_state()
-    torch.save({"model_ema": {}, "model": state}, tmp_path / "train.pth")
-    assert_same(load_net(VIT, str(tmp_path / "train.pth")).net, state)
+    for empty in ({}, {"module.n_averaged": torch.tensor(1)}, None):
+        torch.save({"model_ema": empty, "model": state}, tmp_path / "train.pth")
+        assert_same(load_net(VIT, str(tmp_path / "train.pth")).net, state)
+
+
+def test_of_two_networks_in_a_file_the_one_that_fits_is_taken_and_of_equal_ones_none(tmp_path):
+    state, path = filled_state(), tmp_path / "train.pth"
+    torch.save({"encoder": state, "predictor": {"weight": torch.ones(2)}, "epoch": 1}, path)
+    assert load_net(VIT, str(path)).source.endswith("[encoder]")
+    torch.save({"student": state, "teacher": state}, path)
+    assert "holds several state dicts, student, teacher: save the one that you mean" in refusal(VIT, path)
+    torch.save({f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()}, path)
+    assert "missing" in refusal(VIT, path)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_dense_values_are_named(tmp_path, kind):
+    state = filled_state()
+    state["head.weight"] = state["head.weight"].to_sparse() if kind == "sparse" else state["head.weight"].to("meta")
+    assert "head.weight; expected dense weights" in refusal(VIT, write(tmp_path / "net.pth", state))
 
 
 def test_integers_in_the_place_of_float_weights_are_refused(tmp_path):
     state = {key: (value * 0).to(torch.int8) for key, value in filled_state().items()}
-    assert "holds integers where the network has float" in refusal(VIT, write(tmp_path / "ints.pth", state))
+    assert "holds no float values where the network has float" in refusal(VIT, write(tmp_path / "ints.pth", state))
 
 
 @pytest.mark.parametrize("classes", [6, 0])
@@ -162,17 +192,14 @@ def test_fewer_classes_and_other_positions_are_taken_together(tmp_path):
 
 
 def test_files_of_other_kinds_are_named(tmp_path):
-    (tmp_path / "net.onnx").write_bytes(b"\x08\x0a")
-    assert "is an ONNX file" in refusal(VIT, tmp_path / "net.onnx")
+    for name, kind in {"net.onnx": "an ONNX graph", "a.plan": "a TensorRT engine", "m.h5": "a TensorFlow model",
+                       "model.safetensors.index.json": "the index of a checkpoint in several files"}.items():  # fmt: skip
+        (tmp_path / name).write_bytes(b"\x08\x0a")
+        assert re.search(f"is {kind}, not .*torch.save.net.state_dict.*MODULE=", refusal(VIT, tmp_path / name))
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
     assert "is a TorchScript file" in refusal(VIT, tmp_path / "script.pt")
     (tmp_path / "text.pth").write_text("epoch 3: loss 0.2, nothing else")
     assert "cannot be read" in refusal(VIT, tmp_path / "text.pth")
-
-
-def test_a_known_layout_is_named(tmp_path):
-    state = {"vit.encoder.layer.0.attention.attention.query.weight": torch.ones(2, 2)}
-    assert "names are those of Hugging Face's ViT" in refusal(VIT, write(tmp_path / "hf.pth", state))
 
 
 def test_averaged_weights_win_over_raw_ones(tmp_path):
@@ -430,6 +457,34 @@ def test_unreachable_hub_is_said_at_once(monkeypatch, argument):
     hub_refusal(argument)
     assert time.monotonic() - start < 10  # huggingface_hub left alone retries for 46 s
     assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.usefixtures("empty_hub_cache")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("https_proxy", "foo:bar"),
+        ("HTTP_PROXY", "ftp://x"),
+        ("HTTPS_PROXY", "http://user:secret@127.0.0.1:9"),
+    ],
+)
+def test_a_setting_that_keeps_the_hub_away_is_named_without_its_value(monkeypatch, name, value):
+    close_session()  # the client reads the proxies when it is made
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"this shell sets .*{name}.*WEIGHTS=random") as caught:
+        load_net(VIT, "pretrained")
+    close_session()
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("empty_hub_cache")
+def test_an_address_that_is_none_is_named(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "nonsense")
+    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
+    with pytest.raises(UserError, match="this shell sets HF_ENDPOINT"):
+        load_net(VIT, "pretrained")
 
 
 def test_lost_connection_is_a_user_error(monkeypatch):

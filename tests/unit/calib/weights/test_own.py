@@ -1,5 +1,7 @@
 """Networks of the user's own."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,10 @@ def test_a_module_of_a_package_gives_the_network():
         ("mynet.py", "expected package.module:factory"),
         ("mynet.py:", "expected package.module:factory"),
         (":make", "expected package.module:factory"),
+        ("net.onnx", "This is an ONNX graph: a network is .* WEIGHTS= takes the checkpoint it was exported from"),
+        ("/x/net.onnx:make", "This is an ONNX graph"),
+        ("last.pth:net", "This is a checkpoint of weights: .* WEIGHTS= takes it"),
+        ("model.engine", "This is a TensorRT engine"),
     ],
 )
 def test_what_gives_no_network_is_refused_in_one_line(file, factory, message):
@@ -87,7 +93,7 @@ def test_a_checkpoint_is_loaded_and_the_normalisation_that_was_assumed_is_said(f
     loaded = load_net(spec, str(tmp_path / "trained.tar"))
     assert float(loaded.net.conv.weight.detach().mean()) > 0.5
     assert loaded.data_config["input_size"] == (3, 12, 20)
-    assert "ImageNet's mean and std" in loaded.warnings[0]
+    assert "assumed interpolation bicubic, mean (0.485, 0.456, 0.406), std (0.229" in loaded.warnings[0]
     assert load_net(spec).source == f"as {spec.factory} built it"
     assert (
         load_net(spec, "random", 3).sha256 == load_net(spec, "random", 3).sha256 != load_net(spec, "random", 4).sha256
@@ -119,3 +125,64 @@ def test_timm_networks_take_another_size(name):
     loaded = load_net(replace(resolve_model(name), img_size=(96, 128)), "random")
     assert loaded.data_config["input_size"] == (3, 96, 128)
     assert loaded.net(torch.zeros(1, 3, 96, 128)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "/x/last.pth", "nets/model.engine"])
+def test_a_file_in_the_place_of_a_name_is_told_where_it_belongs(name):
+    with pytest.raises(UserError, match=r"MODULE=.*WEIGHTS= takes"):
+        resolve_model(name)
+
+
+def described(tmp_path, cfg):
+    (tmp_path / "described.py").write_text(
+        f"{FILE.replace('from helper import WIDTH', 'WIDTH = 16')}\nNet.pretrained_cfg = {cfg}\n"
+    )
+    return own_model(f"{tmp_path}/described.py:make")
+
+
+WHOLE = {
+    "input_size": (3, 24, 24), "interpolation": "bilinear", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2),
+    "crop_pct": 0.9, "crop_mode": "squash",
+}  # fmt: skip
+
+
+def test_what_a_network_says_of_its_images_is_used(tmp_path):
+    loaded = load_net(described(tmp_path, WHOLE))
+    assert loaded.data_config == WHOLE
+    assert not any("assumed" in line for line in loaded.warnings)
+
+
+@pytest.mark.parametrize("missing", ["mean", "std", "interpolation", "crop_pct", "crop_mode"])
+def test_what_a_network_does_not_say_of_its_images_is_assumed_and_named(tmp_path, missing):
+    loaded = load_net(described(tmp_path, {key: value for key, value in WHOLE.items() if key != missing}))
+    assert f"assumed {missing} {loaded.data_config[missing]} (" in loaded.warnings[0]
+    assert loaded.data_config["input_size"] == (3, 24, 24)
+
+
+@pytest.mark.parametrize("change", [{"mean": 0.5}, {"std": (0.2,)}, {"mean": "imagenet"}, {"input_size": 224}])
+def test_numbers_of_images_that_are_none_are_refused(tmp_path, change):
+    with pytest.raises(UserError, match=f"pretrained_cfg has {next(iter(change))} = .* expected three numbers"):
+        load_net(described(tmp_path, WHOLE | change))
+
+
+def test_a_partial_description_without_a_size_needs_one(tmp_path):
+    with pytest.raises(UserError, match="give INPUT="):
+        load_net(described(tmp_path, {"mean": (0.5, 0.5, 0.5)}))
+
+
+def test_the_file_of_a_factory_is_identified(file):
+    import hashlib
+    from dataclasses import replace
+
+    module = load_net(replace(own_model(f"{file}:make"), img_size=(12, 12))).module
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert module == {"factory": f"{file}:make", "file": str(file), "sha256": digest}
+    assert load_net(resolve_model("test_vit"), "random").module is None
+    installed = load_net(replace(own_model("timm.models:test_resnet"), img_size=(32, 32))).module
+    assert installed["file"].endswith("timm/models/__init__.py")
+
+
+@dataclasses.dataclass
+class Heads:
+    features: torch.Tensor
+    logits: torch.Tensor

@@ -1,9 +1,13 @@
 """What report.json and the table say of the repairs. Oracle: the figures typed here."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from calib.images.image_set import ImageSet
+from calib.images.preprocess import Preprocessing
 from calib.quant_model import StageRecord
-from deploy.report.evidence import waterfall
+from deploy.report.evidence import warnings, waterfall
 from deploy.report.terminal import _repairs
 
 ERQ = StageRecord("erq", {}, sqnr_before_db=28.0, sqnr_after_db=29.25)
@@ -42,3 +46,35 @@ def test_the_branches_row_tells_forms_scores_and_costs():
         "shared x1, dense x2, R2 0.02 to 0.19 on held-out images; +1 kernels, +1.50 MB"
     )
     assert shown(untrained)["branches"] == "dense x1; +1 kernels, +1.50 MB"
+
+
+def said(factory="", classifier=True, **images):
+    """The warnings of a run with such sets of images; everything else of it is sound."""
+    plain = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    sets = {name: ImageSet("made up", plain, (), **images.get(name, {})) for name in ("calibration", "evaluation")}
+    sound = SimpleNamespace(warnings=lambda: [])
+    return warnings(
+        SimpleNamespace(
+            **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory), outputs=5,
+            model=SimpleNamespace(is_classifier=classifier), planned=(), fp16_range=sound, coverage=sound,
+            verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
+            speed=SimpleNamespace(integer_layers=0), built=SimpleNamespace(notes=()),
+        )
+    )  # fmt: skip
+
+
+def test_what_is_left_out_of_either_set_is_said_with_its_role():
+    found = said(
+        calibration={"duplicates": 3, "skipped": ("a.jpg",)}, evaluation={"other_pictures": ("b.heic",), "overlap": 2}
+    )
+    assert "calibration: 3 duplicates left out: the same content as another image" in found
+    assert "calibration: 1 unreadable images skipped: a.jpg" in found
+    assert "evaluation: 1 pictures of kinds that cannot be read, convert them: b.heic" in found
+    assert "2 evaluation images left out: they, or their group, are calibration images" in found
+
+
+def test_labels_that_are_not_used_are_told_with_what_a_factory_can_do():
+    labels = {"evaluation": {"labels": (0, 1)}}
+    assert any("set net.num_classes = 5 in the factory" in line for line in said("mine.py:build", False, **labels))
+    assert any("of this network are features, not classes" in line for line in said("", False, **labels))
+    assert not any("labels" in line for line in said("mine.py:build", True, **labels))

@@ -1,0 +1,69 @@
+"""The examples of networks of the user's own: what docs/inputs.md shows goes through the tool."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deploy import cli
+from tests.docs.pages import ROOT
+
+EXAMPLES = ROOT / "docs/examples"
+TINY = "hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8"
+
+
+@pytest.fixture
+def transformers_file(tmp_path):
+    """The example with a network that takes seconds."""
+    text = (EXAMPLES / "transformers_network.py").read_text()
+    tiny = text.replace("ViTConfig(", f"ViTConfig({TINY}, ").replace("224, 224", "32, 32").replace("1000", "10")
+    (tmp_path / "transformers_network.py").write_text(tiny)
+    return tmp_path / "transformers_network.py"
+
+
+def structure_of(capsys, *argv):
+    assert cli.main(["structure", "--json", *argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_network_of_torchvision_is_read_and_folded(capsys):
+    found = structure_of(capsys, "--module", f"{EXAMPLES}/torchvision_network.py:build", "--input", "64")
+    assert {"features.1.block.0.0", "classifier.3"} <= {*found["quantized"], *found["float"]}
+    assert len(found["blocks"]) >= 6
+    assert found["places"]
+
+
+def test_the_network_of_transformers_is_read_and_folded(transformers_file, capsys):
+    found = structure_of(capsys, "--module", f"{transformers_file}:Logits")
+    assert "net.vit.layers.0.mlp.fc1" in found["quantized"]
+    assert [block["name"] for block in found["blocks"]] == ["net.vit.layers.0", "net.vit.layers.1"]
+
+
+def test_the_network_of_transformers_becomes_an_engine(transformers_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = np.random.default_rng(0).integers(0, 256, (24, 40, 40, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(24) % 10, groups=np.arange(24) // 2)
+    argv = [
+        "engine", "--module", f"{transformers_file}:Logits", "--weights", "random", "--recipe", "int8_plain",
+        "--target", "tensorrt_rtx", "--sm", "89", "--calib-images", "8", "--batch", "1", "--max-batch", "4",
+        "--calib", str(tmp_path / "images.npz"), "--eval", str(tmp_path / "images.npz"), "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert cli.main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["engine"]["int8_gemms"] >= 8
+    assert report["fidelity"]["top1"] is not None
+    assert any("or their group, are calibration images" in line for line in report["warnings"])
+    folder = next((tmp_path / "out").glob("*/int8_plain"))
+    assert json.loads((folder / "manifest.json").read_text())["weights"]["module"]["sha256"]
+    same = ["--module", f"{transformers_file}:Logits", "--weights", "random", "--recipe", "int8_plain"]
+    assert cli.main(["verify", *same, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_an_object_with_the_logits_inside_is_told_what_to_write(transformers_file, tmp_path, capsys):
+    text = transformers_file.read_text().replace(".logits", "")
+    transformers_file.write_text(text)
+    argv = ["engine", "--module", f"{transformers_file}:Logits", "--weights", "random", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == cli.EXIT_USER_ERROR
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "returns an output of type ImageClassifierOutput with ['logits'] (1, 10)" in said
+    assert "a module whose forward returns net(images)['logits']" in said
