@@ -22,6 +22,7 @@ IMAGENET ?=
 MODELS ?=
 CALIB_IMAGES ?=
 EVAL_IMAGES ?=
+FILTER ?=
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +31,7 @@ SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
-.PHONY: help setup engine verify doctor structure test test-fast lint bench photographs table clean
+.PHONY: help setup engine verify doctor structure test test-fast lint bench coverage photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -78,6 +79,9 @@ lint: $(VENV)/.ready-dev ## Style and types
 bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
 	@$(RUN) -m benchmarks.engines
 	@$(RUN) -m benchmarks.readme
+
+coverage: $(VENV)/.ready ## Take the smallest networks of every file of timm through the pipeline: FILTER='vit_* resnet18'
+	@$(RUN) -m benchmarks.coverage $(foreach pattern,$(FILTER),'$(pattern)')
 
 photographs: $(VENV)/.ready ## Fetch photographs to calibrate and judge on, where no data set is at hand
 	@$(RUN) -m benchmarks.photographs photographs

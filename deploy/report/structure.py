@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def structure_json(structure: "Structure") -> dict[str, Any]:
-    """Plain values of the structure, for `--json` and benchmarks/coverage.py."""
+    """Plain values of the structure, for `--json` and benchmarks/intake.py."""
     return {
         "kind": structure.kind,
         "quantized": [layer.name for layer in structure.layers.values() if layer.why_float is None],

@@ -1,0 +1,66 @@
+"""Which networks are tried, and what a row says of each."""
+
+import json
+import subprocess
+
+import pytest
+import timm
+
+from benchmarks import coverage, intake
+
+
+def test_the_smallest_of_every_file_are_chosen(monkeypatch):
+    sizes = {"resnet18": 3, "resnet34": 2, "resnet50": 1, "vgg11": 5, "vit_tiny_patch16_224": None}
+    monkeypatch.setattr(timm, "list_models", lambda: list(sizes))
+    monkeypatch.setattr(intake, "parameters", sizes.get)
+    assert coverage.smallest() == ["resnet34", "resnet50", "vgg11"]
+
+
+def done(code, out="", err=""):
+    return lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
+
+
+def test_a_refusal_is_its_line_and_a_traceback_is_a_bug(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", done(2, err="loading\nerror: cannot be traced"))
+    row = coverage.taken("resnet18")
+    assert (row["reason"], row["bug"]) == ("error: cannot be traced", False)
+    monkeypatch.setattr(subprocess, "run", done(-9))
+    assert coverage.taken("resnet18")["reason"] == "ended with exit code -9"
+    assert coverage.taken("resnet18")["bug"]
+
+
+@pytest.fixture
+def result(tmp_path, monkeypatch):
+    path = tmp_path / "coverage.json"
+    monkeypatch.setattr(coverage, "RESULT", path)
+    monkeypatch.setattr(coverage, "smallest", lambda: ["resnet18", "vgg11"])
+    monkeypatch.setattr(coverage, "tool_commit", lambda: "abc")
+    return path
+
+
+def test_an_interrupted_run_goes_on(result, monkeypatch):
+    tried = []
+
+    def taken(name):
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+        tried.append(name)
+        return {"kernels": 3}
+
+    monkeypatch.setattr(coverage, "taken", taken)
+    with pytest.raises(KeyboardInterrupt):
+        coverage.main([])
+    assert not json.loads(result.read_text())["complete"]
+    monkeypatch.setattr(coverage, "taken", lambda name: tried.append(name) or {"reason": "no"})
+    assert coverage.main([]) == 0
+    assert tried == ["resnet18", "vgg11"]
+    found = json.loads(result.read_text())
+    assert (found["complete"], found["tried"], found["green"]) == (True, 2, 1)
+    assert coverage.main([]) == 0, "a complete run begins anew"
+    assert tried[2:] == ["resnet18", "vgg11"]
+
+
+def test_no_network_of_that_name(result, capsys):
+    assert coverage.main(["no_such_*"]) == 2
+    assert "no architecture of timm matches no_such_*" in capsys.readouterr().err
+    assert not result.exists()
