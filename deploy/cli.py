@@ -152,6 +152,7 @@ def _engine(args: argparse.Namespace) -> int:
             sms=args.sm,
             profile=Profile(args.batch, args.max_batch),
             out=str(expanded(args.out, "OUT")),
+            device=args.device,
             seed=args.seed,
             max_extra_kernels=args.max_extra_kernels,
             max_extra_bytes=args.max_extra_bytes,

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from calib.device import chosen_device
 from calib.errors import UserError
 from calib.store.user_cache import cache_folder
 from calib.weights.zoo import ModelSpec, spec_of
@@ -113,13 +114,14 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
         raise UserError("--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from")
     backend, why = choose_backend(options.target)
     backend.require_target(options.sms)
+    device = chosen_device(options.device)
     final = package_folder(options.out, options.model, options.module, options.weights, options.recipe)
     name = final.parent.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
     kept = KeptStates(_states_folder(options, spec, progress))
     last = stages.index(plan[-1])
     with _folder(final, plan[-1] is stages[-1]) as folder, tempfile.TemporaryDirectory() as scratch:
-        run = Run(name, options, spec, recipe, backend, folder, Path(scratch), progress, kept)
+        run = Run(name, options, spec, recipe, backend, folder, Path(scratch), progress, kept, device)
         for stage in plan:
             run.anew = run.anew or stage.name == options.begin
             with progress.stage(stage.name) as note:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    import torch
     from torch import nn
 
     from calib.images.image_set import ImageSet
@@ -44,6 +45,7 @@ class Run:
     scratch: Path
     progress: "Progress"
     kept: "KeptStates"
+    device: "torch.device"  # of the torch half
     anew: bool = False  # the stage that --from names has been reached: nothing is taken from `kept` any more
     taken: dict[str, str] = field(default_factory=dict)  # stage -> key of the state it was taken from
 

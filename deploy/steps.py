@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from calib.device import CPU, chosen_device
+from calib.device import CPU
 from calib.errors import UserError
 from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
@@ -158,15 +158,14 @@ def read_images(run: Run) -> Lines:
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
     net = joined(run.loaded.net, torch.from_numpy(run.golden))
     run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
-    device = chosen_device(options.device)
-    halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, _to(device)))
+    halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, _to(run.device)))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
-    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch, device)
+    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch, run.device)
     run.key = run.kept.first_key(
         {
             "network": [run.spec.tag, run.spec.img_size, run.loaded.sha256],
             "images": run.calibration.sha256,
-            "batch": BATCH, "seed": options.seed, "device": device.type, "precision": asdict(run.recipe.precision),
+            "batch": BATCH, "seed": options.seed, "device": run.device.type, "precision": asdict(run.recipe.precision),
         }
     )  # fmt: skip
     found = f"{run.calibration.count} to calibrate, {run.evaluation.count} to judge; {run.calibration.source}"

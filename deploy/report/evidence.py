@@ -177,6 +177,7 @@ def report_json(run: "Run") -> dict[str, Any]:
         "int8_attention": list(run.model.int8_attention),
         "seconds": {**run.progress.seconds, "total": round(sum(run.progress.seconds.values()), 3)},
         "peak_rss_mb": peak_rss_mb(),
+        "device": str(run.device),
         "machine": {key: value for key, value in host.describe().items() if key != "packages"},
         "commit": tool_commit(),
     }

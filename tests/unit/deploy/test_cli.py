@@ -214,3 +214,12 @@ def test_an_output_that_is_full_is_one_line():
     )
     assert done.stderr == "error: the output cannot be written (No space left on device): free space\n"
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "expected auto, cpu, cuda or cuda:1"), ("cuda:7", "expected auto or cpu")]
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(monkeypatch, capsys, device, message):
+    monkeypatch.setattr("deploy.steps.load_net", lambda *_: pytest.fail("loaded"))
+    assert cli.main(["engine", "--weights", "random", "--device", device]) == 2
+    assert message in capsys.readouterr().err
