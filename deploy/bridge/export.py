@@ -26,7 +26,7 @@ from calib.errors import UserError
 from calib.grids import why_not_int8
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
-from calib.outputs import apart, kind_of, outputs_of
+from calib.outputs import OUTPUT, apart, kind_of, outputs_of
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.zero_points import with_zero_points
@@ -181,11 +181,14 @@ def _quiet():
 
 
 def onnx_from_net(
-    net: nn.Module, example: Tensor, rewrite: Callable[[ir.Model], None] | None = None
+    net: nn.Module,
+    example: Tensor,
+    rewrite: Callable[[ir.Model], None] | None = None,
+    outputs: Sequence[str] = (OUTPUT,),
 ) -> onnx.ModelProto:
     """`net` as ONNX with a dynamic batch size; `example` (B >= 2, 3, H, W) determines shape and dtype.
 
-    `rewrite`: what is done to the graph once constants are folded.
+    `rewrite`: what is done to the graph once constants are folded. `outputs`: names, in the order that `net` returns them.
 
     Raises UserError for a quantizer that only a simulation can compute, whose name it says, and NoExportError for what
     torch.onnx cannot export.
@@ -196,7 +199,6 @@ def onnx_from_net(
                 f"quantizer '{module.quantizer}' has {why_not_int8(module.grid)}: it is simulated only, no INT8 kernel "
                 f"of TensorRT reads it"
             )
-    names = [output.name for output in outputs_of(net, example)]
     with _quiet(), torch.no_grad(), _said_in_one_line(kind_of(net)), apart(net):
         program = torch.onnx.export(
             net,
@@ -204,7 +206,7 @@ def onnx_from_net(
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=names,
+            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table=TRANSLATION,
             verbose=False,
@@ -214,7 +216,7 @@ def onnx_from_net(
     if rewrite:
         rewrite(program.model)
     name_nodes(program.model)
-    _require_own_names(program.model, names)
+    _require_own_names(program.model, outputs)
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]
@@ -236,12 +238,14 @@ def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
     """
     require_fp16_weights(net)
     images = torch.zeros(2, 3, *size)
+    names = [output.name for output in outputs_of(net, images)]
     try:
-        return onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32)
+        return onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32, names)
     except NoExportError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
-        return onnx_from_net(net, images, no_fp32)
+        return onnx_from_net(net, images, no_fp32, names)
 
 
 def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
     """`net` as ONNX with FP32 types, for ONNX Runtime. That of the float network is the reference of fidelity and speed."""
-    return onnx_from_net(net, torch.zeros(2, 3, *size))
+    images = torch.zeros(2, 3, *size)
+    return onnx_from_net(net, images, outputs=[output.name for output in outputs_of(net, images)])

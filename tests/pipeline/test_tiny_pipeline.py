@@ -115,7 +115,7 @@ def test_the_same_run_again_takes_its_decisions_from_the_cache_and_gives_the_sam
     package, command, cache, tmp_path, capsys
 ):
     keys = {stage: file.name.split(".")[1] for stage, file in kept(cache).items()}
-    assert list(sorted(keys)) == ["calibrate", "equalise", "rtn"]
+    assert list(sorted(keys)) == ["calibrate", "equalise", "keep_float", "rtn"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().err
     again = tmp_path / "test_vit" / "int8"

@@ -6,6 +6,7 @@ import pytest
 
 from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
+from calib.outputs import Output
 from calib.quant_model import StageRecord
 from deploy.report.evidence import warnings, waterfall
 from deploy.report.terminal import _repairs
@@ -55,8 +56,9 @@ def said(factory="", classifier=True, **images):
     sound = SimpleNamespace(warnings=lambda: [])
     return warnings(
         SimpleNamespace(
-            **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory), outputs=5,
-            model=SimpleNamespace(is_classifier=classifier), planned=(), fp16_range=sound, coverage=sound,
+            **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory),
+            outputs=(Output("output", (5,)),), task="classifier" if classifier else "features",
+            planned=(), fp16_range=sound, coverage=sound,
             verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
             speed=SimpleNamespace(integer_layers=0), built=SimpleNamespace(notes=()),
         )
