@@ -4,8 +4,9 @@ Writes `results/intake.json`: for every architecture the numbers of layers, of t
 scales can move, of blocks and of attentions that can be INT8, or the reason why nothing was found, in one line. Weights are
 random: they decide nothing here but the proof of every step, for which random numbers do. So that it takes an hour and not
 days, networks for any size get images of `SIDE` pixels, others of at most `LARGEST_SIDE` where they can be built so, and
-those of more than `LARGE` parameters have `DEPTH` blocks if their code has that option; what then has more than `LARGEST`
-is skipped and counted as such. Each line says what was examined. A process may take `GIGABYTES` of memory.
+those of more than `LARGE` parameters have `DEPTH` blocks if their code has that option; one that fails so is tried in timm's
+own form. What has more than `LARGEST` is skipped and counted as such. Each line says what was examined. A process may take
+`GIGABYTES` of memory.
 
     python -m benchmarks.intake                  every architecture; goes on where a run of the same commit was interrupted
     python -m benchmarks.intake --every 3        every third one in timm's alphabetic order: a sample
@@ -53,7 +54,7 @@ def parameters(name: str, **options: Any) -> int | None:
     with torch.device("meta"):
         try:
             return sum(each.numel() for each in timm.create_model(name, **options).parameters())
-        except (TypeError, AssertionError, RuntimeError):
+        except (TypeError, ValueError, AssertionError, RuntimeError):
             return None
 
 
@@ -82,7 +83,27 @@ def examined(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """Return the figures of one architecture, or the reason why there are none."""
+    """Return the figures of one architecture, or the reason why there are none.
+
+    One that fails in its small form is tried in timm's own.
+    """
+    import timm
+
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    try:
+        small = examined(name)
+    except TooLargeError as error:
+        return {"skipped": str(error)}
+    own: tuple[dict[str, Any], tuple[int, ...]] = ({}, tuple(config.input_size))
+    found = figures(name, *small)
+    too_large = (parameters(name) or 0) > LARGEST
+    return figures(name, *own) if "reason" in found and small != own and not too_large else found
+
+
+def figures(name: str, options: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
+    """Return what is found in an architecture built with `options`, on an example of `size`, or why nothing is."""
     import warnings
 
     import timm
@@ -95,24 +116,19 @@ def examine(name: str) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    torch.manual_seed(0)
     start = time.perf_counter()
     try:
-        options, size = examined(name)
-        torch.manual_seed(0)
         net = timm.create_model(name, **options).eval().requires_grad_(False)
         found = structure_json(fold_affine(QuantModel.of(name, net), torch.randn(1, *size)).structure)
-    except TooLargeError as error:
-        return {"skipped": str(error)}
     except UserError as error:
         return {"reason": str(error).splitlines()[0]}
     except Exception as error:  # what an architecture raises is the finding
         return {"reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", "bug": True}
-    figures = {
-        key: len(found[key]) for key in ("quantized", "float", "places", "refused_places", "blocks", "int8_attention")
-    }
+    counted = ("quantized", "float", "places", "refused_places", "blocks", "int8_attention")
     shown = {"input": "x".join(map(str, size)), **options}
-    return {"kind": found["kind"], **shown, **figures, "seconds": round(time.perf_counter() - start, 1)}
+    counts = {key: len(found[key]) for key in counted}
+    return {"kind": found["kind"], **shown, **counts, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def examine_all(names: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from calib.errors import UserError
 from calib.weights.own import name_of
+from deploy.lock import HeldError, locked
 
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
 MANIFEST, REPORT, GOLDEN = "manifest.json", "report.json", "golden.npz"
@@ -39,22 +40,9 @@ def recipe_name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _leftovers(final: Path, kind: str) -> list[Path]:
-    """Folders that killed runs left behind, as `.int8.tmp-1234` where no process 1234 exists any more."""
-    found = {path: path.name.rpartition("-")[2] for path in final.parent.glob(f".{final.name}.{kind}-*")}
-    pids = {path: int(pid) for path, pid in found.items() if pid.isdigit()}
-    # in a restarted container a killed run had the process number of this one
-    return [path for path, pid in pids.items() if pid == os.getpid() or not _alive(pid)]
+    """Folders that killed runs left behind, as `.int8.tmp-1234`; who holds the lock knows that no run is writing them."""
+    return [path for path in final.parent.glob(f".{final.name}.{kind}-*") if path.name.rpartition("-")[2].isdigit()]
 
 
 def _recover(final: Path) -> None:
@@ -85,21 +73,46 @@ def _require_replaceable(final: Path) -> None:
 def staging(final: Path) -> Iterator[Path]:
     """Yield a folder to write into. It becomes `final` when the block ends well and is removed when it does not.
 
-    A package already at `final` stays until the new one is complete. Raises UserError if the place cannot be written,
-    or if what lies there is not a package.
+    A package already at `final` stays until the new one is complete. Raises UserError if the place cannot be written, if
+    what lies there is not a package, or while another run is writing it.
     """
+    made = not final.parent.exists()
+    with contextlib.ExitStack() as held:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if made:
+                held.callback(_remove_if_empty, final.parent)
+            held.enter_context(locked(final.parent / f".{final.name}.lock"))
+        except HeldError:
+            raise UserError(
+                f"another run is writing '{final}': wait until it has ended, or choose another folder with OUT="
+            ) from None
+        except OSError as error:
+            raise _unwritable(final, error) from error
+        with _written(final) as temporary:
+            yield temporary
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _unwritable(final: Path, error: OSError) -> UserError:
+    return UserError(f"output folder '{final}' cannot be written ({error.strerror}): choose another with OUT=")
+
+
+@contextmanager
+def _written(final: Path) -> Iterator[Path]:
+    """What `staging` does while it holds the lock."""
     temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
     old = final.parent / f".{final.name}.old-{os.getpid()}"
-    made = not final.parent.exists()
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
         _recover(final)
         _require_replaceable(final)
         temporary.mkdir()
     except OSError as error:
-        raise UserError(
-            f"output folder '{final}' cannot be written ({error.strerror}): choose another with OUT="
-        ) from error
+        raise _unwritable(final, error) from error
     try:
         yield temporary
         _require_replaceable(final)
@@ -121,9 +134,6 @@ def staging(final: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(temporary)
-        if made:
-            with contextlib.suppress(OSError):
-                final.parent.rmdir()  # if nothing is in it
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -30,9 +30,9 @@ class Structure:
 
     `layers`: all Linear and convolution layers by name, those that stay in float with the reason. `unknown`: what computes
     like a layer and is none, with the reason. `places`: where channel scales can move; `refused`: places where a trial
-    changed the function. `blocks` by name. `attentions`: modules with a packed qkv that can compute in INT8. `after_gelu`:
-    layers that read what a GELU returns. `shared`: by block, form of a branch -> the layer whose integers it reads, named
-    relative to the block.
+    changed the function. `blocks` by name. `attentions`: modules with a packed qkv that can compute in INT8;
+    `float_attentions`: the others, with the reason. `after_gelu`: layers that read what a GELU returns. `shared`: by block,
+    form of a branch -> the layer whose integers it reads, named relative to the block.
     """
 
     kind: str  # the class of the network
@@ -42,6 +42,7 @@ class Structure:
     refused: tuple[tuple[Place, float], ...] = ()
     blocks: dict[str, Block] = field(default_factory=dict)
     attentions: tuple[str, ...] = ()
+    float_attentions: dict[str, str] = field(default_factory=dict)
     after_gelu: frozenset[str] = frozenset()
     shared: dict[str, dict[str, str]] = field(default_factory=dict)
     percentile: float = PERCENTILE
@@ -74,27 +75,38 @@ def _reaches(node: object, ends: Collection[fx.Node], trace: Trace, through: str
     return node in ends
 
 
-def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place, ...]) -> tuple[str, ...]:
-    """Return modules that are one attention over a packed qkv and nothing else: no mask, position, gate or norm behind it.
+def _why_float(trace: Trace, node: fx.Node, nodes: Mapping[str, fx.Node], places: tuple[Place, ...]) -> str:
+    """Return why the attention `node` cannot be INT8, empty if it can; `nodes`: calls of layers by name."""
+    name = trace.owner(node)
+    module, scale = trace.net.get_submodule(name), node.kwargs.get("scale")
+    if len(node.args) > 3 or any(node.kwargs.get(key) for key in ("attn_mask", "is_causal", "enable_gqa")):
+        return "it has a mask or fewer keys than queries, which no INT8 kernel takes"
+    qkv, proj = (nodes.get(f"{name}.{layer}") for layer in ("qkv", "proj"))
+    if qkv is None or proj is None or not all(hasattr(module, each) for each in PACKED):
+        return "its query, key and value are not one layer 'qkv', followed by a layer 'proj'"
+    if scale is not None and not math.isclose(float(scale), float(module.head_dim) ** -0.5):  # type: ignore[arg-type]
+        return "it scales its scores in another way than by the width of a head"
+    factors = zip(node.args[:3], (f"{name}.q_norm", f"{name}.k_norm", ""), strict=True)
+    if not all(_reaches(factor, [qkv], trace, norm) for factor, norm in factors):
+        return "something other than a norm lies between 'qkv' and its scores, such as a rotation by positions"
+    moved = any(place.readers == (f"{name}.proj",) and place.producer == f"{name}.qkv" for place in places)
+    if not moved or not _reaches(proj.args[0], [node], trace):
+        return "something lies between it and 'proj'"
+    return ""
 
-    Query and key may have a norm; a shift can move through the values.
+
+def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place, ...]) -> dict[str, str]:
+    """Return the modules that compute attention, and why each cannot be INT8: empty for those that can.
+
+    Those are one attention over a packed qkv and nothing else: no mask, position, gate or norm behind it. Query and key may
+    have a norm; a shift can move through the values.
     """
-    found = {}
+    found: dict[str, str] = {}
     nodes = {name: node for node, name in plain.items()}
     for node in calls(trace.nodes, aten.scaled_dot_product_attention.default):
         name = trace.owner(node)
-        module, scale = trace.net.get_submodule(name), node.kwargs.get("scale")
-        masked = len(node.args) > 3 or any(node.kwargs.get(key) for key in ("attn_mask", "is_causal", "enable_gqa"))
-        qkv, proj = (nodes.get(f"{name}.{layer}") for layer in ("qkv", "proj"))
-        if name in found or masked or qkv is None or proj is None or not all(hasattr(module, each) for each in PACKED):
-            found[name] = False
-            continue
-        usual = scale is None or math.isclose(float(scale), float(module.head_dim) ** -0.5)  # type: ignore[arg-type]
-        factors = zip(node.args[:3], (f"{name}.q_norm", f"{name}.k_norm", ""), strict=True)
-        direct = all(_reaches(factor, [qkv], trace, norm) for factor, norm in factors)
-        moved = any(place.readers == (f"{name}.proj",) and place.producer == f"{name}.qkv" for place in places)
-        found[name] = usual and direct and moved and _reaches(proj.args[0], [node], trace)
-    return tuple(name for name, usable in found.items() if usable)
+        found[name] = "it computes several attentions" if name in found else _why_float(trace, node, nodes, places)
+    return found
 
 
 def _behind_gelu(plain: Mapping[fx.Node, str]) -> frozenset[str]:
@@ -143,6 +155,7 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
     ]
     places, refused = preserving(net, useful, move_by_chance, example)
     blocks = blocks_of(trace, plain, example)
+    attentions = _attentions(trace, plain, places)
     attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
     return Structure(
         kind_of(net),
@@ -151,7 +164,8 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
         places,
         refused,
         blocks,
-        _attentions(trace, plain, places),
+        tuple(name for name, why in attentions.items() if not why),
+        {name: why for name, why in attentions.items() if why},
         _behind_gelu(plain),
         _shared(trace, plain, places, layers, blocks),
         PERCENTILE_WITH_ATTENTION if attention else PERCENTILE,

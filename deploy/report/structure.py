@@ -26,6 +26,7 @@ def structure_json(structure: "Structure") -> dict[str, Any]:
         ],
         "blocks": [{"name": block.name, "channels_last": block.channels_last} for block in structure.blocks.values()],
         "int8_attention": list(structure.attentions),
+        "float_attention": structure.float_attentions,
     }
 
 
@@ -65,3 +66,9 @@ def structure_lines(structure: "Structure") -> Iterator[str]:
         yield f"{title} ({len(names)}){':' if names else ''}"
         if names:
             yield from _wrapped(names)
+    attentions: dict[str, list[str]] = {}
+    for name, reason in found["float_attention"].items():
+        attentions.setdefault(reason, []).append(name)
+    for reason, names in attentions.items():
+        yield f"attentions in FP16 ({len(names)}): {reason}"
+        yield from _wrapped(names)

@@ -1,6 +1,7 @@
 import errno
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -91,12 +92,50 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path):
     assert names(tmp_path) == ["int8"]
 
 
-def test_the_half_written_folder_of_a_living_run_is_left_alone(tmp_path):
-    other = tmp_path / f".int8.tmp-{os.getppid()}"
-    other.mkdir()
-    with staging(tmp_path / "int8"):
-        pass
-    assert other.is_dir()
+HOLDING = """
+import sys
+from pathlib import Path
+from deploy.package import staging
+
+with staging(Path(sys.argv[1])):
+    print(1, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_is_refused_while_another_one_writes_the_same_package(tmp_path):
+    final = tmp_path / "model" / "int8"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(final)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "1\n"
+        before = names(final.parent)
+        with pytest.raises(UserError, match=f"another run is writing '{final}': wait"), staging(final):
+            pytest.fail("two runs write one package")
+        assert names(final.parent) == before, "what the other run has written is left alone"
+        with staging(final.with_name("int8_erq")) as folder:
+            write_package(folder)
+        other.kill()
+    with staging(final) as folder:  # a lock ends with its process
+        write_package(folder, a="new")
+    assert names(final.parent) == ["int8", "int8_erq"]
+
+
+def test_a_lock_is_free_again_after_a_failure(tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError), staging(tmp_path / "int8"):
+            raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_where_files_cannot_be_locked_nothing_is(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with staging(tmp_path / "int8") as folder:
+        write_package(folder)
+    assert names(tmp_path) == ["int8"]
 
 
 def test_a_file_in_the_way_is_one_clear_line(tmp_path):
