@@ -106,6 +106,12 @@ def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place,
     for node in calls(trace.nodes, aten.scaled_dot_product_attention.default):
         name = trace.owner(node)
         found[name] = "it computes several attentions" if name in found else _why_float(trace, node, nodes, places)
+    for node in calls(trace.nodes, aten.softmax.int):
+        name = trace.owner(node)
+        if name and any(True for _ in calls(trace.owned[name], aten.matmul.default)):
+            found.setdefault(
+                name, "its code multiplies query and key itself, so that something can be added to the scores"
+            )
     return found
 
 

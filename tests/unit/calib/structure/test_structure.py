@@ -15,6 +15,7 @@ from calib.quant_model import QuantModel
 from calib.structure.moves import INSERT, LAYER, NORM, move
 from calib.structure.proof import MAX_REL_L2, difference, output_of
 from calib.structure.structure import structure_of
+from deploy.report.structure import structure_lines
 from tests.families import FAMILIES, OwnNetwork, family_net
 
 FOLDED = {}
@@ -48,6 +49,22 @@ EXPECTED = {
     "hiera": (23, 5, (10, 5, 5), 0),
     "own module": (8, 2, (2, 3, 0), 0),
 }
+
+
+WHY_FLOAT = {  # family -> how the reason begins
+    "eva02": "something other than a norm lies between", "dinov3": "something other than a norm lies between",
+    "beit": "it has a mask", "swin": "its code multiplies query and key itself",
+    "levit": "its code multiplies query and key itself", "hiera": "its query, key and value are not one layer 'qkv'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WHY_FLOAT)
+def test_attentions_that_stay_in_float_are_told_with_the_reason(family):
+    structure = folded(family)[1].structure
+    assert structure.float_attentions
+    assert all(why.startswith(WHY_FLOAT[family]) for why in structure.float_attentions.values())
+    (line,) = (line for line in structure_lines(structure) if "attentions in FP16" in line)
+    assert line.startswith(f"attentions in FP16 ({len(structure.float_attentions)}): {WHY_FLOAT[family]}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
