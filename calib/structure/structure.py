@@ -107,11 +107,11 @@ def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place,
         name = trace.owner(node)
         found[name] = "it computes several attentions" if name in found else _why_float(trace, node, nodes, places)
     for node in calls(trace.nodes, aten.softmax.int):
-        name = trace.owner(node)
-        if name and any(True for _ in calls(trace.owned[name], aten.matmul.default)):
-            found.setdefault(
-                name, "its code multiplies query and key itself, so that something can be added to the scores"
-            )
+        own = trace.owner(node)
+        for name in (own, own.rpartition(".")[0]):  # the softmax may be a module of its own
+            if name and any(True for _ in calls(trace.owned.get(name, ()), aten.matmul.default)):
+                found.setdefault(name, "its code multiplies query and key itself, to add something to the scores")
+                break
     return found
 
 
