@@ -7,7 +7,7 @@ command names the files and ends with exit code 1.
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,17 @@ def judged_on(fidelity: dict[str, Any]) -> str:
     return f"{text} of {sources} sources" if (sources := fidelity.get("sources")) else text
 
 
-def int8_layers(engine: dict[str, Any]) -> str:
-    """Return how many layers run in INT8: proven by the engine's kernels, or planned where those do not tell."""
+def int8_layers(engine: dict[str, Any], kept_float: Collection[str] = ()) -> str:
+    """Return how many layers run in INT8: proven by the engine's kernels, or planned where those do not tell.
+
+    `kept_float`: layers that could have been, and stay in FP16.
+    """
     planned_only = engine["int8_convs"] if engine["backend"] == PLANNED_ONLY else 0
     proven = engine["planned"] - len(engine["lost"]) - planned_only
-    return f"{proven} of {engine['planned']} proven" + (f", {planned_only} planned" if planned_only else "")
+    planned = f", {planned_only} planned" if planned_only else ""
+    return f"{proven} of {engine['planned']} proven{planned}" + (
+        f", {len(kept_float)} kept in FP16" if kept_float else ""
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -101,7 +107,7 @@ def results_table(found: Reports) -> str:
             judged_on(fidelity),
             f"{fidelity['top1_agreement']:.1%}",
             f"{report['speed']['ort_cpu_ratio']:.2f}x",
-            int8_layers(engine := report["engine"]),
+            int8_layers(engine := report["engine"], report["kept_float"]),
             f"{engine['kernels']} kernels, {engine['bytes'] / 1e6:.1f} MB",
             f"{report['seconds']['total']:.0f} s",
         ]

@@ -16,8 +16,8 @@ def chosen_device(name: str) -> torch.device:
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return CPU
-    found = re.fullmatch(r"(?:auto|cuda)(?::(\d+))?", name)
-    if not found or (name.startswith("auto") and name != "auto"):
+    found = re.fullmatch(r"cuda(?::(\d+))?", "cuda" if name == "auto" else name)
+    if not found:
         raise UserError(f"DEVICE='{name}': expected auto, cpu, cuda or cuda:1")
     index, count = int(found[1] or 0), torch.cuda.device_count()
     if index >= count:

@@ -54,7 +54,7 @@ class JoinedOutputs(nn.Module):
     """`net` with its outputs as one row (B, N) per image, in which every output counts alike.
 
     Each output is divided by `sizes` (its root mean square) and flattened, so that squared differences of rows add up the
-    outputs' noise relative to their signals. Within `apart`, it returns its outputs by name instead.
+    outputs' noise relative to their signals. Within `separate_outputs`, it returns its outputs by name instead.
     """
 
     def __init__(self, net: nn.Module, sizes: Mapping[str, float]) -> None:
@@ -70,7 +70,7 @@ class JoinedOutputs(nn.Module):
 
 
 @contextmanager
-def apart(net: nn.Module) -> Iterator[nn.Module]:
+def separate_outputs(net: nn.Module) -> Iterator[nn.Module]:
     """Let a network with joined outputs return them by name; any other network is left as it is."""
     if isinstance(net, JoinedOutputs):
         net.joined = False
@@ -86,13 +86,13 @@ def kind_of(net: nn.Module) -> str:
     return type(net.network if isinstance(net, JoinedOutputs) else net).__name__
 
 
-def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
-    """Return the outputs of `net` on two or more `images` (B, 3, H, W).
+def checked_outputs(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return what `net` computes of two or more `images` (B, 3, H, W), by name.
 
     Raises UserError unless all of them are floating-point tensors with one entry per image on their first axis.
     """
     kind = kind_of(net)
-    with torch.no_grad(), apart(net):
+    with torch.no_grad(), separate_outputs(net):
         returned = net(images)
     found = named_outputs(returned)
     if not found:
@@ -109,7 +109,17 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
                 f"{kind} returns '{name}' of shape {tuple(value.shape)} for {len(images)} images: expected "
                 f"({len(images)}, ...), one entry per image on the first axis"
             )
+    return found
+
+
+def outputs_from(found: Mapping[str, Tensor]) -> tuple[Output, ...]:
+    """Return the names and shapes of outputs that a network has computed."""
     return tuple(Output(name, tuple(value.shape[1:])) for name, value in found.items())
+
+
+def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
+    """Return the outputs of `net` on two or more `images` (B, 3, H, W). Raises UserError as `checked_outputs` does."""
+    return outputs_from(checked_outputs(net, images))
 
 
 def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> str:

@@ -41,16 +41,16 @@ class StageRecord:
         return asdict(self)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _on_device(value: Any, device: torch.device) -> Any:
     """Return `value` with the tensors in it on `device`; modules are edited."""
     if isinstance(value, Tensor | nn.Module):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _moved(each, device) for key, each in value.items()}
+        return {key: _on_device(each, device) for key, each in value.items()}
     if isinstance(value, tuple):
-        return tuple(_moved(each, device) for each in value)
+        return tuple(_on_device(each, device) for each in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{each.name: _moved(getattr(value, each.name), device) for each in fields(value)})
+        return replace(value, **{each.name: _on_device(getattr(value, each.name), device) for each in fields(value)})
     return value
 
 
@@ -114,7 +114,7 @@ class QuantModel:
             return self
         # one copy of everything together: networks that are one object stay one
         kept = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "structure"}
-        return replace(self, **_moved(copy.deepcopy(kept), device))
+        return replace(self, **_on_device(copy.deepcopy(kept), device))
 
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `quantizers` added (same names replaced)."""

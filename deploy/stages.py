@@ -73,7 +73,7 @@ def _on_halves(name: str, stage: Callable[..., QuantModel], options: Any) -> Sta
 
 
 def _fold(model: QuantModel, images: CalibrationImages) -> QuantModel:
-    """Fold on the CPU, where every GPU's owner has the float64 that proofs want, then go to the device."""
+    """Fold on the CPU, because the proofs compute in float64, which most GPUs do slowly; then go to the device."""
     return fold_affine(model, images.example).to(images.device)
 
 

@@ -19,7 +19,16 @@ from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.network.fp16_range import fp16_range
 from calib.network.qdq import quantized_net
-from calib.outputs import CLASSIFIER, Output, apart, joined, named_outputs, outputs_of, task_of
+from calib.outputs import (
+    CLASSIFIER,
+    Output,
+    checked_outputs,
+    joined,
+    named_outputs,
+    outputs_from,
+    separate_outputs,
+    task_of,
+)
 from calib.quant_model import QuantModel
 from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
@@ -78,7 +87,7 @@ def _to(device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
 
 def _named(prefix: str, net: nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
     """The outputs of `net`, for the file of golden images."""
-    with torch.inference_mode(), apart(net):
+    with torch.inference_mode(), separate_outputs(net):
         return {
             f"{prefix}{name}": value.numpy() for name, value in named_outputs(net(torch.from_numpy(images))).items()
         }
@@ -109,17 +118,15 @@ def _outputs(net: nn.Module, size: Sequence[int]) -> tuple[Output, ...]:
     """
     images, kind = torch.zeros(2, *size), type(net).__name__
     try:
-        outputs = outputs_of(net, images)
+        found = checked_outputs(net, images)
     except (RuntimeError, ValueError, AssertionError) as error:
         shape = "x".join(map(str, size))
         raise UserError(f"{kind} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]) from error
-    classes = getattr(net, "num_classes", None)
+    outputs, classes = outputs_from(found), getattr(net, "num_classes", None)
     if task_of(net, outputs) == CLASSIFIER and outputs[0].shape != (classes,):
         raise UserError(
             f"{kind} says num_classes = {classes!r} and returns {outputs[0].shape[0]} values: expected the same"
         )
-    with torch.no_grad():
-        found = named_outputs(net(images))
     if not all(value.isfinite().all() for value in found.values()):
         name = _not_a_number(net, images)
         raise UserError(f"the float network computes NaN or Inf, first in '{name}': give weights that work in float")

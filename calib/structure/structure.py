@@ -75,12 +75,14 @@ def _reaches(node: object, ends: Collection[fx.Node], trace: Trace, through: str
     return node in ends
 
 
-def _why_float(trace: Trace, node: fx.Node, nodes: Mapping[str, fx.Node], places: tuple[Place, ...]) -> str:
+def _why_attention_is_float(
+    trace: Trace, node: fx.Node, nodes: Mapping[str, fx.Node], places: tuple[Place, ...]
+) -> str:
     """Return why the attention `node` cannot be INT8, empty if it can; `nodes`: calls of layers by name."""
     name = trace.owner(node)
     module, scale = trace.net.get_submodule(name), node.kwargs.get("scale")
     if len(node.args) > 3 or any(node.kwargs.get(key) for key in ("attn_mask", "is_causal", "enable_gqa")):
-        return "it has a mask or fewer keys than queries, which no INT8 kernel takes"
+        return "it has a mask, or fewer heads of keys than of queries, which no INT8 kernel takes"
     qkv, proj = (nodes.get(f"{name}.{layer}") for layer in ("qkv", "proj"))
     if qkv is None or proj is None or not all(hasattr(module, each) for each in PACKED):
         return "its query, key and value are not one layer 'qkv', followed by a layer 'proj'"
@@ -105,7 +107,9 @@ def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place,
     nodes = {name: node for node, name in plain.items()}
     for node in calls(trace.nodes, aten.scaled_dot_product_attention.default):
         name = trace.owner(node)
-        found[name] = "it computes several attentions" if name in found else _why_float(trace, node, nodes, places)
+        found[name] = (
+            "it computes several attentions" if name in found else _why_attention_is_float(trace, node, nodes, places)
+        )
     for node in calls(trace.nodes, aten.softmax.int):
         own = trace.owner(node)
         for name in (own, own.rpartition(".")[0]):  # the softmax may be a module of its own

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.errors import UserError
-from calib.outputs import apart, kind_of
+from calib.outputs import kind_of, separate_outputs
 
 aten = torch.ops.aten
 CONVOLUTIONS = (
@@ -73,7 +73,7 @@ class Trace:
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         try:
-            with torch.no_grad(), warnings.catch_warnings(), apart(net):
+            with torch.no_grad(), warnings.catch_warnings(), separate_outputs(net):
                 warnings.simplefilter("ignore")  # of tables that a network keeps between runs
                 program = torch.export.export(net, (example,), strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced

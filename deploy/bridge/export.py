@@ -26,7 +26,7 @@ from calib.errors import UserError
 from calib.grids import why_not_int8
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
-from calib.outputs import OUTPUT, apart, kind_of, outputs_of
+from calib.outputs import OUTPUT, kind_of, outputs_of, separate_outputs
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.zero_points import with_zero_points
@@ -199,7 +199,7 @@ def onnx_from_net(
                 f"quantizer '{module.quantizer}' has {why_not_int8(module.grid)}: it is simulated only, no INT8 kernel "
                 f"of TensorRT reads it"
             )
-    with _quiet(), torch.no_grad(), _said_in_one_line(kind_of(net)), apart(net):
+    with _quiet(), torch.no_grad(), _said_in_one_line(kind_of(net)), separate_outputs(net):
         program = torch.onnx.export(
             net,
             (example,),

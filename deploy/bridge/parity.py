@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from calib.hooks import input_hooks
 from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
-from calib.outputs import apart, named_outputs
+from calib.outputs import named_outputs, separate_outputs
 from calib.quantizer import QParams, quantize
 from deploy.graph.names import node_by_layer
 from deploy.measure.accuracy import relative_l2
@@ -112,7 +112,7 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
     outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(images)
     given = {layer: torch.from_numpy(outputs[name]) for layer, name in integers.items()}
     tensor = torch.from_numpy(images)
-    with torch.inference_mode(), apart(net):
+    with torch.inference_mode(), separate_outputs(net):
         alone = named_outputs(net(tensor))
         forced, deviations = _forced_run(net, tensor, given)
 

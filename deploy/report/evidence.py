@@ -45,7 +45,7 @@ def warnings(run: "Run") -> list[str]:
             f"labels are not used: the network does not say that its outputs are classes (set net.num_classes = "
             f"{run.outputs[0].shape[-1]} in the factory if they are)"
             if run.spec.factory
-            else "labels are not used: the outputs of this network are features, not classes"
+            else f"labels are not used: the outputs of this network are {run.task}, not classes"
         )
     top1 = run.verdict.fidelity.reference_top1
     if top1 is not None and top1 <= CHANCE / run.outputs[0].shape[0]:

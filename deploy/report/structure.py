@@ -1,6 +1,6 @@
 """What the tool found in a network, as text: layers, what stays in float and why, places for channel scales, blocks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,18 +40,23 @@ def _wrapped(names: Iterable[str], width: int = 110) -> Iterator[str]:
     yield f"    {line}"
 
 
+def _by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """Yield each reason once, behind `title`, with the names that it holds for."""
+    names_of: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names_of.setdefault(reason, []).append(name)
+    for reason, names in names_of.items():
+        yield f"{title} ({len(names)}): {reason}"
+        yield from _wrapped(names)
+
+
 def structure_lines(structure: "Structure") -> Iterator[str]:
     """Yield the report line by line."""
     found = structure_json(structure)
     yield structure.summary()
     yield f"quantized to INT8 ({len(found['quantized'])}):"
     yield from _wrapped(found["quantized"])
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in found["float"].items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        yield f"in float ({len(names)}): {reason}"
-        yield from _wrapped(names)
+    yield from _by_reason("in float", found["float"])
     if found["places"]:
         yield f"channel scales can move ({len(found['places'])}), + where a shift can as well:"
         yield from _wrapped(
@@ -66,9 +71,4 @@ def structure_lines(structure: "Structure") -> Iterator[str]:
         yield f"{title} ({len(names)}){':' if names else ''}"
         if names:
             yield from _wrapped(names)
-    attentions: dict[str, list[str]] = {}
-    for name, reason in found["float_attention"].items():
-        attentions.setdefault(reason, []).append(name)
-    for reason, names in attentions.items():
-        yield f"attentions in FP16 ({len(names)}): {reason}"
-        yield from _wrapped(names)
+    yield from _by_reason("attentions in FP16", found["float_attention"])

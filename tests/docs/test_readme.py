@@ -124,5 +124,6 @@ def test_a_table_explains_its_intervals(table):
 def test_convolutions_of_tensorrt_rtx_are_planned_and_no_more():
     engine = {"backend": PLANNED_ONLY, "planned": 51, "lost": [], "int8_convs": 51}
     assert int8_layers(engine) == "0 of 51 proven, 51 planned"
+    assert int8_layers(engine, {"fc": "it costs much"}) == "0 of 51 proven, 51 planned, 1 kept in FP16"
     assert int8_layers(engine | {"backend": "tensorrt"}) == "51 of 51 proven"
     assert int8_layers(engine | {"int8_convs": 0, "lost": ["fc"]}) == "50 of 51 proven"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.outputs import OUTPUT, JoinedOutputs, apart, joined, kind_of, named_outputs, outputs_of, task_of
+from calib.outputs import OUTPUT, JoinedOutputs, joined, kind_of, named_outputs, outputs_of, separate_outputs, task_of
 
 Pair = namedtuple("Pair", "boxes scores")
 
@@ -88,7 +88,7 @@ def test_tasks():
 def test_a_network_with_one_row_per_image_stays_as_it_is():
     net = Returning(lambda x: x.flatten(1))
     assert joined(net, IMAGES) is net
-    with apart(net):
+    with separate_outputs(net):
         assert net(IMAGES).shape == (2, 48)
 
 
@@ -101,6 +101,6 @@ def test_several_outputs_are_joined_by_their_sizes():
     for part in (rows[:, :48], rows[:, 48:64]):
         assert float(part.square().mean()) == pytest.approx(1, rel=1e-6)
     assert not rows[:, 64:].any()
-    with apart(net):
+    with separate_outputs(net):
         assert list(net(IMAGES)) == ["big", "small", "nothing"]
     assert net(IMAGES).shape == rows.shape
