@@ -72,7 +72,8 @@ class QuantModel:
     `structure` says what `net` consists of (calib/structure/structure.py): it is read once BatchNorm is folded.
 
     `quantizers` maps every tensor that rounds to its grid: `blocks.3.attn.qkv:input` (an activation),
-    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are.
+    `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are. With
+    `blocks.3.attn.qkv:output` the matrix product of a layer rounds too (calib/layerwise/int8_products.py).
     `moved` holds the channel scales already in `net`, `precision` the bits. `branches` maps blocks to what runs beside
     them, `branch_figures` to what is known of these branches (JSON values).
 
@@ -153,6 +154,13 @@ class QuantModel:
         """Names of the Linear and Conv2d layers whose input and weight both round."""
         inputs = (quantizer.removesuffix(":input") for quantizer in self.quantizers if quantizer.endswith(":input"))
         return tuple(name for name in inputs if f"{name}:weight" in self.quantizers)
+
+    @property
+    def int8_products(self) -> tuple[str, ...]:
+        """Names of the layers whose matrix product is written in INT8."""
+        return tuple(
+            quantizer.removesuffix(":output") for quantizer in self.quantizers if quantizer.endswith(":output")
+        )
 
     @property
     def int8_attention(self) -> tuple[str, ...]:

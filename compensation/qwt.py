@@ -245,8 +245,9 @@ def places(model: QuantModel, net: nn.Module, images: Tensor) -> dict[str, Place
     for name, layout in block_layouts(model, net, images).items():
         shared = {}
         for form, reader in model.structure.shared.get(name, {}).items():
-            grid = model.quantizers.get(f"{name}.{reader}:input")
-            if isinstance(grid, QParams) and not why_not_int8(grid):  # an INT8 branch reads its integers
+            grid, alone = model.quantizers.get(f"{name}.{reader}:input"), f"{name}.{reader}" in model.int8_products
+            # an INT8 branch reads its integers and joins its product, which then is written in FP16
+            if isinstance(grid, QParams) and not why_not_int8(grid) and not alone:
                 shared[form] = (reader, grid)
         found[name] = Place(layout, shared)
     return found

@@ -27,7 +27,7 @@ from deploy.options import Options
 from deploy.package import package_folder, staging
 from deploy.plan import BRIDGE, ENGINE, TORCH, Stage, planned
 from deploy.progress import Progress
-from deploy.recipe import Recipe, load_recipe, recipe_from_tables
+from deploy.recipe import OPTIONAL, Recipe, load_recipe, recipe_from_tables
 from deploy.run import Run
 from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
@@ -70,7 +70,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
 
 def stage_names() -> dict[str, tuple[str, ...]]:
     """The names of all stages in order, by half; in brackets those that not every recipe has."""
-    every: dict[str, Any] = {key: {} for key in ("equalise", "attention", "keep_float", "compensate", "finetune")}
+    every: dict[str, Any] = {key: {} for key in OPTIONAL}
     most, least = (spine(recipe_from_tables("", tables, "")) for tables in (every, {}))
     always = {stage.name for stage in least}
     return {

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 import calib.methods
 from calib.attention import int8 as int8_attention
 from calib.errors import UserError, suggestion
-from calib.layerwise import float_layers
+from calib.layerwise import float_layers, int8_products
 from calib.precision import INT8_ENGINE, Precision
 from calib.scales import calibrate, equalise
 from compensation import qwt
@@ -21,6 +21,8 @@ from compensation.star import finetune
 from deploy.named_toml import named_path, read_toml, stems
 
 FOLDER = Path(__file__).parent / "recipes"
+# tables that name a stage
+OPTIONAL = ("equalise", "attention", "keep_float", "int8_products", "compensate", "finetune")
 NAME = r"[\w.-]*\w"  # "." and ".." would lead out of the folder for this recipe's packages
 
 
@@ -37,6 +39,7 @@ class Recipe:
     method: str
     method_config: Any
     keep_float: float_layers.Config | None  # None: all layers that can be are quantized
+    int8_products: int8_products.Config | None  # None: matrix products are written in FP16
     compensate: qwt.Config | None  # None: no branches
     finetune: finetune.Config | None  # None: branches keep the closed-form solution
 
@@ -133,17 +136,7 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
 
     Raises UserError, which begins with `where` the tables come from, for an unknown key or a value of another type.
     """
-    known = (
-        "description",
-        "precision",
-        "equalise",
-        "attention",
-        "calibrate",
-        "method",
-        "keep_float",
-        "compensate",
-        "finetune",
-    )
+    known = ("description", "precision", "calibrate", "method", *OPTIONAL)
     for key in content:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'; expected {', '.join(known)}.{suggestion(key, known)}")
@@ -167,6 +160,7 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
         method=method_name,
         method_config=_config(method_module(method_name).Config, method, f"{where}, [method]"),
         keep_float=optional("keep_float", float_layers.Config),
+        int8_products=optional("int8_products", int8_products.Config),
         compensate=optional("compensate", qwt.Config),
         finetune=optional("finetune", finetune.Config),
     )

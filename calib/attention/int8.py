@@ -16,7 +16,6 @@ The stage comes last, when everything else is rounded. A block without INT8 atte
 """
 
 import copy
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 
 from calib.errors import UserError
 from calib.images.batches import ROTATIONS, Batches, Half, spread_images
+from calib.judge.budget import Budget
 from calib.judge.first_order import output_gradients
-from calib.judge.held_out import LARGEST_DB, Candidate, Errors, add_errors
+from calib.judge.held_out import LARGEST_DB, Candidate
 from calib.network.qdq import attention_factors, quantize_dequantize
 from calib.network.rounded_layer import rounded_layer, with_biases
 from calib.quant_model import ATTENTION_ROLES, QuantModel, StageRecord
@@ -282,35 +282,6 @@ class Attentions:
         title = f"INT8 attention in {len(names)} of {len(self.together.whole)} blocks"
         return Candidate(title, trials, with_names(self.together.whole, names))
 
-    def errors(self, candidate: Candidate, role: int, rotations: Sequence[int]) -> Errors:
-        """Return the errors without INT8 attention and of `candidate`, on the parts with a role (0 chooses, 1 judges)."""
-        plain, errors = Candidate.unfitted("", self.model), Errors(2)
-        for rotation in rotations:
-            add_errors(errors, [plain, candidate], rotation, ROTATIONS[rotation][role], self.halves)
-        return errors
-
-    def within_budget(self, max_loss_db: float, rotations: Sequence[int], cost: Mapping[str, float]) -> list[str]:
-        """Return the cheapest attentions that lose at most `max_loss_db` together, on the images that choose.
-
-        Costs add up to first order; then the network is measured, and the most costly returns to FP16 while it loses more.
-        """
-
-        def measured(names: Sequence[str]) -> Errors:
-            return self.errors(self.candidate([names] * len(ROTATIONS), names), 0, rotations)
-
-        order = sorted(cost, key=lambda name: cost[name])
-        limit = measured([]).noise[0] * (10 ** (max_loss_db / 10) - 1)
-        spent = itertools.accumulate(cost[name] for name in order)
-        names = [name for name, total in zip(order, spent, strict=True) if total <= limit]
-        while names and loss_db(measured(names)) > max_loss_db:
-            names = names[:-1]
-        return names
-
-
-def loss_db(errors: Errors) -> float:
-    """Return how much lower the SQNR (dB) of the second network is than that of the first."""
-    return errors.db(0) - errors.db(1)
-
 
 def int8_attention(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
     """Return `model`, all of whose layers are rounded, with attention in INT8 where the budget allows it.
@@ -320,15 +291,19 @@ def int8_attention(model: QuantModel, halves: Sequence[Half], config: Config) ->
     """
     start = time.perf_counter()
     found = Attentions(model, halves)
+    budget = Budget(model, halves, found.candidate, config.max_loss_db)
     rotations = range(len(ROTATIONS))
     names = list(found.together.whole)
     by_rotation = [names] * len(ROTATIONS)
     if config.int8 == "budget":
-        names = found.within_budget(config.max_loss_db, rotations, found.together.cost)
-        by_rotation = [found.within_budget(config.max_loss_db, [r], found.choices[r].cost) for r in rotations]
-    candidate = found.candidate(by_rotation, names)
-    errors = found.errors(candidate, 1, rotations)
-    kept = config.int8 == "all" or (bool(names) and loss_db(errors) <= config.max_loss_db)
+
+        def affordable(cost: Mapping[str, float], rotations: Sequence[int]) -> list[str]:
+            return budget.affordable(sorted(cost, key=lambda name: cost[name]), cost, rotations)
+
+        names = affordable(found.together.cost, rotations)
+        by_rotation = [affordable(found.choices[rotation].cost, [rotation]) for rotation in rotations]
+    candidate, errors, within = budget.judged(by_rotation, names)
+    kept = config.int8 == "all" or within
     note = (
         f"{candidate.name}: output SQNR {errors.db(1):.2f} dB against {errors.db(0):.2f} dB in FP16, on held-out images"
     )

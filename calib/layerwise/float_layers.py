@@ -29,7 +29,7 @@ class Config:
     """What may stay in FP16, and what each layer has to gain for it."""
 
     max_share: float = 0.03  # of the multiplications of all quantized layers
-    min_gain_db: float = 0.75  # of the network's output SQNR, per layer
+    min_gain_db: float = 0.5  # of the network's output SQNR, per layer
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_share <= 1:

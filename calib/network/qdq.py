@@ -42,7 +42,7 @@ quantize_dequantize.register_autograd(gradient_of_clipping, setup_context=_keep_
 
 @torch.library.custom_op("int8::dequantize_weight", mutates_args=())
 def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """The integers `q` (any shape) times `scale` (C,) along `axis`, in the same shape and the dtype of `scale`."""
+    """The integers `q` (any shape) times `scale`, (C,) along `axis` or (), in the same shape and the dtype of `scale`."""
     shape = [1] * q.ndim
     shape[axis] = -1
     return q.to(scale.dtype) * scale.reshape(shape)
@@ -53,30 +53,53 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(q, dtype=scale.dtype)
 
 
+def tensor_and_channel_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """(t (), c (C,)) with c t == `scales` (C,): t is the smallest power of two that no scale exceeds, at most 1.
+
+    deploy/graph/split_channel_scales.py says what a compiler needs t for, and why it is this one.
+    """
+    mantissa, exponent = torch.frexp(scales.max())  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    t = torch.ldexp(torch.ones_like(mantissa), (exponent - (mantissa == 0.5).int()).clamp(max=0))
+    return t, scales / t
+
+
 class QuantLinear(nn.Module):
     """A Linear with integer weights and a quantized input: y = quantize_dequantize(x) dequantize_weight(W) + b.
 
     `integers` is int8 (in, out), the layout of an ONNX MatMul; `weight_scale` is (out,), `input_scale` ().
+
+    With `output`, the matrix product itself is rounded, before its channels get their scales c (out,) and the bias:
+    y = c output(quantize_dequantize(x) (t W)) + b. A compiler then lets the product write INT8. `weight_scale` is t, ().
     """
 
-    def __init__(self, linear: nn.Linear, input_params: QParams, weight_params: QParams) -> None:
+    def __init__(
+        self, linear: nn.Linear, input_params: QParams, weight_params: QParams, output: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("integers", quantize(linear.weight.detach(), weight_params).t().contiguous())
-        self.register_buffer("weight_scale", weight_params.scale.clone())
+        scale, channel_scale = weight_params.scale.clone(), None
+        if output is not None:
+            scale, channel_scale = tensor_and_channel_scales(weight_params.scale)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("channel_scale", channel_scale)
         self.register_buffer("input_scale", input_params.scale.clone())
+        self.output = output
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features  # which code of networks reads
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight (out, in), for code of a network that reads the type of its layers' weights."""
-        return dequantize_weight(self.integers, self.weight_scale, 1).t()
+        weight = dequantize_weight(self.integers, self.weight_scale, 1)
+        return (weight if self.channel_scale is None else weight * self.channel_scale).t()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         y = torch.matmul(
             quantize_dequantize(x, self.input_scale), dequantize_weight(self.integers, self.weight_scale, 1)
         )
+        if self.output is not None:
+            y = self.output(y) * self.channel_scale
         return y if self.bias is None else y + self.bias
 
 
@@ -202,7 +225,9 @@ def quantized_net(model: QuantModel) -> nn.Module:
                 net, name, SimulatedLayer(layer, rounding_module(quantizer, model.quantizers[quantizer]), weight)
             )
         elif isinstance(layer, nn.Linear):
-            replace_module(net, name, QuantLinear(layer, model.qparams(quantizer), weight))
+            output = model.quantizers.get(f"{name}:output")
+            written = None if output is None else rounding_module(f"{name}:output", output)
+            replace_module(net, name, QuantLinear(layer, model.qparams(quantizer), weight, written))
         elif isinstance(layer, nn.Conv2d):
             replace_module(net, name, QuantConv2d(layer, model.qparams(quantizer), weight))
         else:

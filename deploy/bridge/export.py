@@ -43,7 +43,7 @@ def _write_quantize_dequantize(x: Any, scale: Any) -> Any:
 
 
 def _write_dequantize_weight(q: Any, scale: Any, axis: int) -> Any:
-    return op.DequantizeLinear(q, scale, axis=axis)
+    return op.DequantizeLinear(q, scale, axis=axis) if len(scale.shape) else op.DequantizeLinear(q, scale)
 
 
 def _write_attention(

@@ -21,6 +21,7 @@ from calib.attention.int8 import (
     with_attention,
 )
 from calib.errors import UserError
+from calib.judge.budget import Budget
 from calib.network.qdq import QuantAttention, quantized_net
 from calib.precision import Precision
 from calib.quant_model import ATTENTION_ROLES
@@ -255,7 +256,7 @@ def test_without_a_budget_the_network_is_what_it_was(plain, max_loss_db):
 
 
 def test_a_loss_that_only_the_images_that_judge_show_leaves_no_attention(plain, monkeypatch):
-    monkeypatch.setattr(Attentions, "within_budget", lambda *_: list(BLOCKS))
+    monkeypatch.setattr(Budget, "affordable", lambda *_: list(BLOCKS))
     chosen = int8_attention(plain, HALVES, Config(max_loss_db=-1.0))
     assert chosen.net is plain.net
     assert chosen.quantizers is plain.quantizers
@@ -276,15 +277,20 @@ def noise_of(model):
         return float((quantized_net(model)(images) - model.float_net(images)).square().sum())
 
 
+def affordable(model, found, max_loss_db, costs):
+    budget = Budget(model, HALVES, found.candidate, max_loss_db)
+    return budget.affordable(sorted(costs, key=costs.__getitem__), costs, (0, 1))
+
+
 def test_the_cheapest_blocks_come_first(plain, found):
     noise = noise_of(plain)  # 20 dB: as much as 99 times that
     costs = {BLOCKS[0]: 1e3 * noise, BLOCKS[1]: 1e-3 * noise}
-    assert found.within_budget(20.0, (0, 1), costs) == [BLOCKS[1]]
+    assert affordable(plain, found, 20.0, costs) == [BLOCKS[1]]
     costs = {BLOCKS[0]: 2e-3 * noise, BLOCKS[1]: 1e-3 * noise}
-    assert found.within_budget(20.0, (0, 1), costs) == [BLOCKS[1], BLOCKS[0]]
+    assert affordable(plain, found, 20.0, costs) == [BLOCKS[1], BLOCKS[0]]
     costs = {BLOCKS[0]: 60 * noise, BLOCKS[1]: 60 * noise}
-    assert found.within_budget(20.0, (0, 1), costs) == [BLOCKS[0]], "costs add up"
-    assert found.within_budget(20.0, (0, 1), dict.fromkeys(BLOCKS, 120 * noise)) == []
+    assert affordable(plain, found, 20.0, costs) == [BLOCKS[0]], "costs add up"
+    assert affordable(plain, found, 20.0, dict.fromkeys(BLOCKS, 120 * noise)) == []
 
 
 def test_what_was_foretold_too_cheap_is_given_back(plain):
@@ -294,8 +300,8 @@ def test_what_was_foretold_too_cheap_is_given_back(plain):
         for fits in (*choice.by_half, choice.whole):
             fits[BLOCKS[1]] = fits[BLOCKS[1]]._replace(params=coarse)
     costs = {BLOCKS[0]: 1e-12, BLOCKS[1]: 2e-12}
-    assert found.within_budget(90.0, (0, 1), costs) == [*BLOCKS]
-    names = found.within_budget(3.0, (0, 1), costs)
+    assert affordable(plain, found, 90.0, costs) == [*BLOCKS]
+    names = affordable(plain, found, 3.0, costs)
     assert names == [BLOCKS[0]]
 
 
