@@ -73,7 +73,8 @@ class QuantModel:
 
     `quantizers` maps every tensor that rounds to its grid: `blocks.3.attn.qkv:input` (an activation),
     `blocks.3.attn.qkv:weight`. A layer is quantized when both are there, an attention when all four of its roles are. With
-    `blocks.3.attn.qkv:output` the matrix product of a layer rounds too (calib/layerwise/int8_products.py).
+    `blocks.3.attn.qkv:output` the matrix product of a layer rounds too (calib/layerwise/int8_products.py), with
+    `layer1.0:shortcut` what a module returns (calib/layerwise/int8_shortcuts.py).
     `moved` holds the channel scales already in `net`, `precision` the bits. `branches` maps blocks to what runs beside
     them, `branch_figures` to what is known of these branches (JSON values).
 
@@ -158,9 +159,15 @@ class QuantModel:
     @property
     def int8_products(self) -> tuple[str, ...]:
         """Names of the layers whose matrix product is written in INT8."""
-        return tuple(
-            quantizer.removesuffix(":output") for quantizer in self.quantizers if quantizer.endswith(":output")
-        )
+        return self._with_role("output")
+
+    @property
+    def int8_shortcuts(self) -> tuple[str, ...]:
+        """Names of the modules whose output goes around a block in INT8."""
+        return self._with_role("shortcut")
+
+    def _with_role(self, role: str) -> tuple[str, ...]:
+        return tuple(name for name, _, found in (each.rpartition(":") for each in self.quantizers) if found == role)
 
     @property
     def int8_attention(self) -> tuple[str, ...]:

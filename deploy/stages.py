@@ -23,6 +23,7 @@ from calib.images.image_set import ImageSet
 from calib.judge.held_out import Candidate, Offer, challenge
 from calib.layerwise import float_layers
 from calib.layerwise.int8_products import int8_products
+from calib.layerwise.int8_shortcuts import int8_shortcuts
 from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.quant_model import QuantModel, StageRecord
@@ -156,6 +157,8 @@ def repair_stages(recipe: Recipe) -> Iterator[Stage]:
         yield _on_halves("attention", int8_attention, recipe.attention)
     if recipe.keep_float:
         yield _keep_float(recipe.keep_float)
+    if recipe.int8_shortcuts:
+        yield _on_halves("int8_shortcuts", int8_shortcuts, recipe.int8_shortcuts)
     if recipe.int8_products:
         yield _on_halves("int8_products", int8_products, recipe.int8_products)
     if recipe.compensate:

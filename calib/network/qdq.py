@@ -179,6 +179,14 @@ class SimulatedLayer(nn.Module):
         return self.layer(self.quantizer(x))
 
 
+SHORTCUT = "shortcut_quantizer"  # what the quantizer of a module's output is called within it
+
+
+def _quantize_output(module: Any, _inputs: Any, output: Tensor) -> Tensor:
+    """The forward hook of a module with such a quantizer. A plain function, so that copies of the module keep working."""
+    return module.get_submodule(SHORTCUT)(output)
+
+
 def attention_factors(attention: Any, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(query d^-1/4, key d^-1/4, value), all (B, H, N, d), from the output (B, N, 3 H d) of `attention.qkv`."""
     parts = packed.reshape(*packed.shape[:2], 3, attention.num_heads, attention.head_dim)
@@ -239,4 +247,8 @@ def quantized_net(model: QuantModel) -> nn.Module:
         replace_module(net, name, QuantAttention(net.get_submodule(name), roles))
     for name, branch in model.branches.items():
         branch.attach(net.get_submodule(name))
+    for name in model.int8_shortcuts:  # behind the branches, which are part of what a block returns
+        module = net.get_submodule(name)
+        module.add_module(SHORTCUT, rounding_module(f"{name}:shortcut", model.quantizers[f"{name}:shortcut"]))
+        module.register_forward_hook(_quantize_output)
     return net

@@ -21,7 +21,7 @@ class Block:
     channels_last: bool
 
 
-def _cones(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[fx.Node, frozenset[str]]:
+def cones_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[fx.Node, frozenset[str]]:
     """Return the layers that every node is computed from, by node."""
     cones: dict[fx.Node, frozenset[str]] = {}
     for node in trace.nodes:
@@ -36,7 +36,7 @@ def _inside(names: Collection[str], block: str) -> set[str]:
 
 def _summing(trace: Trace, plain: Mapping[fx.Node, str]) -> Iterator[str]:
     """Yield modules that add two tensors computed by different layers of their own: a shortcut and what it goes around."""
-    cones = _cones(trace, plain)
+    cones = cones_of(trace, plain)
     for node in calls(trace.nodes, *SUMS):
         one, other = node.args[:2]
         if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or {one, other} & trace.constants:

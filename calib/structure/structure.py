@@ -13,6 +13,7 @@ from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
 from calib.structure.moves import NORM, Place
 from calib.structure.places import places_of
 from calib.structure.proof import move_by_chance, preserving
+from calib.structure.shortcuts import shortcuts_of
 from calib.structure.trace import Trace, aten, calls
 
 PACKED = ("qkv", "proj", "q_norm", "k_norm", "num_heads", "head_dim")  # what INT8 attention takes of a module
@@ -32,7 +33,8 @@ class Structure:
     like a layer and is none, with the reason. `places`: where channel scales can move; `refused`: places where a trial
     changed the function. `blocks` by name. `attentions`: modules with a packed qkv that can compute in INT8;
     `float_attentions`: the others, with the reason. `after_gelu`: layers that read what a GELU returns. `shared`: by block,
-    form of a branch -> the layer whose integers it reads, named relative to the block.
+    form of a branch -> the layer whose integers it reads, named relative to the block. `shortcuts`: modules that return an
+    operand of a residual sum beside a convolution -> layers to be quantized that read the same tensor.
     """
 
     kind: str  # the class of the network
@@ -45,6 +47,7 @@ class Structure:
     float_attentions: dict[str, str] = field(default_factory=dict)
     after_gelu: frozenset[str] = frozenset()
     shared: dict[str, dict[str, str]] = field(default_factory=dict)
+    shortcuts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     percentile: float = PERCENTILE
 
     def why_float(self, layer: str) -> str | None:
@@ -178,5 +181,6 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
         {name: why for name, why in attentions.items() if why},
         _behind_gelu(plain),
         _shared(trace, plain, places, layers, blocks),
+        shortcuts_of(trace, plain, layers),
         PERCENTILE_WITH_ATTENTION if attention else PERCENTILE,
     )

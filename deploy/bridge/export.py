@@ -29,6 +29,7 @@ from calib.network.qdq import SimulatedQuantizer  # the module defines the opera
 from calib.outputs import OUTPUT, kind_of, outputs_of, separate_outputs
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
+from deploy.graph.requantize import read_the_same_integers
 from deploy.graph.zero_points import with_zero_points
 
 OPSET = 21  # has int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer ones give fused Attention nodes
@@ -213,6 +214,7 @@ def onnx_from_net(
         )
     assert program is not None
     fold_constants(program.model)
+    read_the_same_integers(program.model)
     if rewrite:
         rewrite(program.model)
     name_nodes(program.model)

@@ -176,6 +176,7 @@ def report_json(run: "Run") -> dict[str, Any]:
         "kept_float": run.model.kept_float,
         "int8_attention": list(run.model.int8_attention),
         "int8_products": list(run.model.int8_products),
+        "int8_shortcuts": list(run.model.int8_shortcuts),
         "seconds": {**run.progress.seconds, "total": round(sum(run.progress.seconds.values()), 3)},
         "peak_rss_mb": peak_rss_mb(),
         "device": str(run.device),

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from calib.layerwise.int8_products import Products, linear_layers
+from calib.layerwise.int8_products import linear_layers, products
 from calib.network.qdq import quantized_net
 from deploy.bridge.export import export_pair
 from deploy.bridge.parity import compare_with_onnx
@@ -20,7 +20,7 @@ LAYERS = ("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2")
 def quantized(layers: tuple[str, ...]):
     halves = tiny_halves(2)
     plain = rounded(calibrated("vit", halves), halves)
-    return Products(plain, linear_layers(plain), halves).candidate([layers, layers], layers).whole
+    return products(plain, linear_layers(plain), halves).candidate([layers, layers], layers).whole
 
 
 @functools.cache

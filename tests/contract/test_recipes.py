@@ -34,7 +34,7 @@ def test_every_recipe_gives_a_package_for_a_transformer(tmp_path, recipe):
     loaded = load_recipe(recipe)
     expected = {
         "equalise": loaded.equalise, "attention": loaded.attention, "keep_float": loaded.keep_float,
-        "int8_products": loaded.int8_products,
+        "int8_shortcuts": loaded.int8_shortcuts, "int8_products": loaded.int8_products,
         "qwt": loaded.compensate, "qwt_star": loaded.finetune, loaded.method: True, "calibrate": True,
     }  # fmt: skip
     assert set(stages) == {"fold", *(stage for stage, wanted in expected.items() if wanted is not None)}

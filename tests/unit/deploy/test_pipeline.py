@@ -68,7 +68,7 @@ def test_the_names_of_all_stages_tell_which_are_optional():
     assert stage_names() == {
         "torch": (
             "load", "images", "fold", "[equalise]", "calibrate", "range", "rtn", "[attention]",
-            "[keep_float]", "[int8_products]", "[compensate]", "[finetune]", "coverage",
+            "[keep_float]", "[int8_shortcuts]", "[int8_products]", "[compensate]", "[finetune]", "coverage",
         ),
         "bridge": ("export", "parity"),
         "engine": ("check", "build", "audit", "verify", "benchmark", "package"),

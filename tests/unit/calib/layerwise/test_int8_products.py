@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from calib.layerwise.int8_products import (
-    FACTORS,
-    Config,
-    Products,
-    int8_products,
-    linear_layers,
-    noise_of,
-    reach,
-    with_open_products,
-)
+from calib.grids import Unrounded
+from calib.layerwise.int8_products import Config, int8_products, linear_layers, products
+from calib.layerwise.rounding_points import FACTORS, noise_of, reach
 from calib.network.qdq import QuantLinear, quantized_net, tensor_and_channel_scales
 from calib.quantizer import channel_qparams, qparams_from_amax, quantize
 from tests.tiny import calibrated, output_db, rounded, tiny_batches, tiny_halves
@@ -31,7 +24,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    return Products(model, LAYERS, HALVES)
+    return products(model, LAYERS, HALVES)
+
+
+def with_open_products(model, layers):
+    return quantized_net(model.with_quantizers({f"{layer}:output": Unrounded() for layer in layers}))
 
 
 @pytest.mark.parametrize("largest", [2.0**-9, 1.3 * 2.0**-9, 0.7, 1.0, 3.0])
@@ -78,7 +75,7 @@ def test_products_that_do_not_round_change_nothing(model):
 
 def test_the_reach_is_that_of_the_largest_product(model):
     name = LAYERS[2]
-    largest, sizes = reach(with_open_products(model, [name]), [name], HALVES[0])
+    largest, sizes = reach(with_open_products(model, [name]), {name: f"{name}.output"}, HALVES[0])
     net, seen = quantized_net(model), []
     layer = net.get_submodule(name)
     _, c = tensor_and_channel_scales(layer.weight_scale)
@@ -94,9 +91,9 @@ def test_the_noise_foretold_is_that_of_the_output(model):
     """Where this layer alone rounds: to first order and by four projections, so within a factor of two."""
     name, images = LAYERS[2], torch.cat(tiny_batches(3, seed=5))
     model = replace(model, quantizers={key: model.quantizers[key] for key in (f"{name}:input", f"{name}:weight")})
-    largest = reach(with_open_products(model, [name]), [name], HALVES[0])[0]
-    foretold = noise_of(with_open_products(model, [name]), [name], largest, images)[name]
-    open_net = with_open_products(model, [name])
+    open_net, points = with_open_products(model, [name]), {name: f"{name}.output"}
+    largest = reach(open_net, points, HALVES[0])[0]
+    foretold = noise_of(open_net, points, largest, images)[name]
     for factor, noise in zip(FACTORS, foretold, strict=True):
         grid = qparams_from_amax(torch.tensor(largest[name] * factor))
         with torch.no_grad():
@@ -118,7 +115,7 @@ def test_a_budget_is_spent_and_kept(model):
     assert chosen.int8_products
     record, count = chosen.history[-1], len(chosen.int8_products)
     assert record.stage == "int8_products"
-    assert record.notes[0].startswith(f"{count} of 8 linear layers write INT8: output SQNR ")
+    assert record.notes[0].startswith(f"{count} of 8 matrix products in INT8: output SQNR ")
     assert output_db(model) - 3.5 <= output_db(chosen) < output_db(model)
     assert chosen.net is model.net, "weights stay"
 
@@ -126,7 +123,7 @@ def test_a_budget_is_spent_and_kept(model):
 def test_without_a_budget_the_network_is_what_it_was(model):
     chosen = int8_products(model, HALVES, Config(0.0))
     assert replace(chosen, history=()) == replace(model, history=())
-    assert chosen.history[-1].notes[0].startswith("dropped, all products are written in FP16: ")
+    assert chosen.history[-1].notes[0].startswith("dropped, all stay in FP16: ")
 
 
 def test_a_network_without_linear_layers_is_left_alone(model):
