@@ -1,9 +1,10 @@
 """Shortcuts of residual sums in INT8: what a convolutional network passes from block to block.
 
 TensorRT computes a convolution, the residual sum behind it and the activation in one kernel that writes INT8, if the other
-operand of the sum is INT8 as well; else the sum is a kernel of its own in FP16. So the tensor that goes around a block gets one
-quantizer for all its readers: the sum, and the layers that quantize it anyway, which then read the same integers. What the
-convolution in front of the sum returns is not rounded. What may round and what it costs: calib/layerwise/rounding_points.py.
+operand of the sum is INT8 as well; else the sum is a kernel of its own in FP16. So the tensor that goes around a block gets
+one quantizer for all its readers: the sum, and the layers that quantize it anyway, which then read the same integers. What
+the convolution in front of the sum returns is not rounded. What may round and what it costs:
+calib/layerwise/rounding_points.py.
 """
 
 import time

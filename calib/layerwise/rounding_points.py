@@ -1,8 +1,8 @@
 """New points of a network where a tensor rounds to INT8, as many as the recipe allows: less accuracy for fewer bytes.
 
-The network has a module at each point that passes the tensor on. The threshold there is the largest value that calibration saw
-times a factor; what each factor does to the output, to first order (calib/judge/first_order.py), chooses it. The points that
-cost least per value are taken while they lose no more than the budget together (calib/judge/budget.py).
+The network has a module at each point that passes the tensor on. The threshold there is the largest value that calibration
+saw times a factor; what each factor does to the output, to first order (calib/judge/first_order.py), chooses it. The points
+that cost least per value are taken while they lose no more than the budget together (calib/judge/budget.py).
 """
 
 import time

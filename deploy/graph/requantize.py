@@ -1,8 +1,8 @@
 """No tensor is quantized a second time to the integers it already has.
 
 A shortcut in INT8 is dequantized for a residual sum and for the layers that read it, which quantize their inputs by
-themselves: with the same scale, because that is what the stage int8_shortcuts chose. The pair of operators in between changes
-nothing, and hides from a compiler that all of them read one INT8 tensor.
+themselves: with the same scale, because that is what the stage int8_shortcuts chose. The pair of operators in between
+changes nothing, and hides from a compiler that all of them read one INT8 tensor.
 """
 
 import numpy as np
