@@ -15,6 +15,7 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
 from deploy.graph.check import check_strongly_typed
 from deploy.graph.names import INPUT
+from deploy.graph.separate_biases import separate_biases
 from deploy.measure.onnx_runner import OnnxRunner
 from tests.tiny import SIZE, TINY, rounded, tiny_batches, tiny_halves, tiny_model
 
@@ -140,3 +141,8 @@ def test_rtx_engine_runs_every_planned_layer_in_int8(backend_family):
     assert found.lost == ()
     assert found.fp32_gemms == 0
     assert bool(built.notes) == (backend_family != "vit")  # convolutions need a word of warning
+
+
+def test_the_fp16_graph_has_biases_that_onnx_runtime_leaves_alone(family):
+    _, _, fp16, _ = exported(family)
+    assert separate_biases(fp16) == fp16
