@@ -16,20 +16,16 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from deploy.graph.constants import add_constant, constant
 from deploy.graph.names import constant_name, renamed_operator
 
 LARGEST_INT32 = 2.0**31
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def _scale(value: ir.Value | None) -> np.ndarray | None:
     """The constant scale of what a DequantizeLinear writes to `value`; None for any other value."""
     node = None if value is None else value.producer()
-    return _constant(node.inputs[1]) if node is not None and node.op_type == "DequantizeLinear" else None
+    return constant(node.inputs[1]) if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _rounded(node: ir.Node, bias: np.ndarray) -> bool:
@@ -42,31 +38,25 @@ def _rounded(node: ir.Node, bias: np.ndarray) -> bool:
     return bool((np.abs(bias) >= LARGEST_INT32 * np.float64(scales[0]) * scales[1]).any())
 
 
-def _reshaped(graph: ir.Graph, name: str, bias: np.ndarray, shape: tuple[int, ...]) -> ir.Value:
-    tensor = ir.tensor(bias.reshape(shape), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
 def _separate(graph: ir.Graph, conv: ir.Node, bias: np.ndarray) -> None:
     """Move the `bias` (N,) of `conv` to an Add behind it, named `<layer>/Bias`."""
     product, dequantized = conv.outputs[0], conv.inputs[1]
-    weight = _constant(dequantized.producer().inputs[0])  # type: ignore[union-attr]
+    integers = constant(dequantized.producer().inputs[0])  # type: ignore[union-attr]
+    assert integers is not None
     name = renamed_operator(conv.name or "", "Bias")
     sum_ = ir.Value(name=name, shape=product.shape, type=product.type)
     if product.is_graph_output():
         product.name, sum_.name = conv.name, product.name
     product.replace_all_uses_with(sum_, replace_graph_outputs=True)
     conv.resize_inputs(2)
-    value = _reshaped(graph, constant_name(name, "bias"), bias, (1, -1, *[1] * (np.ndim(weight) - 2)))
+    value = add_constant(graph, constant_name(name, "bias"), bias.reshape(1, -1, *[1] * (integers.ndim - 2)))
     graph.insert_after(conv, ir.node("Add", [product, value], outputs=[sum_], name=name))
 
 
 def _biases_behind(product: ir.Value) -> Iterator[tuple[ir.Node, int, np.ndarray]]:
     """(Add, input, bias) of every Add of a constant (N,) to `product`."""
     for user, index in product.uses():
-        bias = _constant(user.inputs[1 - index]) if user.op_type == "Add" else None
+        bias = constant(user.inputs[1 - index]) if user.op_type == "Add" else None
         if bias is not None and bias.ndim == 1:
             yield user, 1 - index, bias
 
@@ -79,13 +69,13 @@ def separate_biases(model: onnx.ModelProto) -> onnx.ModelProto:
     result = ir.from_proto(model)
     graph = result.graph
     for node in list(graph):
-        bias = _constant(node.inputs[2]) if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        bias = constant(node.inputs[2]) if node.op_type == "Conv" and len(node.inputs) > 2 else None
         if bias is not None and _rounded(node, bias):
             _separate(graph, node, bias)
         elif node.op_type == "MatMul":
             for add, index, bias in list(_biases_behind(node.outputs[0])):
                 if _rounded(node, bias):
                     name = constant_name(add.name or "", "bias")
-                    add.replace_input_with(index, _reshaped(graph, name, bias, (1, -1)))
+                    add.replace_input_with(index, add_constant(graph, name, bias[None]))
     RemoveUnusedNodesPass()(result)
     return ir.to_proto(result)
