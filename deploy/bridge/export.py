@@ -30,6 +30,7 @@ from calib.outputs import OUTPUT, kind_of, outputs_of, separate_outputs
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.requantize import read_the_same_integers
+from deploy.graph.separate_biases import separate_biases
 from deploy.graph.zero_points import with_zero_points
 
 OPSET = 21  # has int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer ones give fused Attention nodes
@@ -230,7 +231,7 @@ def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto,
 
     Raises UserError if a weight or scale does not fit FP16.
     """
-    return export_fp16(net, size), with_zero_points(export_float(net, size))
+    return export_fp16(net, size), with_zero_points(separate_biases(export_float(net, size)))
 
 
 def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
@@ -242,9 +243,10 @@ def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
     images = torch.zeros(2, 3, *size)
     names = [output.name for output in outputs_of(net, images)]
     try:
-        return onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32, names)
+        model = onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32, names)
     except NoExportError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
-        return onnx_from_net(net, images, no_fp32, names)
+        model = onnx_from_net(net, images, no_fp32, names)
+    return separate_biases(model)
 
 
 def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from calib.errors import UserError
+from deploy.graph.constants import constant
 
 MIN_OPSET = 21
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -64,12 +65,6 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer or Constant node; None for a value computed at run time."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def _int(node: ir.Node, attribute: str, default: int) -> int:
     return node.attributes[attribute].as_int() if attribute in node.attributes else default
 
@@ -89,7 +84,7 @@ def _is_weight(value: ir.Value | None) -> bool:
     node = value.producer()
     if node is not None and node.op_type in (QUANTIZE, "Transpose"):
         return _is_weight(node.inputs[0])
-    return _constant(value) is not None
+    return constant(value) is not None
 
 
 def opset_is_current(model: ir.Model) -> Iterator[str]:
@@ -135,7 +130,7 @@ def nothing_casts_floats(model: ir.Model) -> Iterator[str]:
 def scales_are_fp16_constants(model: ir.Model) -> Iterator[str]:
     """With a run-time scale there is no INT8 kernel, and the type of a scale is that of the dequantized tensor."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
-        scale = _constant(node.inputs[1])
+        scale = constant(node.inputs[1])
         if scale is None:
             yield f"{node.name}: scale computed at run time, expected an FP16 initializer"
         elif scale.dtype != np.float16:
@@ -153,7 +148,7 @@ def zero_points_are_zero(model: ir.Model) -> Iterator[str]:
             if node.op_type == QUANTIZE and _int(node, "output_dtype", 0) != ir.DataType.INT8:
                 yield f"{node.name}: no zero point (ONNX: uint8), expected an int8 zero or output_dtype=INT8"
             continue
-        zero_point = _constant(value)
+        zero_point = constant(value)
         if value.dtype is not ir.DataType.INT8:
             yield f"{node.name}: zero point of {_name(value.dtype)}, expected INT8"
         elif zero_point is None:
@@ -176,7 +171,7 @@ def integers_are_int8(model: ir.Model) -> Iterator[str]:
 def activations_have_one_scale(model: ir.Model) -> Iterator[str]:
     """A scale per input channel is no factor of the sum of products: TensorRT would multiply in FP16."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
-        scale = _constant(node.inputs[1])
+        scale = constant(node.inputs[1])
         if scale is not None and scale.size > 1 and not _is_weight(node.inputs[0]):
             yield f"{node.name}: {scale.size} scales for an activation, expected one"
 
@@ -197,7 +192,7 @@ def _channel_axes(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int, in
 def weight_axis_is_output_channel(model: ir.Model) -> Iterator[str]:
     """Only a scale per output channel can be applied to the INT8 sum: otherwise TensorRT multiplies in FP16."""
     for node in _nodes(model, DEQUANTIZE):
-        weight, scale = node.inputs[0], _constant(node.inputs[1])
+        weight, scale = node.inputs[0], constant(node.inputs[1])
         if scale is None or scale.size == 1 or not _is_weight(weight):
             continue
         assert weight is not None

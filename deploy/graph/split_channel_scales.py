@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from deploy.graph.constants import add_constant
 from deploy.graph.names import constant_name, renamed_operator
 
 
@@ -45,14 +46,6 @@ def _channel_scales(node: ir.Node) -> np.ndarray | None:
     is_per_column = "axis" not in node.attributes or node.attributes["axis"].as_int() in (1, -1)
     is_for_products = all(user.op_type == "MatMul" and index == 1 for user, index in node.outputs[0].uses())
     return scale.numpy() if is_per_column and is_for_products else None
-
-
-def _add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    type_ = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=type_, const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> None:
@@ -90,9 +83,9 @@ def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     for node, t in _tensor_scales(scales).items():
         weight = node.outputs[0]
         node.resize_inputs(2)  # zero points would keep their shape (N,)
-        node.replace_input_with(1, _add_constant(graph, constant_name(weight.name or "", "scale"), t))
+        node.replace_input_with(1, add_constant(graph, constant_name(weight.name or "", "scale"), t))
         node.attributes.pop("axis", None)
-        factors = _add_constant(graph, constant_name(weight.name or "", "channel_scale"), scales[node] / t)
+        factors = add_constant(graph, constant_name(weight.name or "", "channel_scale"), scales[node] / t)
         for matmul, _ in weight.uses():
             _multiply_behind(graph, matmul, factors)
     RemoveUnusedNodesPass()(result)

@@ -1,11 +1,11 @@
 """Paired comparison of the speed of two callables, which a machine that becomes slower or faster does not distort.
 
-The two run in turn (A B A B ...), and the result is the median ratio of neighbours. Absolute times are reported too, but on
+They run in turn (A B A B ...), and the result is the median ratio of neighbours. Absolute times are reported too, but on
 a shared machine only the ratio can be relied on.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,16 +37,24 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def times_in_turn(calls: Sequence[Callable[[], Any]], rounds: int = 15, warmup: int = 2) -> np.ndarray:
+    """Milliseconds (rounds, calls) of `calls`, which run in turn (A B C A B C ...) after `warmup` uncounted rounds."""
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    return np.array([[_milliseconds(call) for call in calls] for _ in range(rounds)])
+
+
+def comparison(baseline: np.ndarray, candidate: np.ndarray) -> Comparison:
+    """Compare times in milliseconds (rounds,) that were measured in turn."""
+    ratios = baseline / candidate
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    ratio, baseline_ms, candidate_ms = (float(np.median(each)) for each in (ratios, baseline, candidate))
+    return Comparison(ratio, float(low), float(high), baseline_ms, candidate_ms, len(ratios))
+
+
 def compare(baseline: Callable[[], Any], candidate: Callable[[], Any], rounds: int = 15, warmup: int = 2) -> Comparison:
     """Time two callables in turn for `rounds` rounds after `warmup` uncounted calls of each."""
-    for _ in range(warmup):
-        baseline()
-        candidate()
-    times = np.array([(_milliseconds(baseline), _milliseconds(candidate)) for _ in range(rounds)])
-    ratios = times[:, 0] / times[:, 1]
-    draws = np.random.default_rng(0).choice(ratios, (2000, rounds))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    baseline_ms, candidate_ms = np.median(times, axis=0)
-    return Comparison(
-        float(np.median(ratios)), float(low), float(high), float(baseline_ms), float(candidate_ms), rounds
-    )
+    times = times_in_turn((baseline, candidate), rounds, warmup)
+    return comparison(times[:, 0], times[:, 1])

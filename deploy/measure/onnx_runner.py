@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.measure.ort_options import ort_options
+from deploy.graph.integer_kernels import integer_kernels
+from deploy.measure.ort_options import ort_options, saturates
 
 INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
 THREADS = 2  # fixed, so that results do not depend on the number of cores
@@ -48,14 +49,28 @@ class OnnxRunner:
         return dict(zip(names, self.session.run(names, {self.input.name: images.astype(self.dtype)}), strict=True))
 
 
-def integer_layers(model: Path) -> int:
+def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
+    """(the INT8 graph `model` with integer kernels, operator -> how many deploy/graph/integer_kernels wrote).
+
+    It is `model` itself where the kernels for unsigned activations saturate on this processor.
+    """
+    import onnx
+
+    if saturates():
+        return model, {}
+    rewritten, written = integer_kernels(onnx.load_model_from_string(model.read_bytes()))
+    return rewritten.SerializeToString(), written
+
+
+def integer_layers(model: Path | bytes) -> int:
     """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
     import onnx
     import onnxruntime as ort
 
     options = ort_options(THREADS)
+    source = _utf8(model) if isinstance(model, Path) else model
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
-        ort.InferenceSession(_utf8(model), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
     return sum(node.op_type in INTEGER_KERNELS for node in nodes)

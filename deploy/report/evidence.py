@@ -56,14 +56,14 @@ def warnings(run: "Run") -> list[str]:
     if run.speed.integer_layers < len(run.planned):
         found.append(
             f"ONNX Runtime computes {run.speed.integer_layers} of the {len(run.planned)} INT8 layers in integers on "
-            f"this CPU (its INT8 convolutions want unsigned activations): its speed says nothing about TensorRT's"
+            f"this CPU (of convolutions those that a quantizer follows, and 1 x 1): its speed says nothing about TensorRT's"
         )
     if not host.int8_instructions():
         found.append(
             "this processor has no instructions for INT8 products (VNNI): what ONNX Runtime gains by INT8 here says "
             "nothing about other machines"
         )
-    return [*found, *run.fp16_range.warnings(), *run.coverage.warnings(), *run.built.notes]
+    return [*found, *run.speed.warnings(), *run.fp16_range.warnings(), *run.coverage.warnings(), *run.built.notes]
 
 
 def peak_rss_mb() -> float:
@@ -154,6 +154,9 @@ def report_json(run: "Run") -> dict[str, Any]:
             "ort_cpu_ratio": run.speed.comparison.ratio,
             "ort_cpu": run.speed.comparison.to_json(),
             "ort_int8_layers": run.speed.integer_layers,
+            "rewrites": run.speed.written,
+            "sqnr_db": run.speed.sqnr_db,
+            "plain_sqnr_db": run.speed.plain_sqnr_db,
             "threads": THREADS,
         },
         "bytes": {

@@ -14,7 +14,10 @@ from deploy.bridge.export import export_float, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
 from deploy.graph.check import check_strongly_typed
+from deploy.graph.integer_kernels import integer_kernels
 from deploy.graph.names import INPUT
+from deploy.graph.separate_biases import separate_biases
+from deploy.measure.accuracy import sqnr_db
 from deploy.measure.onnx_runner import OnnxRunner
 from tests.tiny import SIZE, TINY, rounded, tiny_batches, tiny_halves, tiny_model
 
@@ -140,3 +143,22 @@ def test_rtx_engine_runs_every_planned_layer_in_int8(backend_family):
     assert found.lost == ()
     assert found.fp32_gemms == 0
     assert bool(built.notes) == (backend_family != "vit")  # convolutions need a word of warning
+
+
+def test_the_fp16_graph_has_biases_that_onnx_runtime_leaves_alone(family):
+    _, _, fp16, _ = exported(family)
+    assert separate_biases(fp16) == fp16
+
+
+def test_integer_kernels_come_as_near_to_the_float_network_as_the_graph_they_are_written_for(family):
+    model, _, fp16, fp32 = exported(family)
+    images = tiny_batches(4)
+    rewritten, written = integer_kernels(fp32)
+    runners = [
+        OnnxRunner(graph.SerializeToString(), fused=fused) for graph, fused in ((fp32, False), (rewritten, True))
+    ]
+    exact = np.concatenate([model.float_net(batch).detach().numpy() for batch in images])
+    plain, integer = (sqnr_db(exact, np.concatenate([runner(batch.numpy()) for batch in images])) for runner in runners)
+    print(f"{plain=:.2f} {integer=:.2f} {written}")
+    assert integer > plain - 0.5
+    assert sum(written.values()) >= 0.6 * len(planned_layers(fp16))  # not those of 3 x 3 whose sums stay float

@@ -12,6 +12,9 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.errors import ContractError
 from deploy.graph.check import check_strongly_typed
+from deploy.graph.integer_kernels import integer_kernels
+from deploy.measure.accuracy import sqnr_db
+from deploy.measure.onnx_runner import OnnxRunner
 from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
 
 
@@ -46,6 +49,15 @@ def test_the_graph_plans_two_products_for_each_attention(blocks):
     expected = tuple(f"blocks.{i}.attn/MatMul{suffix}" for i in range(blocks) for suffix in ("", "_1"))
     assert planned_attention(fp16) == expected
     assert len(planned_layers(fp16)) == 8
+
+
+def test_integer_kernels_go_beside_an_int8_attention():
+    _, _, fp32 = exported(2)
+    rewritten, written = integer_kernels(fp32)
+    images = tiny_batches(1)[0].numpy()
+    exact = OnnxRunner(fp32.SerializeToString(), fused=False)(images)
+    assert written == {"MatMulIntegerToFloat": 8}
+    assert sqnr_db(exact, OnnxRunner(rewritten.SerializeToString())(images)) > 40
 
 
 @functools.cache

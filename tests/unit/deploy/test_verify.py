@@ -1,13 +1,25 @@
 """What a package of FP16 types has to reach."""
 
 import numpy as np
+import onnx
 import pytest
 
 from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity
-from deploy.package import FILES, GOLDEN, MANIFEST, write_json
-from deploy.verify import FP16_NOISE_DB, MAX_FP16_LOSS_DB, Verdict, least_fp16_db, verify_package
+from deploy.measure.ort_options import saturates
+from deploy.package import FILES, GOLDEN, MANIFEST, MODEL_FP32, write_json
+from deploy.verify import (
+    FP16_NOISE_DB,
+    MAX_DRIFT_DB,
+    MAX_FP16_LOSS_DB,
+    CpuSpeed,
+    Verdict,
+    cpu_speed,
+    least_fp16_db,
+    verify_package,
+)
+from tests.unit.deploy.graph.test_integer_kernels import QUANTIZED, SAME, convolution, images
 
 
 @pytest.mark.parametrize("db", [5.0, 16.0, 25.0])
@@ -141,3 +153,21 @@ def test_a_file_beside_the_package_is_named_and_a_hidden_one_is_not(tmp_path):
     (tmp_path / "other.engine").write_text("x")
     (tmp_path / ".DS_Store").write_text("x")
     assert [line.split()[0] for line in verify_package(tmp_path)] == ["other.engine"]
+
+
+def test_the_graph_with_integer_kernels_is_timed_and_compared_with_the_one_that_ships(tmp_path):
+    onnx.save(convolution(f"c = Conv{SAME}(dq, W, b)  z = Relu(c)  {QUANTIZED}"), tmp_path / MODEL_FP32)
+    onnx.save(convolution(f"c = Conv{SAME}(x, W, b)  y = Relu(c)"), tmp_path / "float.onnx")
+    found = cpu_speed(tmp_path, tmp_path / "float.onnx", images())
+    assert found.written == ({} if saturates() else {"QLinearConv": 1})
+    assert found.integer_layers == len(found.written)
+    assert found.sqnr_db == pytest.approx(found.plain_sqnr_db, abs=0.1)
+    assert found.plain_sqnr_db > 15
+    assert found.warnings() == []
+
+
+@pytest.mark.parametrize("loss", [0.5 * MAX_DRIFT_DB, 1.5 * MAX_DRIFT_DB, float("nan")])
+def test_integer_kernels_that_compute_something_else_are_told(loss):
+    found = CpuSpeed(None, 1, {"QLinearConv": 1}, sqnr_db=20.0 - loss, plain_sqnr_db=20.0).warnings()
+    assert len(found) == (not loss <= MAX_DRIFT_DB)
+    assert all("without them 20.0 dB" in line for line in found)

@@ -8,8 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.peers.judge import _Network
 from deploy.graph.zero_points import with_zero_points
 from deploy.host import int8_instructions
-from deploy.measure import ort_options
-from deploy.measure.onnx_runner import OnnxRunner, integer_layers
+from deploy.measure import onnx_runner, ort_options
+from deploy.measure.onnx_runner import OnnxRunner, integer_graph, integer_layers
 
 INNER, OUTER, SIDE = 64, 16, 5
 
@@ -84,3 +84,17 @@ def test_a_path_that_python_cannot_encode_is_read(tmp_path, product, name):
     (tmp_path / name).write_bytes(product[0].read_bytes())
     assert OnnxRunner(tmp_path / name).input.name
     assert integer_layers(tmp_path / name) >= 0
+
+
+@pytest.mark.parametrize("saturating", [True, False])
+def test_integer_kernels_are_written_where_they_are_exact(monkeypatch, product, saturating):
+    monkeypatch.setattr(onnx_runner, "saturates", lambda: saturating)
+    graph, written = integer_graph(product[0])
+    assert written == ({} if saturating else {"MatMulIntegerToFloat": 1})
+    assert (graph == product[0]) is saturating
+
+
+def test_the_largest_products_of_integer_kernels_do_not_saturate(product):
+    path, reads, returns = product
+    found = OnnxRunner(integer_graph(path)[0])(np.full(reads, 127, np.float32))
+    assert np.array_equal(found, np.full(returns, 127 * 127 * INNER))

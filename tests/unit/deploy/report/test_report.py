@@ -60,7 +60,7 @@ def said(factory="", classifier=True, **images):
             outputs=(Output("output", (5,)),), task="classifier" if classifier else "features",
             planned=(), fp16_range=sound, coverage=sound,
             verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
-            speed=SimpleNamespace(integer_layers=0), built=SimpleNamespace(notes=()),
+            speed=SimpleNamespace(integer_layers=0, warnings=lambda: []), built=SimpleNamespace(notes=()),
         )
     )  # fmt: skip
 

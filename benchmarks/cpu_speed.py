@@ -1,0 +1,112 @@
+"""`python -m benchmarks.cpu_speed PACKAGE...`: the float graph, the INT8 graph and that with integer kernels, on a CPU.
+
+All three run in turn in ONNX Runtime on the golden images of a package, with one and with two threads. A package holds no
+float graph, so the network is loaded again, and refused unless it has the weights that the package was made of.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from calib.errors import UserError
+from calib.weights.load import load_net
+from calib.weights.zoo import spec_of
+from deploy import host
+from deploy.bridge.export import export_float
+from deploy.measure.accuracy import mean_sqnr_db
+from deploy.measure.latency import comparison, times_in_turn
+from deploy.measure.onnx_runner import OnnxRunner, integer_graph, integer_layers
+from deploy.package import GOLDEN, MANIFEST, MODEL_FP32, read_json
+from deploy.report.evidence import tool_commit
+from deploy.verify import golden_arrays
+
+RESULT = Path(__file__).parent / "results" / "cpu_speed.json"
+THREADS = (1, 2)
+FLOAT, PLAIN, INTEGER = "float", "plain", "integer"  # the graphs, in the order they run in
+PAIRS = ((FLOAT, PLAIN), (FLOAT, INTEGER), (PLAIN, INTEGER))  # baseline, candidate
+
+
+def float_graph(folder: Path, weights: str) -> onnx.ModelProto:
+    """The float network that the package in `folder` was made of, as ONNX.
+
+    Raises UserError if `weights` (as in `make engine`) are others than those of the package.
+    """
+    manifest = read_json(folder / MANIFEST)
+    made_of, images = manifest["weights"], manifest["preprocessing"]
+    size = images["height"], images["width"]
+    loaded = load_net(spec_of(manifest["model"], made_of["module"], size), "random" if made_of["random"] else weights)
+    if loaded.sha256 != made_of["sha256"]:
+        raise UserError(f"the weights of '{folder}' are others ({made_of['source']}): expected them as --weights")
+    return export_float(loaded.net, size)
+
+
+def ratios(times: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`<baseline>/<candidate>` -> their comparison, of milliseconds (rounds,) per graph that were measured in turn."""
+    return {f"{one}/{other}": comparison(times[one], times[other]).to_json() for one, other in PAIRS}
+
+
+def measure(folder: Path, weights: str, rounds: int) -> list[dict[str, Any]]:
+    """One row for each number of threads."""
+    images = np.ascontiguousarray(golden_arrays(folder / GOLDEN)[0].astype(np.float32))
+    manifest = read_json(folder / MANIFEST)
+    integer, written = integer_graph(folder / MODEL_FP32)
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx.save(float_graph(folder, weights), Path(scratch) / "float.onnx")
+        graphs = {FLOAT: Path(scratch) / "float.onnx", PLAIN: folder / MODEL_FP32, INTEGER: integer}
+        rows = []
+        for threads in THREADS:
+            runners = {name: OnnxRunner(graph, threads=threads) for name, graph in graphs.items()}
+            outputs = {name: runner(images) for name, runner in runners.items()}
+            found = times_in_turn([lambda runner=runner: runner(images) for runner in runners.values()], rounds)  # type: ignore[misc]
+            rows.append(
+                {
+                    "model": manifest["model"], "recipe": manifest["recipe"]["name"], "package_commit": manifest["commit"],
+                    "threads": threads, "batch": len(images), "written": written,
+                    "integer_layers": {PLAIN: integer_layers(graphs[PLAIN]), INTEGER: integer_layers(integer)},
+                    "sqnr_db": {name: mean_sqnr_db(outputs[FLOAT], outputs[name]) for name in (PLAIN, INTEGER)},
+                    "ratios": ratios(dict(zip(runners, found.T, strict=True))),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row of the table on the terminal."""
+    found = "  ".join(
+        f"{pair} {each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for pair, each in row["ratios"].items()
+    )
+    return f"{row['model']:20} {row['threads']} threads  {found}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure the packages, write `results/cpu_speed.json` and print a line for each row."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_speed", description=__doc__)
+    parser.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help="folder that make engine wrote")
+    parser.add_argument("--weights", default="auto", help="weights of the packages, as in make engine")
+    parser.add_argument("--rounds", type=int, default=25)
+    options = parser.parse_args(arguments)
+    try:
+        rows = [row for folder in options.packages for row in measure(folder, options.weights, options.rounds)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {
+        "machine": host.describe(), "commit": tool_commit(), "rounds": options.rounds, "rows": rows,
+        "command": f"python -m benchmarks.cpu_speed {' '.join(arguments)}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n".join(line(row) for row in rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

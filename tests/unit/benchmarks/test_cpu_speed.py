@@ -1,0 +1,49 @@
+import json
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks import cpu_speed
+from calib.errors import UserError
+from deploy.package import MANIFEST, write_json
+
+
+def test_ratios_are_of_the_same_round_and_above_1_where_the_candidate_is_faster():
+    generator = np.random.default_rng(0)
+    load = generator.uniform(1, 5, 9)  # of the machine, in every round
+    times = {"float": 12 * load, "plain": 6 * load, "integer": 4 * load * generator.uniform(0.9, 1.1, 9)}
+    found = cpu_speed.ratios(times)
+    assert list(found) == ["float/plain", "float/integer", "plain/integer"]
+    assert found["float/plain"]["ratio"] == found["float/plain"]["low"] == pytest.approx(2)
+    expected = statistics.median(6 * one / other for one, other in zip(load, times["integer"], strict=True))
+    assert found["plain/integer"]["ratio"] == pytest.approx(expected)
+    assert found["float/integer"]["ratio"] == pytest.approx(2 * expected)
+
+
+def test_other_weights_than_those_of_the_package_are_refused(tmp_path):
+    weights = {"source": "run 7", "sha256": "0" * 64, "random": True, "module": None}
+    preprocessing = {"height": 32, "width": 32}
+    write_json(tmp_path / MANIFEST, {"model": "test_resnet", "weights": weights, "preprocessing": preprocessing})
+    with pytest.raises(UserError, match=r"the weights of '.*' are others \(run 7\)"):
+        cpu_speed.float_graph(tmp_path, "auto")
+
+
+def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch, capsys):
+    pair = {"ratio": 1.5, "low": 1.4, "high": 1.6}
+    row = {"model": "m", "threads": 1, "ratios": {"float/plain": pair}}
+    monkeypatch.setattr(
+        cpu_speed, "measure", lambda folder, weights, rounds: [row | {"asked": [folder.name, weights, rounds]}]
+    )
+    monkeypatch.setattr(cpu_speed, "RESULT", tmp_path / "out.json")
+    assert cpu_speed.main(["a", "b", "--rounds", "3"]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [each["asked"] for each in written["rows"]] == [["a", "auto", 3], ["b", "auto", 3]]
+    assert written["command"] == "python -m benchmarks.cpu_speed a b --rounds 3"
+    assert {"machine", "commit", "date"} <= written.keys()
+    assert "m                    1 threads  float/plain 1.50 (1.40 to 1.60)" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_package_is_one_line(tmp_path, capsys):
+    assert cpu_speed.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
