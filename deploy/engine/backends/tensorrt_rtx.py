@@ -1,19 +1,20 @@
 """The backend TensorRT-RTX, which builds for one or several GPU architectures on a machine without a GPU."""
 
 import importlib.metadata
-import importlib.util
 
 import onnx
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
+from deploy.engine.loading import why_not_loaded
 from deploy.engine.plan_text import kernels_from_rtx_plan
+from deploy.gpu import why_no_gpu
 from deploy.graph.names import operator_from_name
 from deploy.graph.split_channel_scales import split_channel_scales
 
 NAME = "tensorrt_rtx"
-INSTALL = "pip install tensorrt-rtx==1.7.1.116"
+INSTALL = "make setup"
 DEFAULT_SMS = (86, 89, 120)
 SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
 
@@ -25,16 +26,12 @@ CONVOLUTION_NOTE = (
 
 def cannot_build() -> str | None:
     """The reason why no engine can be built on this machine, or None."""
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        return f"the package tensorrt_rtx is not installed ({INSTALL})"
-    return None
+    return why_not_loaded(NAME, INSTALL)
 
 
 def cannot_run() -> str | None:
     """The reason why no engine can be run on this machine, or None."""
-    from deploy.host import gpu_name
-
-    return cannot_build() or (None if gpu_name() else "no NVIDIA driver")
+    return cannot_build() or why_no_gpu()
 
 
 def version() -> str:
