@@ -33,7 +33,10 @@ class PycudaDevice:
 
     def alloc(self, size: int) -> int:
         """See `Device`."""
-        self._buffers.append(self._driver.mem_alloc(size))
+        try:
+            self._buffers.append(self._driver.mem_alloc(size))
+        except self._driver.Error as error:  # which is no RuntimeError
+            raise RuntimeError(str(error)) from error
         return int(self._buffers[-1])
 
     def copy_in(self, address: int, array: np.ndarray, stream: int) -> None:

@@ -1,12 +1,16 @@
 """The backend TensorRT (10.12+ and 11), which builds on the GPU that the engine will run on. It is for production."""
 
+import json
+
 import onnx
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.inspector import kernels_from_inspector
+from deploy.engine.load import loaded_engine
 from deploy.engine.loading import why_not_loaded
+from deploy.engine.logger import keeping_logger
 from deploy.gpu import gpu, why_no_gpu
 
 NAME = "tensorrt"
@@ -53,19 +57,19 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
     import tensorrt as trt
 
     require_target(sms)
-    here = gpu().compute_capability
+    here = gpu()
     plan, warnings = serialize_network(trt, model.SerializeToString(), profile, lambda _config: None)
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise UserError("the engine just built cannot be loaded on this GPU: run `make doctor`")
-    inspector = engine.create_engine_inspector()
+    logger = keeping_logger(trt)
+    runtime = trt.Runtime(logger)
+    engine = loaded_engine(trt, runtime, logger, plan)
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return Built(
         plan=plan,
         backend=NAME,
         version=version(),
-        targets=(f"SM{here}",),
-        kernels=kernels_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON)),
-        settings={"profile": [1, profile.opt, profile.maximum], "gpu": gpu().name, "graph_rewrites": []},
+        targets=(f"SM{here.compute_capability}",),
+        kernels=kernels_from_inspector(text),
+        layers={"inspector": json.loads(text)},
+        settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": []},
         notes=warnings[:5],
     )
