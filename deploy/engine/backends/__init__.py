@@ -32,6 +32,10 @@ class Built:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def layers_json(self) -> dict[str, Any]:
+        """`layers` and whose they are, as plain values."""
+        return {"backend": self.backend, "version": self.version, "targets": list(self.targets), **self.layers}
+
 
 def backends() -> dict[str, ModuleType]:
     """All backends in this folder by name."""

@@ -1,6 +1,6 @@
 """The backend TensorRT builds strongly typed engines through the real bindings, and they give what the graph computes."""
 
-import sys
+import functools
 
 import numpy as np
 import pytest
@@ -12,14 +12,10 @@ from deploy.engine.audit import audit, planned_layers
 from deploy.engine.backends import tensorrt
 from deploy.engine.build import Profile
 from deploy.engine.runner import EngineRunner
-from deploy.gpu import Gpu
 from deploy.measure.onnx_runner import OnnxRunner
 from tests.gpu.bindings import WHEELS
-from tests.gpu.fake_trt import FakeTensorRT
-from tests.gpu.host_device import HostDevice
+from tests.gpu.host import gpu_host
 from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
-
-HERE = Gpu("Made-up GPU", 89, 24 << 30, "13.0", "580.82")
 
 
 def exported():
@@ -36,16 +32,7 @@ def graph():
 @pytest.fixture
 def installed(monkeypatch):
     """What makes a stand-in the package tensorrt of a machine with a GPU."""
-
-    def install(api, **broken):
-        trt = FakeTensorRT(api, HostDevice(), broken)
-        monkeypatch.setitem(sys.modules, "tensorrt", trt)
-        monkeypatch.setattr(tensorrt, "gpu", lambda: HERE)
-        monkeypatch.setattr(tensorrt, "why_no_gpu", lambda: None)
-        monkeypatch.setattr(tensorrt, "why_not_loaded", lambda *_: None)
-        return trt
-
-    return install
+    return functools.partial(gpu_host, monkeypatch)
 
 
 @pytest.mark.parametrize("version", WHEELS)
@@ -60,7 +47,7 @@ def test_an_engine_is_strongly_typed_proven_and_computes_what_its_graph_does(api
     assert not proved.lost
     assert proved.planned == proved.int8_gemms > 0
     images = np.concatenate([batch.numpy() for batch in tiny_batches(2)]).astype(np.float16)
-    with EngineRunner(built.plan, trt, trt.device) as run:
+    with EngineRunner(built.plan, trt) as run:
         found = run({"input": images})
     for name, expected in OnnxRunner(graph.SerializeToString(), fused=False).named_outputs(images).items():
         # batches of other sizes than the oracle's: sums in FP16 may be added in another order
