@@ -4,7 +4,9 @@ import importlib
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
@@ -22,13 +24,23 @@ class CrashError(Exception):
 
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Send (whether it returned, what it returned or raised)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the caller ends this one
     try:
         answer = (True, function(*arguments))
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))  # pickle drops the traceback
         answer = (False, error)
     sender.send(answer)
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which reaches the whole group: who started them ends them."""
+    resource_tracker.ensure_running()  # starting it, which multiprocessing else does at the first process, lifts the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -39,7 +51,8 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")  # no copy of threads and of CUDA's state
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
-    process.start()
+    with _deaf_children():
+        process.start()
     sender.close()
     try:
         returned, answer = receiver.recv()

@@ -33,6 +33,11 @@ def leaves(code):
     os._exit(code)
 
 
+def hears():
+    os.kill(os.getpid(), signal.SIGINT)
+    return "nothing"
+
+
 def waits():
     time.sleep(600)
 
@@ -59,6 +64,12 @@ def test_an_exception_comes_back_with_where_it_was_raised(kind):
 def test_a_crash_is_named(function, argument, text):
     with pytest.raises(CrashError, match=f"^{text}$"):
         isolated(function, argument)
+
+
+def test_the_other_process_hears_no_interrupt_and_this_one_does():
+    assert isolated(hears) == "nothing"
+    with pytest.raises(KeyboardInterrupt):
+        hears()
 
 
 def test_an_interrupted_run_ends_the_other_process(monkeypatch):
