@@ -83,6 +83,7 @@ def result(golden, held_out):
         ((29.0, 18.0, 27.0), 28.0, None),
         ((31.0, 22.0, 29.0), 32.0, None),
         ((29.0, 19.0, 12.0), 28.0, "worst is image 2 of golden.npz, 12.0 instead of 28.0 dB"),
+        ((9.0, 8.0, 27.0), 28.0, "worst is image 0 of golden.npz, 9.0 instead of 30.0 dB"),
         ((29.0, float("nan"), 27.0), 28.0, "worst is image 1 of golden.npz, nan instead of 20.0 dB"),
         (
             (29.0, 19.0, 27.0),

@@ -1,6 +1,7 @@
 """Devices move bytes, keep time and give everything back: over a CUDA driver in host memory, and over numpy."""
 
 import ctypes
+import importlib.util
 import inspect
 
 import numpy as np
@@ -56,6 +57,16 @@ def test_cuda_bindings_move_bytes_and_everything_is_given_back(library):
 def test_the_device_in_host_memory_does_the_same():
     script = USED.format(opened="from tests.gpu.host_device import HostDevice; device = HostDevice()", closed="")
     assert printed(script, None) == "done"
+
+
+@pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")
+@pytest.mark.parametrize("name", ["cuda", "pycuda"])
+def test_a_real_gpu_does_the_same(name):
+    if not importlib.util.find_spec(name):
+        pytest.skip(f"{name} is not installed")
+    kind = f"{name.capitalize()}Device"
+    opened = f"from deploy.engine.{name}_device import {kind}; device = {kind}()"
+    assert printed(USED.format(opened=opened, closed=""), None) == "done"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile
 from deploy.engine.isolated import CrashError, build_apart, isolated
+from tests.gpu.fake_cuda import printed
 from tests.unit.deploy.engine.test_runner import graph
 
 
@@ -67,7 +68,9 @@ def test_a_crash_is_named(function, argument, text):
 
 
 def test_the_other_process_hears_no_interrupt_and_this_one_does():
-    assert isolated(hears) == "nothing"
+    named = "tests.unit.deploy.engine.test_isolated"  # in a new process: the first call is the one at risk
+    script = f"from deploy.engine.isolated import isolated; from {named} import hears; print(isolated(hears))"
+    assert printed(script, None) == "nothing"
     with pytest.raises(KeyboardInterrupt):
         hears()
 
