@@ -56,13 +56,14 @@ setup: $(READY) ## Create the virtual environment (done by the other targets)
 
 # It compiles against the headers of CUDA 13, which wheels hold, and links to the library of a driver for CUDA 13.
 setup-pycuda: $(READY) ## Compile PyCUDA on a GPU host: engines then run through it instead of cuda-bindings
+	@ldconfig -p | grep -q 'libcuda\.so\.1 ' || { echo "error: no NVIDIA driver (libcuda.so.1): PyCUDA is for a GPU host" >&2; exit 2; }
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(HEADERS) nvidia-cuda-runtime==13.2.86 \
 	  nvidia-cuda-profiler-api==13.5.25 nvidia-curand==10.4.5.25 nvidia-cuda-crt==13.5.37
 	@ln -sf "$$(ldconfig -p | sed -n 's/.*libcuda.so.1 .*x86-64.*=> //p' | head -n 1)" $(HEADERS)/libcuda.so
 	@ln -sf $(abspath $(HEADERS))/nvidia/cu13/lib/libcurand.so.10 $(HEADERS)/libcurand.so
 	@CPATH=$(abspath $(HEADERS))/nvidia/cu13/include LIBRARY_PATH=$(abspath $(HEADERS)) \
 	  LDFLAGS=-Wl,-rpath,$(abspath $(HEADERS))/nvidia/cu13/lib \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check pycuda==2026.1
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-cache-dir pycuda==2026.1
 
 engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \

@@ -74,3 +74,12 @@ def test_setup_chooses_by_the_driver_and_notices_one_that_comes_later(tmp_path, 
     assert f"with {expected}" in said
     ready.touch()
     assert "setting up" not in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@no_driver
+def test_pycuda_is_not_compiled_where_there_is_no_driver(tmp_path):
+    ready = ("-o", f"{tmp_path}/.ready-requirements", "REQUIREMENTS=requirements.txt")
+    command = ["make", "setup-pycuda", f"VENV={tmp_path}", *ready]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: no NVIDIA driver (libcuda.so.1): PyCUDA is for a GPU host"
