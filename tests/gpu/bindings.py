@@ -96,8 +96,8 @@ def _unpacked(wheel, folder):
     place = folder / wheel
     if not place.exists():
         half = folder / f"{wheel}.{os.getpid()}"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(half), wheel]
-        if subprocess.run(command, capture_output=True, check=False, timeout=120).returncode:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=1", "--timeout=15"]
+        if subprocess.run([*command, "--target", str(half), wheel], capture_output=True, check=False).returncode:
             pytest.skip(f"{wheel} cannot be fetched: no network, or no wheel for this Python")
         try:
             half.rename(place)
