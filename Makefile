@@ -29,39 +29,54 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
-REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
+# What to install: by the newest CUDA that the NVIDIA driver runs, which is asked each time, as a GPU may come later.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA [A-Za-z ]*Version: *([0-9]+).*/\1/p')
+REQUIREMENTS := $(if $(CUDA),$(if $(filter 12,$(CUDA)),requirements-gpu-cuda12.txt,requirements-gpu.txt),requirements.txt)
+READY := $(VENV)/.ready-$(basename $(REQUIREMENTS))
+HEADERS := $(VENV)/cuda-headers
 
-.PHONY: help setup engine verify doctor structure test test-fast lint bench coverage photographs table clean
+.PHONY: help setup setup-pycuda engine verify doctor structure test test-fast lint bench coverage photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-$(VENV)/.ready: requirements.txt requirements-gpu.txt
-	@echo "setting up $(VENV) with $(REQUIREMENTS) ($(if $(findstring gpu,$(REQUIREMENTS)),an NVIDIA driver is present,no NVIDIA driver found))"
+$(READY): requirements.txt $(REQUIREMENTS)
+	@echo "setting up $(VENV) with $(REQUIREMENTS) ($(if $(CUDA),an NVIDIA driver for CUDA $(CUDA) is present,no NVIDIA driver found))"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d: set PYTHON=" % v)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --requirement $(REQUIREMENTS)
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+$(VENV)/.ready-dev: $(READY) requirements-dev.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
 	@touch $@
 
-setup: $(VENV)/.ready ## Create the virtual environment (done by the other targets)
+setup: $(READY) ## Create the virtual environment (done by the other targets)
 
-engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= DEVICE= OUT= CACHE= FROM= UNTIL=
+# It compiles against the headers of CUDA 13, which wheels hold, and links to the library of a driver for CUDA 13.
+setup-pycuda: $(READY) ## Compile PyCUDA on a GPU host: engines then run through it instead of cuda-bindings
+	@ldconfig -p | grep -q 'libcuda\.so\.1 ' || { echo "error: no NVIDIA driver (libcuda.so.1): PyCUDA is for a GPU host" >&2; exit 2; }
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(HEADERS) nvidia-cuda-runtime==13.2.86 \
+	  nvidia-cuda-profiler-api==13.5.25 nvidia-curand==10.4.5.25 nvidia-cuda-crt==13.5.37
+	@ln -sf "$$(ldconfig -p | sed -n 's/.*libcuda.so.1 .*x86-64.*=> //p' | head -n 1)" $(HEADERS)/libcuda.so
+	@ln -sf $(abspath $(HEADERS))/nvidia/cu13/lib/libcurand.so.10 $(HEADERS)/libcurand.so
+	@CPATH=$(abspath $(HEADERS))/nvidia/cu13/include LIBRARY_PATH=$(abspath $(HEADERS)) \
+	  LDFLAGS=-Wl,-rpath,$(abspath $(HEADERS))/nvidia/cu13/lib \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-cache-dir pycuda==2026.1
+
+engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
 	  --out "$(OUT)" --cache "$(CACHE)" $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
-verify: $(VENV)/.ready ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
+verify: $(READY) ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
 	@$(RUN) -m deploy verify --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"
 
-doctor: $(VENV)/.ready ## What is installed, which backends build and run, what is missing
+doctor: $(READY) ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor
 
-structure: $(VENV)/.ready ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT=)
+structure: $(READY) ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT=)
 	@$(RUN) -m deploy structure "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE)
 
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
@@ -76,17 +91,17 @@ lint: $(VENV)/.ready-dev ## Style and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(VENV)/.ready ## Measure the reference models and write benchmarks/results/
+bench: $(READY) ## Measure the reference models and write benchmarks/results/
 	@$(RUN) -m benchmarks.engines
 	@$(RUN) -m benchmarks.readme
 
-coverage: $(VENV)/.ready ## Take the smallest networks of every file of timm through the pipeline: FILTER='vit_* resnet18'
+coverage: $(READY) ## Take the smallest networks of every file of timm through the pipeline: FILTER='vit_* resnet18'
 	@$(RUN) -m benchmarks.coverage $(foreach pattern,$(FILTER),'$(pattern)')
 
-photographs: $(VENV)/.ready ## Fetch photographs to calibrate and judge on, where no data set is at hand
+photographs: $(READY) ## Fetch photographs to calibrate and judge on, where no data set is at hand
 	@$(RUN) -m benchmarks.photographs photographs
 
-table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= IMAGENET= (or CALIB= EVAL=) MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
+table: $(READY) ## A paper's table beside this tool's simulation: PAPER= IMAGENET= (or CALIB= EVAL=) MODELS= CALIB_IMAGES= EVAL_IMAGES= CACHE=
 	@$(RUN) -m benchmarks.tables --paper "$(PAPER)" --imagenet "$(IMAGENET)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --models "$(MODELS)" --cache "$(CACHE)" \
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")

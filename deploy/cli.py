@@ -291,7 +291,7 @@ def answered(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except ContractError as error:
-        print(f"failed: {error}; nothing was written", file=sys.stderr)
+        print(f"failed: {error}; no package was written", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

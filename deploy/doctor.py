@@ -7,21 +7,23 @@ from pathlib import Path
 
 from deploy import host
 from deploy.engine.backends import PREFERENCE, backends
+from deploy.gpu import NoGpuError, gpu
 
-# Import name -> (purpose, whether every machine needs it).
+# Import name -> (purpose, whether every machine needs it, the command that installs it).
 NEEDED = {
-    "torch": ("calibration", True),
-    "torchvision": ("timm", True),
-    "timm": ("models", True),
-    "onnx": ("export", True),
-    "onnxscript": ("export", True),
-    "onnxruntime": ("verification", True),
-    "PIL": ("images", True),
-    "skimage": ("sample images", True),
-    "sklearn": ("sample images", True),
-    "rich": ("tables", True),
-    "polygraphy": ("debugging engines", False),
-    "pycuda": ("running engines", False),
+    "torch": ("calibration", True, "make setup"),
+    "torchvision": ("timm", True, "make setup"),
+    "timm": ("models", True, "make setup"),
+    "onnx": ("export", True, "make setup"),
+    "onnxscript": ("export", True, "make setup"),
+    "onnxruntime": ("verification", True, "make setup"),
+    "PIL": ("images", True, "make setup"),
+    "skimage": ("sample images", True, "make setup"),
+    "sklearn": ("sample images", True, "make setup"),
+    "rich": ("tables", True, "make setup"),
+    "polygraphy": ("debugging engines", False, "make setup"),
+    "cuda.bindings": ("running engines", False, "make setup"),
+    "pycuda": ("running engines through PyCUDA instead", False, "make setup-pycuda"),
 }
 SMALLEST_FREE_GB = 2.0
 
@@ -40,16 +42,32 @@ class Findings:
         self.healthy &= good or not required
 
 
+def _installed(module: str) -> bool:
+    """Whether a module, perhaps inside a package, can be found."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it lies in
+        return False
+
+
+def _gpu_line() -> str:
+    """The GPU of this machine, or why there is none."""
+    try:
+        here = gpu()
+    except NoGpuError as reason:
+        return f"GPU: none ({reason})"
+    driver = f", driver {here.driver}" if here.driver else ""
+    return f"GPU: {here.name}, SM{here.compute_capability}, {here.memory / 1e9:.0f} GB, CUDA {here.cuda}{driver}"
+
+
 def examine() -> Findings:
     """Examine the packages, backends, GPU and disk of this machine."""
     found = Findings()
     here = host.describe()
     found.lines.append(f"        {here['os']}, Python {here['python']}, {here['processor']}, {here['cores']} cores")
-    gpu = here["gpu"]
-    found.lines.append(f"        GPU: {gpu or 'none'}" + (f", driver {here['driver']}" if gpu else ""))
-    for module, (purpose, required) in NEEDED.items():
-        present = importlib.util.find_spec(module) is not None
-        found.add(present, f"{module} ({purpose})", "make setup", required)
+    found.lines.append(f"        {_gpu_line()}")
+    for module, (purpose, required, remedy) in NEEDED.items():
+        found.add(_installed(module), f"{module} ({purpose})", remedy, required)
     known = backends()
     reasons = {name: known[name].cannot_build() for name in PREFERENCE}
     for name, reason in reasons.items():

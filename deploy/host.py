@@ -1,18 +1,17 @@
 """A description of this machine: GPU, driver, processor, packages."""
 
-import functools
 import importlib.metadata
 import os
 import platform
 import resource
-import subprocess
 from typing import Any
 
 from calib.errors import UserError
+from deploy.gpu import NoGpuError, gpu
 
 PACKAGES = (
-    "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "polygraphy",
-    "tensorrt", "tensorrt-rtx", "pycuda", "numpy", "pillow",
+    "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy", "tensorrt",
+    "tensorrt-cu12", "tensorrt-rtx", "cuda-bindings", "pycuda", "numpy", "pillow",
 )  # fmt: skip
 
 
@@ -32,32 +31,6 @@ def require_address_space() -> None:
             f"this shell allows {limit / 1e9:.1f} GB of address space: expected {LEAST_ADDRESS_SPACE / 1e9:.0f} GB or more; "
             f"raise it with ulimit -v"
         )
-
-
-@functools.cache
-def _nvidia_smi(field: str) -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def gpu_name() -> str | None:
-    """The name of the first NVIDIA GPU, None without a driver."""
-    return _nvidia_smi("name")
-
-
-def gpu_compute_capability() -> int | None:
-    """The compute capability of the first GPU as a number (8.9 -> 89), None without a driver."""
-    text = _nvidia_smi("compute_cap")
-    return None if text is None else int(text.replace(".", ""))
-
-
-def driver_version() -> str | None:
-    """The version of the NVIDIA driver, None without one."""
-    return _nvidia_smi("driver_version")
 
 
 def package_version(name: str) -> str | None:
@@ -91,6 +64,16 @@ def int8_instructions() -> tuple[str, ...]:
     return tuple(name for name in INT8_INSTRUCTIONS if name in flags)
 
 
+def _gpu_facts() -> dict[str, Any]:
+    """What is known of the GPU; without one, its name and driver are None."""
+    try:
+        here = gpu()
+    except NoGpuError:
+        return {"gpu": None, "driver": None}
+    facts = {"compute_capability": here.compute_capability, "gpu_memory": here.memory, "cuda": here.cuda}
+    return {"gpu": here.name, "driver": here.driver, **facts}
+
+
 def describe() -> dict[str, Any]:
     """All of the above, for manifest and report."""
     return {
@@ -99,7 +82,6 @@ def describe() -> dict[str, Any]:
         "processor": processor(),
         "int8_instructions": list(int8_instructions()),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": gpu_name(),
-        "driver": driver_version(),
+        **_gpu_facts(),
         "packages": {name: found for name in PACKAGES if (found := package_version(name))},
     }

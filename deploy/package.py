@@ -19,8 +19,9 @@ from deploy.lock import HeldError, locked
 
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
 MANIFEST, REPORT, GOLDEN = "manifest.json", "report.json", "golden.npz"
+LAYERS = "engine_layers.json"  # what the engine tells of its kernels, in its own words
 GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # what the names of outputs in golden.npz begin with
-FILES = (MODEL, MODEL_FP32, ENGINE, MANIFEST, REPORT, GOLDEN)
+FILES = (MODEL, MODEL_FP32, ENGINE, LAYERS, MANIFEST, REPORT, GOLDEN)
 
 UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 
@@ -33,6 +34,11 @@ def package_folder(out: str, model: str, module: str | None, weights: str, recip
     name = name_of(module) if module else model
     random = "-random-weights" if weights == "random" else ""
     return Path(out) / (name.replace("/", "_") + random) / recipe_name(recipe)
+
+
+def layers_beside(final: Path) -> Path:
+    """Where `LAYERS` of an engine goes that fails its audit: beside the package's folder, which is not made then."""
+    return final.with_name(f"{final.name}.{LAYERS}")
 
 
 def recipe_name(recipe: str) -> str:

@@ -2,7 +2,7 @@
 
 torch half:   load -> images -> fold -> equalise -> calibrate -> range -> round weights -> coverage
 bridge:       export -> parity
-engine half:  check -> build -> audit -> verify -> benchmark -> package
+engine half:  check -> build -> audit -> verify -> run -> benchmark -> package
 
 A stage is a function (deploy/steps.py) of the `Run` (deploy/run.py), whose fields it reads and writes. What a stage of the
 torch half decided is kept (deploy/kept_states.py), so that a run can stop after any stage (`--until`) and go on at any
@@ -34,9 +34,10 @@ from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
 EXPORTED = ("simulation", "fp16", "fp32", "float_model")
+EXECUTED = ("built", "float_model", "evaluation", "golden", "task", "verdict")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
-    "built", "plain", "audit", "verdict", "speed", "float_model",
+    "built", "plain", "audit", "verdict", "execution", "speed", "float_model",
 )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
         Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "loaded", "task"), ("verdict",), steps.verify),
+        Stage("run", ENGINE, EXECUTED, ("execution",), steps.execute),
         Stage("benchmark", ENGINE, ("float_model", "golden"), ("speed",), steps.benchmark),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip
@@ -121,7 +123,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     kept = KeptStates(_states_folder(options, spec, progress))
     last = stages.index(plan[-1])
     with _folder(final, plan[-1] is stages[-1]) as folder, tempfile.TemporaryDirectory() as scratch:
-        run = Run(name, options, spec, recipe, backend, folder, Path(scratch), progress, kept, device)
+        run = Run(name, options, spec, recipe, backend, final, folder, Path(scratch), progress, kept, device)
         for stage in plan:
             run.anew = run.anew or stage.name == options.begin
             with progress.stage(stage.name) as note:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deploy.bridge.parity import Parity
     from deploy.engine.audit import Audit
     from deploy.engine.backends import Built
+    from deploy.execution import Execution
     from deploy.kept_states import KeptStates
     from deploy.options import Options
     from deploy.progress import Progress
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 class Run:
     """Given at the start: what was asked for. The rest does not exist before the stage that writes it.
 
-    `folder` takes the files of the package, `scratch` those that go away; `kept`: the states of earlier runs.
+    `folder` takes the files of the package and becomes `final`, `scratch` takes those that go away; `kept`: the states of
+    earlier runs.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Run:
     spec: "ModelSpec"
     recipe: "Recipe"
     backend: ModuleType
+    final: Path
     folder: Path
     scratch: Path
     progress: "Progress"
@@ -71,6 +74,7 @@ class Run:
     plain: "Built | None" = field(init=False)  # the engine without branches, if there are any
     audit: "Audit" = field(init=False)
     verdict: "Verdict" = field(init=False)
+    execution: "Execution" = field(init=False)
     speed: "CpuSpeed" = field(init=False)
     report: dict[str, Any] = field(init=False)
 

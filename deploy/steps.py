@@ -4,7 +4,9 @@ A stage is a function of the `Run`: it reads and writes fields of it, and return
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,10 @@ from calib.weights.load import load_net
 from deploy.bridge.export import export_float, export_fp16, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.engine.isolated import build_apart
+from deploy.engine.runner import EngineRunner
 from deploy.errors import ContractError
+from deploy.execution import Execution, executed
 from deploy.graph.check import require_strongly_typed
 from deploy.package import (
     ENGINE,
@@ -45,10 +50,12 @@ from deploy.package import (
     GOLDEN,
     GOLDEN_FLOAT,
     GOLDEN_SIMULATED,
+    LAYERS,
     MANIFEST,
     MODEL,
     MODEL_FP32,
     REPORT,
+    layers_beside,
     write_json,
 )
 from deploy.progress import Progress
@@ -259,20 +266,28 @@ def check(run: Run) -> Lines:
 def build(run: Run) -> Lines:
     """The engine, and to tell what branches cost one without them."""
     profile, sms = run.options.profile, run.options.sms
-    run.built, run.plain = run.backend.build(run.fp16, profile, sms), None
+    run.built, run.plain = build_apart(run.backend, run.fp16, profile, sms), None
     (run.folder / ENGINE).write_bytes(run.built.plan)
+    write_json(run.folder / LAYERS, run.built.layers_json())
     lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
     if run.model.branches:
         size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
-        run.plain = run.backend.build(export_fp16(quantized_net(replace(run.model, branches={})), size), profile, sms)
+        without = export_fp16(quantized_net(replace(run.model, branches={})), size)
+        run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
 
 
 def prove(run: Run) -> Lines:
     """Every planned layer runs in an INT8 kernel, or ContractError."""
-    run.audit = audit(run.built.kernels, run.planned, run.planned_attention)
-    require_int8(run.audit)
+    run.audit, beside = audit(run.built.kernels, run.planned, run.planned_attention), layers_beside(run.final)
+    try:
+        require_int8(run.audit)
+    except ContractError as fault:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        write_json(beside, run.built.layers_json())
+        raise ContractError(f"{fault}; what the engine tells of its layers is in '{beside}'") from None
+    beside.unlink(missing_ok=True)  # of an earlier engine
     return (run.audit.summary(),)
 
 
@@ -287,6 +302,30 @@ def verify(run: Run) -> Lines:
     if not run.loaded.random and (reason := run.verdict.no_longer_the_network()):
         raise ContractError(reason)
     return (f"{run.verdict.fidelity.sqnr_db:.1f} dB SQNR on {run.verdict.fidelity.count} images",)
+
+
+def _execution(run: Run) -> Execution:
+    """The engine's outputs, or why there are none: an engine may be for other GPUs than the one here."""
+    if reason := run.backend.cannot_run():
+        return Execution(reason)
+    labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
+    images = Batches(run.evaluation, run.progress, np.asarray)
+    with ExitStack() as opened:
+        try:
+            engine = opened.enter_context(EngineRunner(run.built.plan, import_module(run.backend.NAME)))
+        except UserError as error:
+            return Execution(str(error))
+        return executed(
+            engine, run.folder, run.float_model, images, run.golden, run.task, labels, run.evaluation.sources
+        )
+
+
+def execute(run: Run) -> Lines:
+    """What the engine itself computes, where it can run; ContractError if it is not what the graph computes."""
+    run.execution = _execution(run)
+    if reason := run.execution.failure(run.verdict):
+        raise ContractError(reason)
+    return (run.execution.summary(),)
 
 
 def benchmark(run: Run) -> Lines:

@@ -3,7 +3,7 @@
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,14 +75,15 @@ class Verdict:
         )
 
 
-def _outputs(runner: OnnxRunner, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    found = [runner.named_outputs(batch) for batch in batches]
+def outputs_over(compute: Callable[[np.ndarray], Outputs], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """All outputs (N, ...) that `compute` returns for `batches` (B, 3, H, W), by name, as float32."""
+    found = [compute(batch) for batch in batches]
     return {name: np.concatenate([each[name] for each in found]).astype(np.float32) for name in found[0]}
 
 
 def _golden_db(reference: Outputs, model: Path, golden: np.ndarray, fused: bool = True) -> float:
     """The SQNR (dB, mean over images) of the graph `model` on the `golden` images."""
-    found = _outputs(OnnxRunner(model, fused=fused), [golden])
+    found = outputs_over(OnnxRunner(model, fused=fused).named_outputs, [golden])
     return mean_sqnr_db(joined_rows(reference), joined_rows(found, reference))
 
 
@@ -100,10 +101,10 @@ def verify_fidelity(
     `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `task`: what the outputs are.
     `labels`: (images,) class indices of a classifier.
     """
-    reference_runner, runner = OnnxRunner(float_model), OnnxRunner(folder / MODEL_FP32)
-    golden_reference = _outputs(reference_runner, [golden])
+    reference, compute = (OnnxRunner(path).named_outputs for path in (float_model, folder / MODEL_FP32))
+    golden_reference = outputs_over(reference, [golden])
     return Verdict(
-        fidelity=fidelity(_outputs(reference_runner, batches), _outputs(runner, batches), task, labels, sources),
+        fidelity=fidelity(outputs_over(reference, batches), outputs_over(compute, batches), task, labels, sources),
         fp32_sqnr_db=_golden_db(golden_reference, folder / MODEL_FP32, golden, fused=False),
         # Node by node, FP16 overflows as in an engine; with its optimizations ONNX Runtime computes in FP32, but may misread
         fp16_sqnr_db=min(_golden_db(golden_reference, folder / MODEL, golden, fused=fused) for fused in (False, True)),

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from calib.errors import UserError
+from deploy.engine.logger import first_error, keeping_logger, one_line
 
 
 @dataclass(frozen=True)
@@ -18,24 +19,6 @@ class Profile:
     def __post_init__(self) -> None:
         if not 1 <= self.opt <= self.maximum:
             raise UserError(f"batch profile 1/{self.opt}/{self.maximum}: expected 1 <= BATCH <= MAX_BATCH")
-
-
-def _logger(trt: ModuleType) -> Any:
-    """A logger that records warnings and errors instead of printing hundreds of lines."""
-
-    class KeepingLogger(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-            elif severity == trt.ILogger.Severity.WARNING:
-                self.warnings.append(message)
-
-    return KeepingLogger()
 
 
 def _strongly_typed_flags(trt: ModuleType) -> int:
@@ -52,13 +35,14 @@ def serialize_network(
     Returns (serialized engine, distinct warnings of the builder). Raises UserError with the first error of the parser or
     builder.
     """
-    logger = _logger(trt)
+    logger = keeping_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
         error = parser.get_error(0)
-        raise UserError(f"{trt.__name__} {trt.__version__} rejects node '{error.node_name()}': {error.desc()}")
+        said = one_line(error.desc())
+        raise UserError(f"{trt.__name__} {trt.__version__} rejects node '{error.node_name()}': {said}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the audit reads kernel types from the engine
     shapes = builder.create_optimization_profile()
@@ -70,6 +54,5 @@ def serialize_network(
     configure(config)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        reason = logger.errors[0] if logger.errors else "no reason given"
-        raise UserError(f"{trt.__name__} {trt.__version__} could not build the engine: {reason}")
+        raise UserError(f"{trt.__name__} {trt.__version__} could not build the engine: {first_error(logger)}")
     return bytes(engine), tuple(dict.fromkeys(logger.warnings))

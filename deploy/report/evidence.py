@@ -67,8 +67,9 @@ def warnings(run: "Run") -> list[str]:
 
 
 def peak_rss_mb() -> float:
-    """Largest resident set of this process so far, in 10^6 bytes."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+    """Largest resident set so far of this process or of one that it started, as for the build, in 10^6 bytes."""
+    kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(kilobytes * 1024 / 1e6, 1)
 
 
 def tool_commit() -> str | None:
@@ -169,6 +170,7 @@ def report_json(run: "Run") -> dict[str, Any]:
             "targets": list(built.targets),
             "bytes": len(built.plan),
             **run.audit.to_json(),
+            **run.execution.to_json(),
             "kernels_without_branches": None if run.plain is None else len(run.plain.kernels),
             "bytes_without_branches": None if run.plain is None else len(run.plain.plan),
         },

@@ -58,6 +58,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
             "targets": list(run.built.targets),
             "settings": run.built.settings,
             "audit": run.audit.to_json(),
+            **run.execution.to_json(),
         },
         "task": run.task,
         "io": _io_json(run),

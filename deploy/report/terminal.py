@@ -48,6 +48,15 @@ def _interval(fidelity: dict[str, Any]) -> str:
     return f" (95 %: {low:.1f} to {high:.1f}, {fidelity['sources']} source images)"
 
 
+def _executed(engine: dict[str, Any]) -> str:
+    """What the engine gave when it ran, or why it did not."""
+    if not engine["executed"]:
+        return f"no ({engine['not_executed']}): figures on accuracy are of ONNX Runtime"
+    found = engine["fidelity"]
+    agreement = "" if found["top1_agreement"] is None else f", top-1 agreement {found['top1_agreement']:.1%}"
+    return f"yes, on {engine['gpu']}: SQNR {found['sqnr_db']:.1f} dB{_interval(found)}{agreement}"
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
     rows = [
@@ -77,6 +86,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("size", f"float {size['float_onnx'] / 1e6:.1f} MB, {MODEL} {size[MODEL] / 1e6:.1f} MB, "
                  f"engine {size[ENGINE] / 1e6:.1f} MB"),
         ("engine", f"{engine['backend']} {engine['version']} for {', '.join(engine['targets'])}"),
+        *([("engine was run", _executed(engine))] if "executed" in engine else []),  # which an older report lacks
         ("INT8 proof", f"{engine['int8_gemms']} INT8 GEMMs, {engine['int8_convs']} INT8 convolutions, "
                        f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
                        f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}; "

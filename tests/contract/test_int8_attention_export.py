@@ -66,7 +66,7 @@ def built(blocks: int):
     from deploy.engine.backends import tensorrt_rtx
     from deploy.engine.build import Profile
 
-    return tensorrt_rtx.build(exported(blocks)[1], Profile(2, 4), (89,)).kernels
+    return tensorrt_rtx.build(exported(blocks)[1], Profile(2, 4), None).kernels
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -30,7 +30,15 @@ def readme_commands() -> list[str]:
 def run(command: str, out: Path) -> tuple[dict, Path, str]:
     """Run a `make engine` command in this interpreter's environment; returns (report, folder, stdout)."""
     # -o: this interpreter's environment is ready, do not set it up again
-    make = [*command.split(), f"OUT={out}", "CACHE=off", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.ready"]
+    make = [
+        *command.split(),
+        f"OUT={out}",
+        "CACHE=off",
+        f"VENV={sys.prefix}",
+        "-o",
+        f"{sys.prefix}/.ready-requirements",
+        "REQUIREMENTS=requirements.txt",
+    ]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (report,) = out.rglob("report.json")

@@ -18,8 +18,9 @@ PREFERENCE = ("tensorrt", "tensorrt_rtx")  # the order in which TARGET=auto trie
 class Built:
     """A serialized engine, and what is known about it without running it.
 
-    `plan`: the serialized engine. `targets`: GPU architectures it runs on. `kernels`: what it launches. `settings`: all
-    that determined the build. `notes`: sentences that the user has to read.
+    `plan`: the serialized engine. `targets`: GPU architectures it runs on. `kernels`: what it launches. `layers`: what it
+    tells of itself in its own words, as JSON. `settings`: all that determined the build. `notes`: sentences that the user
+    has to read.
     """
 
     plan: bytes
@@ -27,8 +28,13 @@ class Built:
     version: str
     targets: tuple[str, ...]
     kernels: tuple[Kernel, ...]
+    layers: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def layers_json(self) -> dict[str, Any]:
+        """`layers` and whose they are, as plain values."""
+        return {"backend": self.backend, "version": self.version, "targets": list(self.targets), **self.layers}
 
 
 def backends() -> dict[str, ModuleType]:

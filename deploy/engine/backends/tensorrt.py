@@ -1,6 +1,6 @@
 """The backend TensorRT (10.12+ and 11), which builds on the GPU that the engine will run on. It is for production."""
 
-import importlib.util
+import json
 
 import onnx
 
@@ -8,19 +8,22 @@ from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.inspector import kernels_from_inspector
-from deploy.host import gpu_compute_capability, gpu_name
+from deploy.engine.load import loaded_engine
+from deploy.engine.loading import why_not_loaded
+from deploy.engine.logger import keeping_logger
+from deploy.gpu import gpu, why_no_gpu
 
 NAME = "tensorrt"
-INSTALL = "pip install tensorrt==11.4.0.106"
+INSTALL = "make setup, on a GPU host"
 OLDEST = (10, 12)  # strong typing with FP16 Q/DQ scales
 
 
 def cannot_build() -> str | None:
     """The reason why no engine can be built on this machine, or None."""
-    if importlib.util.find_spec("tensorrt") is None:
-        return f"the package tensorrt is not installed ({INSTALL}, on a GPU host)"
-    if gpu_name() is None:
-        return "no NVIDIA driver (TensorRT times its kernels on the GPU)"
+    if reason := why_not_loaded(NAME, INSTALL):
+        return reason
+    if reason := why_no_gpu():
+        return f"{reason}, and TensorRT times its kernels on the GPU"
     major, minor = (int(part) for part in version().split(".")[:2])
     if (major, minor) < OLDEST:
         return f"tensorrt {version()} is older than {OLDEST[0]}.{OLDEST[1]} ({INSTALL})"
@@ -41,7 +44,7 @@ def version() -> str:
 
 def require_target(sms: tuple[int, ...] | None) -> None:
     """Raise UserError for another GPU architecture than this host's."""
-    here = gpu_compute_capability()
+    here = gpu().compute_capability
     if sms and tuple(sms) != (here,):
         raise UserError(f"TARGET=tensorrt builds for this host's SM{here} only, not for SM={','.join(map(str, sms))}")
 
@@ -54,19 +57,19 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
     import tensorrt as trt
 
     require_target(sms)
-    here = gpu_compute_capability()
+    here = gpu()
     plan, warnings = serialize_network(trt, model.SerializeToString(), profile, lambda _config: None)
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise UserError("the engine just built cannot be loaded on this GPU: run `make doctor`")
-    inspector = engine.create_engine_inspector()
+    logger = keeping_logger(trt)
+    runtime = trt.Runtime(logger)
+    engine = loaded_engine(trt, runtime, logger, plan)
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return Built(
         plan=plan,
         backend=NAME,
         version=version(),
-        targets=(f"SM{here}",),
-        kernels=kernels_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON)),
-        settings={"profile": [1, profile.opt, profile.maximum], "gpu": gpu_name(), "graph_rewrites": []},
+        targets=(f"SM{here.compute_capability}",),
+        kernels=kernels_from_inspector(text),
+        layers={"inspector": json.loads(text)},
+        settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": []},
         notes=warnings[:5],
     )

@@ -1,21 +1,27 @@
 """The backend TensorRT-RTX, which builds for one or several GPU architectures on a machine without a GPU."""
 
 import importlib.metadata
-import importlib.util
+import re
 
 import onnx
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
+from deploy.engine.loading import why_not_loaded
 from deploy.engine.plan_text import kernels_from_rtx_plan
+from deploy.gpu import why_no_gpu
 from deploy.graph.names import operator_from_name
 from deploy.graph.split_channel_scales import split_channel_scales
 
 NAME = "tensorrt_rtx"
-INSTALL = "pip install tensorrt-rtx==1.7.1.116"
-DEFAULT_SMS = (86, 89, 120)
+INSTALL = "make setup"
+DEFAULT_TARGETS = (
+    "SM80+",
+)  # what an engine runs on that was built for none in particular: Ampere, also A100, and later
 SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
+
+PROGRAM = re.compile(rb"header \{\n  version = .*?\nmain \{\n.*?\n\}", re.DOTALL)  # see deploy/engine/plan_text.py
 
 CONVOLUTION_NOTE = (
     "TensorRT-RTX documents no INT8 convolution kernels: its plan shows INT8 operands with FP32 results, and what runs is "
@@ -25,16 +31,12 @@ CONVOLUTION_NOTE = (
 
 def cannot_build() -> str | None:
     """The reason why no engine can be built on this machine, or None."""
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        return f"the package tensorrt_rtx is not installed ({INSTALL})"
-    return None
+    return why_not_loaded(NAME, INSTALL)
 
 
 def cannot_run() -> str | None:
     """The reason why no engine can be run on this machine, or None."""
-    from deploy.host import gpu_name
-
-    return cannot_build() or (None if gpu_name() else "no NVIDIA driver")
+    return cannot_build() or why_no_gpu()
 
 
 def version() -> str:
@@ -52,18 +54,18 @@ def require_target(sms: tuple[int, ...] | None) -> None:
 
 
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
-    """Build `model` for the architectures `sms` (default: DEFAULT_SMS).
+    """Build `model` for the architectures `sms`; None: for DEFAULT_TARGETS, with an engine of the same size.
 
     Raises UserError for one that TensorRT-RTX does not support, or if the engine cannot be built.
     """
     import tensorrt_rtx as trt
 
     require_target(sms)
-    sms = sms or DEFAULT_SMS
+    chosen = sms or ()
 
     def configure(config: trt.IBuilderConfig) -> None:
-        config.num_compute_capabilities = len(sms)
-        for index, sm in enumerate(sms):
+        config.num_compute_capabilities = len(chosen)
+        for index, sm in enumerate(chosen):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
 
     safe = split_channel_scales(model)
@@ -74,11 +76,12 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
         plan=plan,
         backend=NAME,
         version=version(),
-        targets=tuple(f"SM{sm}" for sm in sms),
+        targets=tuple(f"SM{sm}" for sm in chosen) or DEFAULT_TARGETS,
         kernels=kernels_from_rtx_plan(plan),
+        layers={"programs": [text.decode("utf-8", "replace").splitlines() for text in PROGRAM.findall(plan)]},
         settings={
             "profile": [1, profile.opt, profile.maximum],
-            "compute_capabilities": list(sms),
+            "compute_capabilities": list(chosen),
             "graph_rewrites": ["split_channel_scales"],
         },
         notes=(CONVOLUTION_NOTE,) if has_quantized_convs else (),

@@ -133,7 +133,7 @@ def test_doctor_says_what_builds_here(capsys):
 def test_doctor_names_the_command_that_mends_a_missing_package(monkeypatch):
     from deploy import doctor
 
-    monkeypatch.setitem(doctor.NEEDED, "no_such_package", ("testing", True))
+    monkeypatch.setitem(doctor.NEEDED, "no_such_package", ("testing", True, "make setup"))
     found = doctor.examine()
     assert not found.healthy
     assert any("MISSING no_such_package" in line and "make setup" in line for line in found.lines)

@@ -52,7 +52,7 @@ def test_the_spine_of_a_recipe_has_its_stages_in_order():
     assert [stage.name for stage in spine(EVERYTHING)] == [
         "load", "images", "fold", "equalise", "calibrate", "range", "rtn", "attention", "keep_float",
         "compensate", "finetune", "coverage", "export", "parity", "check", "build", "audit", "verify",
-        "benchmark", "package",
+        "run", "benchmark", "package",
     ]  # fmt: skip
     names = [stage.name for stage in spine(load_recipe("int8_erq"))]
     assert names[3:9] == ["equalise", "calibrate", "range", "erq", "keep_float", "coverage"]
@@ -71,7 +71,7 @@ def test_the_names_of_all_stages_tell_which_are_optional():
             "[keep_float]", "[int8_shortcuts]", "[int8_products]", "[compensate]", "[finetune]", "coverage",
         ),
         "bridge": ("export", "parity"),
-        "engine": ("check", "build", "audit", "verify", "benchmark", "package"),
+        "engine": ("check", "build", "audit", "verify", "run", "benchmark", "package"),
     }  # fmt: skip
 
 

@@ -1,0 +1,85 @@
+"""Builds an engine in a process of its own: a builder that crashes is then one line, and the run cleans up after itself."""
+
+import importlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from calib.errors import UserError
+from deploy.engine.backends import Built
+from deploy.engine.build import Profile
+
+
+class CrashError(Exception):
+    """A process ended without an answer; the message is how: the name of a signal, or its exit code."""
+
+
+def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Send (whether it returned, what it returned or raised)."""
+    try:
+        answer = (True, function(*arguments))
+    except Exception as error:
+        error.add_note("".join(traceback.format_exception(error)))  # pickle drops the traceback
+        answer = (False, error)
+    sender.send(answer)
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which reaches the whole group: who started them ends them."""
+    resource_tracker.ensure_running()  # starting it, which multiprocessing else does at the first process, lifts the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a new process, which is gone when this returns. The function lies in a module.
+
+    Raises what the function raises, and CrashError if the process ends without an answer.
+    """
+    context = multiprocessing.get_context("spawn")  # no copy of threads and of CUDA's state
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    with _deaf_children():
+        process.start()
+    sender.close()
+    try:
+        returned, answer = receiver.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        raise CrashError(signal.Signals(-code).name if code < 0 else f"exit code {code}") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if not returned:
+        raise answer
+    return answer
+
+
+def _build(backend: str, model: bytes, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+    return importlib.import_module(backend).build(onnx.load_from_string(model), profile, sms)
+
+
+def build_apart(backend: ModuleType, model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+    """What `backend.build` returns, from a process of its own. Raises UserError also if that process crashes."""
+    try:
+        return isolated(_build, backend.__name__, model.SerializeToString(), profile, sms)
+    except CrashError as crash:
+        likely = " (out of memory is the usual cause)" if str(crash) == "SIGKILL" else ""
+        raise UserError(
+            f"{backend.NAME} {backend.version()} crashed while it built the engine: {crash}{likely}; try a smaller "
+            f"MAX_BATCH=, another TARGET=, or another version"
+        ) from None

@@ -1,0 +1,107 @@
+"""What a built engine computes on this machine's GPU, beside what its graph computes in ONNX Runtime. No torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.engine.runner import EngineRunner
+from deploy.gpu import gpu
+from deploy.graph.names import INPUT
+from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, sqnr_db
+from deploy.measure.onnx_runner import OnnxRunner
+from deploy.package import GOLDEN, MODEL_FP32
+from deploy.verify import Verdict, least_fp16_db, outputs_over
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The engine's outputs, judged against the float network; `reason` tells why it was not run, None if it was.
+
+    `fidelity`: on the evaluation images. `golden_db`, `graph_db`: SQNR (dB) of every golden image, of the engine and of the
+    FP32-typed graph in ONNX Runtime.
+    """
+
+    reason: str | None = None
+    gpu: str | None = None
+    fidelity: Fidelity | None = None
+    golden_db: tuple[float, ...] = ()
+    graph_db: tuple[float, ...] = ()
+
+    def failure(self, verdict: Verdict) -> str | None:
+        """A sentence on what the engine loses beside its graph, or None.
+
+        It has the limit of the FP16-typed graph, which has the same types: kernels that add in another order, or round to
+        FP16 elsewhere, move values across rounding boundaries. An error of a kernel or an overflow costs tens of dB.
+        """
+        if self.fidelity is None:
+            return None
+        engine, graph = float(np.mean(self.golden_db)), float(np.mean(self.graph_db))
+        if not engine >= least_fp16_db(graph):
+            worst = int(np.argmin(np.subtract(self.golden_db, self.graph_db)))  # of NaN, the first
+            return (
+                f"the engine reaches {engine:.1f} dB on the golden images where {MODEL_FP32} reaches {graph:.1f} dB: "
+                f"expected at least {least_fp16_db(graph):.1f} dB; worst is image {worst} of {GOLDEN}, "
+                f"{self.golden_db[worst]:.1f} instead of {self.graph_db[worst]:.1f} dB"
+            )
+        engine, graph = self.fidelity.sqnr_db, verdict.fidelity.sqnr_db
+        if not engine >= least_fp16_db(graph):
+            return (
+                f"the engine reaches {engine:.1f} dB on {self.fidelity.count} images where {MODEL_FP32} reaches "
+                f"{graph:.1f} dB: expected at least {least_fp16_db(graph):.1f} dB"
+            )
+        return None
+
+    def summary(self) -> str:
+        """The result in one line."""
+        if self.fidelity is None:
+            return f"not run: {self.reason}"
+        return f"{self.fidelity.sqnr_db:.1f} dB SQNR on {self.fidelity.count} images, on {self.gpu}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for report and manifest."""
+        if self.fidelity is None:
+            return {"executed": False, "not_executed": self.reason}
+        return {
+            "executed": True,
+            "gpu": self.gpu,
+            "fidelity": self.fidelity.to_json(),
+            "golden_sqnr_db": list(self.golden_db),
+        }
+
+
+def _image_db(reference: Outputs, output: Outputs) -> tuple[float, ...]:
+    """The SQNR (dB) of every image."""
+    return tuple(sqnr_db(*rows) for rows in zip(joined_rows(reference), joined_rows(output, reference), strict=True))
+
+
+def executed(
+    engine: EngineRunner,
+    folder: Path,
+    float_model: Path,
+    batches: Iterable[np.ndarray],
+    golden: np.ndarray,
+    task: str,
+    labels: np.ndarray | None = None,
+    sources: Sequence[int] | None = None,
+) -> Execution:
+    """Run an open `engine` on `batches` and on the `golden` images, and compare it with `float_model` in ONNX Runtime.
+
+    The arguments are those of `verify_fidelity`.
+    """
+    reference, graph = OnnxRunner(float_model).named_outputs, OnnxRunner(folder / MODEL_FP32).named_outputs
+    dtype = engine.tensors.inputs[INPUT].dtype
+
+    def computed(some: Iterable[np.ndarray], expected: Outputs) -> Outputs:
+        found = outputs_over(lambda images: engine({INPUT: images.astype(dtype)}), some)
+        return {name: found[name] for name in expected}  # an engine may have its outputs in another order
+
+    exact, golden_exact = outputs_over(reference, batches), outputs_over(reference, [golden])
+    return Execution(
+        gpu=gpu().name,
+        fidelity=fidelity(exact, computed(batches, exact), task, labels, sources),
+        golden_db=_image_db(golden_exact, computed([golden], golden_exact)),
+        graph_db=_image_db(golden_exact, outputs_over(graph, [golden])),
+    )
