@@ -14,6 +14,7 @@ BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
 DEVICE ?= auto
+GPU ?= A10
 CACHE ?= on
 FROM ?=
 UNTIL ?=
@@ -31,7 +32,7 @@ SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
-.PHONY: help setup engine verify doctor structure test test-fast lint bench coverage photographs table clean
+.PHONY: help setup engine verify explain doctor structure test test-fast lint bench coverage photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -57,6 +58,10 @@ engine: $(VENV)/.ready ## Build a verified INT8 engine: MODEL= (or MODULE=) INPU
 
 verify: $(VENV)/.ready ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
 	@$(RUN) -m deploy verify --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"
+
+explain: $(VENV)/.ready ## Where the time of a package's engine goes, and why INT8 is hardly faster: GPU= BATCH=, and as for verify
+	@$(RUN) -m deploy explain --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)" \
+	  --gpu "$(GPU)" --batch "$(BATCH)"
 
 doctor: $(VENV)/.ready ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor

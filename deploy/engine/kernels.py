@@ -26,6 +26,7 @@ _BYTES = {
 _LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=[\s\[]|$)")  # separated by \x1e or \x1f, which count as space
 _GENERATED = re.compile(r"__myl_([A-Za-z]+)")
 _MOVES = {"Cast", "Move", "Resh", "Tran"}
+_COPIES = _MOVES | {"Slic", "Conc", "Repl"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,18 @@ def layers_from_metadata(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_LAYER.findall(text)))
 
 
+def _generated_operations(name: str) -> set[str]:
+    """The operations in the name of a kernel that the compiler generated, e.g. {"Cast", "Mul", "Fc"}; else none."""
+    generated = _GENERATED.match(name)
+    return set(re.findall(r"[A-Z][a-z]*", generated[1])) if generated else set()
+
+
+def only_moves(kernel: Kernel) -> bool:
+    """Whether `kernel` computes nothing: it changes the type, the layout or the place of numbers."""
+    operations = _generated_operations(kernel.name)
+    return kernel.kind == "cast" or (bool(operations) and operations <= _COPIES) or "Reformatting" in kernel.name
+
+
 def kind_from_generated_name(name: str) -> Kind:
     """The kind of a kernel that TensorRT's compiler generated and named, e.g. "__myl_CastMulFc" or "_gemm_mha_v2".
 
@@ -146,8 +159,7 @@ def kind_from_generated_name(name: str) -> Kind:
     """
     if re.search(r"_f?mha", name):
         return "attention"
-    generated = _GENERATED.match(name)
-    operations = set(re.findall(r"[A-Z][a-z]*", generated[1])) if generated else set()
+    operations = _generated_operations(name)
     if "Fc" in operations:
         return "gemm"
     if "Conv" in operations:

