@@ -82,17 +82,20 @@ def mlp(int8, activation="Relu", bias=False, cast=False, island=False):
     )
 
 
-def attention(scores=True, mix=True):
-    """Attention of 4 heads and an INT8 layer that reads it. `scores`, `mix`: whether q k^T and P v are INT8."""
+def attention(scores=True, mix=True, output=True):
+    """Attention of 4 heads and a layer that reads it.
+
+    `scores`, `mix`, `output`: whether q k^T, P v and the layer are INT8.
+    """
     text = "g (float16[N,4,64,32] q, float16[N,4,32,64] k, float16[N,4,64,32] v) => (float16[N,4,64,16] y) {"
     text += rounded("q") + rounded("k") if scores else ""
     text += f"[attn__MatMul] h = MatMul({'q_d, k_d' if scores else 'q, k'})"
     text += "[attn__Mul] t = Mul(h, s) [attn__Softmax] p = Softmax<axis=-1>(t)"
     text += rounded("p") + rounded("v") if mix else ""
     text += f"[attn__MatMul_1] o = MatMul({'p_d, v_d' if mix else 'p, v'})"
-    text += (
-        rounded("o") + "[proj__DequantizeLinear] w_d = DequantizeLinear(w, s, z) [proj__MatMul] y = MatMul(o_d, w_d) }"
-    )
+    text += rounded("o") if output else ""
+    read = "o_d" if output else "o"
+    text += f"[proj__DequantizeLinear] w_d = DequantizeLinear(w, s, z) [proj__MatMul] y = MatMul({read}, w_d) }}"
     return graph(text, w=weight(32, 16, dtype=np.int8))
 
 

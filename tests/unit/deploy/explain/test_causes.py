@@ -57,6 +57,11 @@ def test_a_half_quantized_attention_is_named(twin):
     assert lines[1] == "1 of them are half INT8, one product INT8 and the other FP16: attn/Softmax"
 
 
+def test_an_int8_attention_whose_output_is_not_rounded_is_not_fused_and_not_half_int8():
+    lines = of_structure(kernels("attention", output=False), None)["Attention is not fused"]
+    assert lines == ("1 attentions are not one kernel: attn/Softmax",)
+
+
 def test_an_attention_that_fp16_does_not_fuse_either_is_no_cause():
     unfused = kernels("attention", True, False)
     assert "Attention is not fused" not in of_structure(unfused, unfused)
@@ -68,6 +73,13 @@ def test_an_activation_outside_its_product_is_named():
     total, between = alarms["It moves more bytes than FP16"]
     assert "FP16" in total
     assert "fc1/Add" in between
+
+
+def test_an_activation_that_two_kernels_cover_is_part_of_its_product():
+    product = Kernel("k", "gemm", ("int8", "int8"), ("fp16",), ("fc/MatMul", "act/Relu"))
+    other = Kernel("o", "other", (), (), ("act/Relu", "fc2/QuantizeLinear"))
+    assert "Activation is not fused" not in found((product, other), (product,))
+    assert "Activation is not fused" in found((other,), (product,))
 
 
 def tensor(name, dtype, grows=True):
