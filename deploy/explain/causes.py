@@ -4,7 +4,7 @@ Each looks at kernels alone and returns lines that name kernels and layers, or n
 returns none without the FP16 twin. docs/why-is-int8-not-faster.md has a section for each.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from deploy.engine.kernels import Kernel, bytes_moved, only_moves
 from deploy.explain.compared import PRODUCTS, Compared, covered
@@ -37,6 +37,16 @@ def _some(names: Iterable[str]) -> str:
     listed = list(dict.fromkeys(names))
     more = len(listed) - _SHOWN
     return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _number(things: Sequence[object], name: str) -> str:
+    """How many `things` there are: "1 kernel", "2 kernels"."""
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
+def _ordered(layers: Collection[str], kernels: Iterable[Kernel]) -> list[str]:
+    """These `layers` in the order in which `kernels` cover them."""
+    return list(dict.fromkeys(layer for kernel in kernels for layer in kernel.layers if layer in layers))
 
 
 def _named(kernels: Iterable[Kernel]) -> str:
@@ -80,7 +90,7 @@ def lost_int8(at: Compared) -> Lines:
         and kernel.precision in ("fp16", "fp32")
         and any(tensor.dtype == "int8" and tensor.elements > 1 for tensor in kernel.reads)
     ]
-    return (f"{len(lost)} products read INT8 and multiply in float: {_named(lost)}",) if lost else ()
+    return (f"{_number(lost, 'product')} with INT8 operands multiplied in float: {_named(lost)}",) if lost else ()
 
 
 def casts(at: Compared) -> Lines:
@@ -93,7 +103,7 @@ def casts(at: Compared) -> Lines:
     new = [kernel for kernel in moving if not kernel.layers or not known.issuperset(kernel.layers)]
     share = bytes_moved(moving, at.batch) / max(bytes_moved(at.int8, at.batch), 1)
     return (
-        f"{len(moving)} kernels only change types or layouts, {len(twin)} in FP16; they move {share:.0%} of all bytes: "
+        f"{_number(moving, 'kernel')} for types and layouts alone, {len(twin)} in FP16, with {share:.0%} of all bytes: "
         f"{_named(new or moving)}",
     )
 
@@ -116,11 +126,12 @@ def lost_attention(at: Compared) -> Lines:
     lost = outside & covered(at.fp16, ["Softmax"], "attention") if at.fp16 is not None else outside
     if not lost:
         return ()
-    around = {softmax: {kernel.precision for kernel in _products_around(softmax, at.int8)} for softmax in sorted(lost)}
+    ordered = _ordered(lost, at.int8)
+    around = {softmax: {kernel.precision for kernel in _products_around(softmax, at.int8)} for softmax in ordered}
     half = [softmax for softmax, precisions in around.items() if precisions >= {"int8", "fp16"}]
-    lines = [f"{len(lost)} attentions are not one kernel: {_some(sorted(lost))}"]
+    lines = [f"{_number(ordered, 'attention')} of several kernels: {_some(ordered)}"]
     if half:
-        lines.append(f"{len(half)} of them are half INT8, one product INT8 and the other FP16: {_some(half)}")
+        lines.append(f"half INT8, one product INT8 and the other FP16: {_some(half)}")
     return tuple(lines)
 
 
@@ -130,8 +141,8 @@ def _float32_bytes(kernel: Kernel, sums: set[str], batch: int) -> float:
     return sum(tensor.bytes(batch) for tensor in every if tensor.dtype == "fp32")
 
 
-def _float32_kernels(kernels: Sequence[Kernel], batch: int) -> list[Kernel]:
-    """The kernels that multiply in FP32 or mostly move FP32, unless those move hardly anything of what the engine moves.
+def _float32_kernels(kernels: Sequence[Kernel], batch: int, share: float) -> list[Kernel]:
+    """The kernels that multiply in FP32, and those of whose bytes more than `share` are FP32, unless these are few bytes.
 
     What an INT8 convolution writes in FP32 is its sum, which counts as INT8.
     """
@@ -140,18 +151,17 @@ def _float32_kernels(kernels: Sequence[Kernel], batch: int) -> list[Kernel]:
     moving = [
         kernel
         for kernel in kernels
-        if kernel not in products and 2 * _float32_bytes(kernel, sums, batch) > bytes_moved([kernel], batch)
+        if kernel not in products and _float32_bytes(kernel, sums, batch) > share * bytes_moved([kernel], batch)
     ]
     few = sum(_float32_bytes(kernel, sums, batch) for kernel in moving) < FEW_BYTES * bytes_moved(kernels, batch)
     return products if few else [*products, *moving]
 
 
 def fp32_island(at: Compared) -> Lines:
-    """Kernels that multiply, or mostly move, FP32 where the FP16 engine does not."""
-    known = {layer for kernel in _float32_kernels(at.fp16 or (), at.batch) for layer in kernel.layers}
-    found = _float32_kernels(at.int8, at.batch)
-    new = [kernel for kernel in found if not kernel.layers or not known.issuperset(kernel.layers)]
-    return (f"{len(new)} kernels compute in FP32: {_named(new)}",) if new else ()
+    """Kernels that multiply, or mostly move, FP32 where the FP16 engine has hardly any, as it has inside LayerNorm."""
+    known = {layer for kernel in _float32_kernels(at.fp16 or (), at.batch, share=0.1) for layer in kernel.layers}
+    new = [kernel for kernel in _float32_kernels(at.int8, at.batch, share=0.5) if known.isdisjoint(kernel.layers)]
+    return (f"{_number(new, 'kernel')} in FP32: {_named(new)}",) if new else ()
 
 
 def unfused_activation(at: Compared) -> Lines:
@@ -164,8 +174,8 @@ def unfused_activation(at: Compared) -> Lines:
         return ()
     kernels = [kernel for kernel in at.int8 if lost.intersection(kernel.layers)]
     return (
-        f"{len(lost)} activations are part of their product in FP16 and not in INT8; their kernels move "
-        f"{_megabytes(kernels, at.batch)} per image: {_some(sorted(lost))}",
+        f"{_number([*lost], 'activation')} inside a product in FP16 and not in INT8; the kernels that compute them move "
+        f"{_megabytes(kernels, at.batch)} per image: {_some(_ordered(lost, at.int8))}",
     )
 
 
@@ -182,7 +192,11 @@ def missing_shortcut(at: Compared) -> Lines:
         same = [one for one in operands if any(one is not two and one.elements == two.elements for two in operands)]
         if sums.intersection(kernel.layers) and same and all(tensor.dtype != "int8" for tensor in same):
             unfused.append(kernel)
-    return (f"{len(unfused)} sums of convolutions and shortcuts without INT8: {_named(unfused)}",) if unfused else ()
+    return (
+        (f"{_number(unfused, 'sum')} of a convolution and a shortcut without INT8: {_named(unfused)}",)
+        if unfused
+        else ()
+    )
 
 
 def small_products(at: Compared) -> Lines:
@@ -214,7 +228,7 @@ def batch_too_small(at: Compared) -> Lines:
     if (now := at.ratio()) is None or now >= FASTER:
         return ()
     larger = {batch: at.ratio(batch) or 0.0 for batch in BATCHES if batch > at.batch}
-    gains = [f"{ratio:.2f} for batch {batch}" for batch, ratio in larger.items() if ratio >= FASTER]
+    gains = [f"{ratio:.2f} for batch {batch}" for batch, ratio in larger.items() if ratio >= FASTER * max(now, 1)]
     return (f"FP16 / INT8 is estimated at {now:.2f} for batch {at.batch} without a cache, {gains[0]}",) if gains else ()
 
 

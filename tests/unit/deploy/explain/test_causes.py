@@ -38,28 +38,41 @@ def test_an_fp32_island_is_named():
     alarms = of_structure(kernels("mlp", True, island=True), kernels("mlp", False))
     [line] = alarms["FP32 island"]
     assert "fc2/MatMul" in line
-    assert "4 kernels" in line
+    assert line.startswith("4 kernels in FP32: ")
     [line] = alarms["Cast and reformat kernels"]
-    assert line.startswith("2 kernels only change types or layouts, 0 in FP16")
+    assert line.startswith("2 kernels for types and layouts alone, 0 in FP16")
     assert "fc2/Cast_1" in line
+
+
+def norm(name, out):
+    """A kernel inside LayerNorm, which computes in FP32 and writes `out`."""
+    x, y = Tensor("x", "fp32", (64, 96), True), Tensor("y", out, (64, 96), True)
+    return Kernel(name, "other", ("fp32",), (out,), ("norm/LayerNormalization", f"fc/{name}"), (x,), (y,))
+
+
+def test_fp32_inside_a_norm_that_fp16_has_too_is_no_island():
+    for out in ("int8", "fp16"):
+        assert "FP32 island" not in found((norm("q", out),), (norm("k", "fp16"),))
+    assert "FP32 island" in found((norm("q", "int8"),), pointwise(64 * 96))
+    assert "FP32 island" not in found((norm("q", "int8"), *pointwise(64 * 96 * 1000)), None)  # hardly any bytes
 
 
 def test_a_cast_behind_dequantize_is_named():
     [line] = of_structure(kernels("mlp", True, cast=True), kernels("mlp", False))["INT8 is read and float multiplied"]
-    assert line == "1 products read INT8 and multiply in float: __myl_CastMulFc [fc2/MatMul]"
+    assert line == "1 product with INT8 operands multiplied in float: __myl_CastMulFc [fc2/MatMul]"
 
 
 @pytest.mark.parametrize("twin", [True, False])
 def test_a_half_quantized_attention_is_named(twin):
     fp16 = kernels("attention", False, False) if twin else None
     lines = of_structure(kernels("attention", True, False), fp16)["Attention is not fused"]
-    assert lines[0] == "1 attentions are not one kernel: attn/Softmax"
-    assert lines[1] == "1 of them are half INT8, one product INT8 and the other FP16: attn/Softmax"
+    assert lines[0] == "1 attention of several kernels: attn/Softmax"
+    assert lines[1] == "half INT8, one product INT8 and the other FP16: attn/Softmax"
 
 
 def test_an_int8_attention_whose_output_is_not_rounded_is_not_fused_and_not_half_int8():
     lines = of_structure(kernels("attention", output=False), None)["Attention is not fused"]
-    assert lines == ("1 attentions are not one kernel: attn/Softmax",)
+    assert lines == ("1 attention of several kernels: attn/Softmax",)
 
 
 def test_an_attention_that_fp16_does_not_fuse_either_is_no_cause():
@@ -111,7 +124,7 @@ def convolution(other, fused=False):
 def test_a_shortcut_without_a_quantizer_is_named():
     fp16 = kernels("residual", False)
     [line] = found(convolution("fp16"), None)["Shortcut without a quantizer"]
-    assert line == "1 sums of convolutions and shortcuts without INT8: a [block/Add]"
+    assert line == "1 sum of a convolution and a shortcut without INT8: a [block/Add]"
     assert "Shortcut without a quantizer" in found(convolution("fp16"), fp16)
     for sound in (convolution("int8", fused=True), convolution("int8"), kernels("residual", True)):
         assert "Shortcut without a quantizer" not in found(sound, fp16)
