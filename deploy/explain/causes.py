@@ -241,7 +241,7 @@ def fp8_is_better(at: Compared) -> Lines:
 
 CAUSES: dict[str, Callable[[Compared], Lines]] = {
     "It moves more bytes than FP16": more_bytes,
-    "INT8 is read and float multiplied": lost_int8,
+    "INT8 operands multiplied in float": lost_int8,
     "Cast and reformat kernels": casts,
     "Attention is not fused": lost_attention,
     "FP32 island": fp32_island,

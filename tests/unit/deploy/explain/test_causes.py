@@ -44,21 +44,22 @@ def test_an_fp32_island_is_named():
     assert "fc2/Cast_1" in line
 
 
-def norm(name, out):
-    """A kernel inside LayerNorm, which computes in FP32 and writes `out`."""
+def norm(name, out, residuals=0):
+    """A kernel inside LayerNorm, which computes in FP32 and writes `out`; `residuals`: FP16 tensors it reads beside."""
     x, y = Tensor("x", "fp32", (64, 96), True), Tensor("y", out, (64, 96), True)
-    return Kernel(name, "other", ("fp32",), (out,), ("norm/LayerNormalization", f"fc/{name}"), (x,), (y,))
+    beside = (Tensor("r", "fp16", (64, 96), True),) * residuals
+    return Kernel(name, "other", (), (out,), ("norm/LayerNormalization", f"fc/{name}"), (x, *beside), (y,))
 
 
 def test_fp32_inside_a_norm_that_fp16_has_too_is_no_island():
     for out in ("int8", "fp16"):
-        assert "FP32 island" not in found((norm("q", out),), (norm("k", "fp16"),))
+        assert "FP32 island" not in found((norm("q", out),), (norm("k", "fp16", residuals=2),))
     assert "FP32 island" in found((norm("q", "int8"),), pointwise(64 * 96))
     assert "FP32 island" not in found((norm("q", "int8"), *pointwise(64 * 96 * 1000)), None)  # hardly any bytes
 
 
 def test_a_cast_behind_dequantize_is_named():
-    [line] = of_structure(kernels("mlp", True, cast=True), kernels("mlp", False))["INT8 is read and float multiplied"]
+    [line] = of_structure(kernels("mlp", True, cast=True), kernels("mlp", False))["INT8 operands multiplied in float"]
     assert line == "1 product with INT8 operands multiplied in float: __myl_CastMulFc [fc2/MatMul]"
 
 
