@@ -5,11 +5,13 @@ from functools import cache
 import pytest
 
 from deploy.engine.kernels import Kernel, Tensor
-from deploy.explain.causes import causes
+from deploy.explain.causes import CAUSES, causes
 from deploy.explain.compared import Compared
 from deploy.explain.gpus import GPUS
+from tests.docs.pages import ROOT
 from tests.unit.deploy.explain.graphs import attention, kernels_of, mlp, residual
 
+PAGE = ROOT / "docs/why-is-int8-not-faster.md"
 OF_SIZE = {"Products are too small", "Launch bound", "Batch is too small"}  # that any small graph has
 MAKERS = {"mlp": mlp, "attention": attention, "residual": residual}
 
@@ -167,3 +169,22 @@ def test_a_gpu_with_fp8_is_named(gpu, better):
 def test_without_a_twin_nothing_is_compared():
     alarms = found(kernels("mlp", True, "Gelu", True), None)
     assert not {"It moves more bytes than FP16", "Activation is not fused", "Batch is too small"} & {*alarms}
+
+
+def test_every_cause_has_a_section_with_an_example():
+    sections = {text.split("\n")[0]: text for text in PAGE.read_text().split("\n## ")[1:]}
+    assert [*sections] == [*CAUSES]
+    assert [name for name, text in sections.items() if "```text" not in text] == []
+
+
+def test_examples_of_small_graphs_are_what_is_printed():
+    page = " ".join(PAGE.read_text().split())
+    for graph, fp16 in (
+        (kernels("mlp", True, island=True), kernels("mlp", False)),
+        (kernels("mlp", True, cast=True), kernels("mlp", False)),
+        (kernels("attention", True, False), kernels("attention", False, False)),
+    ):
+        alarms = of_structure(graph, fp16)
+        seeded = {"FP32 island", "INT8 operands multiplied in float", "Attention is not fused"} & {*alarms}
+        assert [line for name in seeded for line in alarms[name] if line not in page] == []
+        assert seeded
