@@ -142,6 +142,16 @@ def _cells(found: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def _reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why a network has no engine with branches."""
+    return [
+        f"{row['network']}, {title}: {row[engine]['none']}"
+        for row in rows
+        for engine, title in ENGINES.items()
+        if "none" in row[engine]
+    ]
+
+
 def page(result: dict[str, Any]) -> str:
     """docs/structure.md: a table of all rows of `result`."""
     lines = [INTRODUCTION.format(batch=BATCH), f"| network | engine | {' | '.join(COLUMNS)} |"]
@@ -149,6 +159,7 @@ def page(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         for index, (engine, title) in enumerate(ENGINES.items()):
             lines.append(f"| {row['network'] if not index else ''} | {title} | {' | '.join(_cells(row[engine]))} |")
+    lines += ["", *(f"- {reason}" for reason in _reasons(result["rows"]))]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
     lines += ["", f"TensorRT-RTX {result['version']} for SM{SM}, built at commit {commits}.", ""]
     return "\n".join(lines)

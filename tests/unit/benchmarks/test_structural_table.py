@@ -71,3 +71,15 @@ def test_the_page_is_made_from_the_result():
     result = read_json(RESULT)
     assert PAGE.read_text() == page(result)
     assert all(row["network"] in PAGE.read_text() for row in result["rows"])
+
+
+def test_the_page_says_why_there_is_no_engine():
+    counted = figures([], [])
+    row = {"network": "swin_t", "commit": "abc", "fp16": counted, "int8": counted, "int8_dense": {"none": "no chain"}}
+    text = page(
+        {"rows": [row | {"int8_shared": counted | {"fused_attention": 12, "int8_attention": 3}}], "version": "1.7"}
+    )
+    assert "|  | INT8 + QwT, dense | none |  |  |  |  |" in text
+    assert "- swin_t, INT8 + QwT, dense: no chain\n" in text
+    assert "| 12 (3 INT8) |" in text
+    assert "TensorRT-RTX 1.7 for SM89, built at commit abc." in text
