@@ -14,6 +14,7 @@ BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
 DEVICE ?= auto
+GPU ?= A10
 CACHE ?= on
 FROM ?=
 UNTIL ?=
@@ -35,7 +36,7 @@ REQUIREMENTS := $(if $(CUDA),$(if $(filter 12,$(CUDA)),requirements-gpu-cuda12.t
 READY := $(VENV)/.ready-$(basename $(REQUIREMENTS))
 HEADERS := $(VENV)/cuda-headers
 
-.PHONY: help setup setup-pycuda engine verify doctor structure test test-fast lint bench coverage photographs table clean
+.PHONY: help setup setup-pycuda engine verify explain doctor structure test test-fast lint bench coverage photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -72,6 +73,10 @@ engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEI
 
 verify: $(READY) ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
 	@$(RUN) -m deploy verify --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"
+
+explain: $(READY) ## Where the time of a package's engine goes, and why INT8 is hardly faster: GPU= BATCH=, and as for verify
+	@$(RUN) -m deploy explain --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)" \
+	  --gpu "$(GPU)" --batch "$(BATCH)"
 
 doctor: $(READY) ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor

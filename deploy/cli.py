@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from calib.errors import UserError, suggestion
@@ -100,12 +101,9 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
-    verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
-    verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
+def _package_options(verb: argparse.ArgumentParser) -> None:
+    """The options of a `verb` that reads a finished package."""
+    verb.add_argument("folder", nargs="?", help="of the package; default: that of these options")
     for option, default in (
         ("model", "dinov2_s"),
         ("module", ""),
@@ -113,7 +111,21 @@ def _parser() -> argparse.ArgumentParser:
         ("recipe", "int8"),
         ("out", "artifacts"),
     ):
-        verify.add_argument(f"--{option}", default=default, help=f"as for `engine` (default {default or 'none'})")
+        verb.add_argument(f"--{option}", default=default, help=f"as for `engine` (default {default or 'none'})")
+
+
+def _package_of(args: argparse.Namespace) -> Path:
+    """The folder of the package that _package_options() name."""
+    chosen = args.folder or package_folder(args.out, args.model, args.module, args.weights, args.recipe)
+    return expanded(str(chosen), "OUT")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
+    verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
+    _package_options(verify)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
     structure = verbs.add_parser(
@@ -126,8 +138,17 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", default="random", help="as for `engine`; the structure needs none (default random)"
     )
     structure.add_argument("--json", action="store_true", help="print it as JSON")
-    explain = verbs.add_parser("explain", help="print a recipe with every option resolved")
-    explain.add_argument("recipe")
+    recipe = verbs.add_parser("recipe", help="print a recipe with every option resolved")
+    recipe.add_argument("recipe")
+    explain = verbs.add_parser(
+        "explain",
+        help="where the time of an engine goes, beside FP16, and why INT8 is hardly faster; needs no torch or GPU",
+    )
+    _package_options(explain)
+    explain.add_argument(
+        "--gpu", default="A10", help="the GPU to estimate for, as in the table it prints (default A10)"
+    )
+    explain.add_argument("--batch", type=count, default=8, help="images at a time (default 8)")
     return parser
 
 
@@ -175,8 +196,7 @@ def _engine(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from deploy.verify import verify_package
 
-    chosen = args.folder or package_folder(args.out, args.model, args.module, args.weights, args.recipe)
-    folder = expanded(str(chosen), "OUT")
+    folder = _package_of(args)
     wrong = verify_package(folder)
     for finding in wrong:
         print(f"{folder}: {finding}", file=sys.stderr)
@@ -240,10 +260,20 @@ def _structure(args: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(args: argparse.Namespace) -> int:
+def _recipe(args: argparse.Namespace) -> int:
     from deploy.recipe import load_recipe
 
     print(json.dumps(load_recipe(args.recipe).to_json(), indent=2))
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from deploy.explain.gpus import gpu_from_name
+    from deploy.explain.kernel_list import read_lists
+    from deploy.explain.page import print_page
+
+    folder, gpu = _package_of(args), gpu_from_name(args.gpu)
+    print_page(folder.as_posix(), read_lists(folder), gpu, args.batch)
     return 0
 
 
@@ -253,6 +283,7 @@ VERBS = {
     "doctor": _doctor,
     "list": _list,
     "structure": _structure,
+    "recipe": _recipe,
     "explain": _explain,
 }
 

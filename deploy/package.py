@@ -18,10 +18,10 @@ from calib.weights.own import name_of
 from deploy.lock import HeldError, locked
 
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
-MANIFEST, REPORT, GOLDEN = "manifest.json", "report.json", "golden.npz"
+MANIFEST, REPORT, GOLDEN, KERNELS = "manifest.json", "report.json", "golden.npz", "kernels.json"
 LAYERS = "engine_layers.json"  # what the engine tells of its kernels, in its own words
 GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # what the names of outputs in golden.npz begin with
-FILES = (MODEL, MODEL_FP32, ENGINE, LAYERS, MANIFEST, REPORT, GOLDEN)
+FILES = (MODEL, MODEL_FP32, ENGINE, LAYERS, MANIFEST, REPORT, GOLDEN, KERNELS)
 
 UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 

@@ -37,7 +37,7 @@ EXPORTED = ("simulation", "fp16", "fp32", "float_model")
 EXECUTED = ("built", "float_model", "evaluation", "golden", "task", "verdict")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
-    "built", "plain", "audit", "verdict", "execution", "speed", "float_model",
+    "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "float_model",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("export", BRIDGE, ("model", "calibration"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
-        Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain"), steps.build),
+        Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
         Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "loaded", "task"), ("verdict",), steps.verify),
         Stage("run", ENGINE, EXECUTED, ("execution",), steps.execute),

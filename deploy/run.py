@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deploy.engine.audit import Audit
     from deploy.engine.backends import Built
     from deploy.execution import Execution
+    from deploy.explain.kernel_list import KernelLists
     from deploy.kept_states import KeptStates
     from deploy.options import Options
     from deploy.progress import Progress
@@ -72,6 +73,7 @@ class Run:
     planned_attention: tuple[str, ...] = field(init=False)  # ... and of products inside INT8 attentions
     built: "Built" = field(init=False)
     plain: "Built | None" = field(init=False)  # the engine without branches, if there are any
+    kernels: "KernelLists" = field(init=False)  # of the engine and of its FP16 twin
     audit: "Audit" = field(init=False)
     verdict: "Verdict" = field(init=False)
     execution: "Execution" = field(init=False)

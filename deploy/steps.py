@@ -43,6 +43,7 @@ from deploy.engine.isolated import build_apart
 from deploy.engine.runner import EngineRunner
 from deploy.errors import ContractError
 from deploy.execution import Execution, executed
+from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.graph.check import require_strongly_typed
 from deploy.package import (
     ENGINE,
@@ -50,6 +51,7 @@ from deploy.package import (
     GOLDEN,
     GOLDEN_FLOAT,
     GOLDEN_SIMULATED,
+    KERNELS,
     LAYERS,
     MANIFEST,
     MODEL,
@@ -263,15 +265,30 @@ def check(run: Run) -> Lines:
     return (f"strongly typed FP16; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",)
 
 
+def _kernel_lists(run: Run, size: tuple[int, int]) -> KernelLists:
+    """The kernels of the engine, and of the same build of the float network with FP16 types, if it fits them."""
+    try:
+        model = export_fp16(run.model.float_net, size)
+        twin = build_apart(run.backend, model, run.options.profile, run.options.sms)
+    except UserError as error:
+        return KernelLists(run.built.kernels, None, str(error))
+    return KernelLists(run.built.kernels, twin.kernels)
+
+
 def build(run: Run) -> Lines:
-    """The engine, and to tell what branches cost one without them."""
+    """The engine; to tell what INT8 and branches cost, one in FP16 and one without branches."""
     profile, sms = run.options.profile, run.options.sms
     run.built, run.plain = build_apart(run.backend, run.fp16, profile, sms), None
     (run.folder / ENGINE).write_bytes(run.built.plan)
     write_json(run.folder / LAYERS, run.built.layers_json())
     lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
+    size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
+    run.kernels = _kernel_lists(run, size)
+    twin = f"no FP16 engine to compare with: {run.kernels.why_no_twin}"
+    if run.kernels.fp16 is not None:
+        twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
+    lines.append(twin)
     if run.model.branches:
-        size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
         without = export_fp16(quantized_net(replace(run.model, branches={})), size)
         run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
@@ -342,6 +359,7 @@ def package(run: Run) -> Lines:
         **_named(GOLDEN_SIMULATED, run.simulation, run.golden),
     }
     np.savez(run.folder / GOLDEN, **arrays)  # type: ignore[arg-type]
+    write_json(run.folder / KERNELS, lists_to_json(run.kernels))
     run.report = report_json(run)
     write_json(run.folder / REPORT, run.report)
     write_json(run.folder / MANIFEST, manifest_json(run))

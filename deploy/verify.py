@@ -144,12 +144,12 @@ def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
     batch = images[:SPEED_BATCH]
     graph, written = integer_graph(folder / MODEL_FP32)
     baseline, candidate = OnnxRunner(float_model), OnnxRunner(graph)
-    reference = _outputs(baseline, [batch])
+    reference = outputs_over(baseline.named_outputs, [batch])
     return CpuSpeed(
         compare(lambda: baseline(batch), lambda: candidate(batch)),
         integer_layers(graph),
         written,
-        sqnr_db=mean_sqnr_db(joined_rows(reference), joined_rows(_outputs(candidate, [batch]), reference)),
+        sqnr_db=mean_sqnr_db(joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [batch]), reference)),
         plain_sqnr_db=_golden_db(reference, folder / MODEL_FP32, batch),
     )
 

@@ -11,15 +11,27 @@ kernel "unknown", never INT8.
    third type, i8 and i8. It outranks the tensors: an engine may read INT8 and multiply in FP32.
 3. Without such a name the types of the tensors decide: the first input, then "Weights": {"Type": "Int8"} or
    "Constants". A kernel that the compiler generated may convert before it multiplies, so its tensors prove nothing.
+4. "Dimensions" may hold one -1, the number of images. An engine of a fixed batch has none: then sizes and multiply-adds are
+   those of its batch, at every batch asked for.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib.errors import UserError
-from deploy.engine.kernels import Kernel, Kind, dtype_from_text, kind_from_generated_name, layers_from_metadata
+from deploy.engine.kernels import (
+    Kernel,
+    Kind,
+    Tensor,
+    attention_factors,
+    attention_macs,
+    dtype_from_text,
+    kind_from_generated_name,
+    layers_from_metadata,
+    product_macs,
+)
 
 _DETAILED = "build the engine with profiling_verbosity=DETAILED"
 _DTYPE_FIELDS = ("Datatype", "DataType", "Format/Datatype", "Format/DataType")
@@ -42,11 +54,39 @@ _OTHER_TACTICS = (  # first pattern found decides; names that predate the scheme
 )
 
 
-def _dtypes(tensors: Any) -> tuple[str, ...]:
-    return tuple(
-        next((dtype_from_text(str(tensor[key])) for key in _DTYPE_FIELDS if key in tensor), "unknown")
-        for tensor in tensors or ()
-    )
+def _tensor(tensor: Mapping[str, Any]) -> Tensor:
+    dtype = next((dtype_from_text(str(tensor[key])) for key in _DTYPE_FIELDS if key in tensor), "unknown")
+    name, dims = str(tensor.get("Name") or ""), tensor.get("Dimensions")
+    if not isinstance(dims, list) or not all(isinstance(dim, int) and dim >= -1 for dim in dims) or dims.count(-1) > 1:
+        return Tensor(name, dtype, None)
+    return Tensor(name, dtype, tuple(abs(dim) for dim in dims), -1 in dims)
+
+
+def _tensors(listed: Any) -> tuple[Tensor, ...]:
+    return tuple(_tensor(tensor) for tensor in listed or ())
+
+
+def _weight(listed: Mapping[str, Any]) -> Tensor:
+    """The weight of a layer, of which the document tells how many numbers it has, and not its shape."""
+    count = listed.get("Count")
+    return Tensor("weight", dtype_from_text(str(listed.get("Type"))), (count,) if isinstance(count, int) else None)
+
+
+def _macs(
+    kind: Kind, activations: Sequence[Tensor], weights: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> int | None:
+    """The multiply-adds per image of a kernel; None if they are unknown."""
+    if kind == "attention":
+        return attention_macs(attention_factors(activations), outputs)
+    factors = [*activations[:1], *weights, *activations[1:]]
+    if kind not in ("gemm", "conv") or len(factors) < 2 or not outputs:
+        return None
+    weight, out = factors[1], outputs[0]
+    if kind == "gemm":
+        return product_macs(weight, out)
+    if weight.dims is None or out.dims is None or len(out.dims) < 2:
+        return None
+    return out.elements * (weight.elements // out.dims[1])  # channels come second, whatever the layout in memory
 
 
 def _kind_unlisted(name: str, layer_type: str, tactic: str, dtypes: set[str]) -> Kind:
@@ -66,20 +106,31 @@ def _factors_from_tactic(tactic: str) -> tuple[str, ...]:
 
 def _kernel(layer: Mapping[str, Any]) -> Kernel:
     name, layer_type, tactic = (str(layer.get(key) or "") for key in ("Name", "LayerType", "TacticName"))
-    activations, outputs = _dtypes(layer.get("Inputs")), _dtypes(layer.get("Outputs"))
-    constants = _dtypes(layer.get("Constants"))
+    activations, outputs, constants = (_tensors(layer.get(key)) for key in ("Inputs", "Outputs", "Constants"))
     if layer.get("Weights"):
-        constants = (dtype_from_text(str(layer["Weights"].get("Type"))), *constants)
+        constants = (_weight(layer["Weights"]), *constants)
+    dtypes = {tensor.dtype for tensor in (*activations, *outputs)}
     listed = next((kind for part, kind in _LAYER_TYPES if part in layer_type.lower()), None)
-    kind = listed or _kind_unlisted(name, layer_type.lower(), tactic.lower(), {*activations, *outputs})
-    inputs = (*activations, *constants)
+    kind = listed or _kind_unlisted(name, layer_type.lower(), tactic.lower(), dtypes)
+    factors = attention_factors(activations) if kind == "attention" else ()
+    rest = [tensor for tensor in activations if tensor not in factors]
+    inputs = tuple(tensor.dtype for tensor in (*factors, *rest, *constants))
     if kind == "conv":  # its further inputs are residuals, never the weight
-        inputs = (*activations[:1], *(constants or ("unknown",)), *activations[1:])
+        weights = tuple(tensor.dtype for tensor in constants) or ("unknown",)
+        inputs = (*inputs[: len(activations[:1])], *weights, *(tensor.dtype for tensor in activations[1:]))
     if kind in ("gemm", "conv"):
         inputs = _factors_from_tactic(tactic.lower()) or (inputs if listed else ("unknown",) * len(inputs))
     metadata = layer.get("Metadata")
-    layers = layers_from_metadata(metadata) if isinstance(metadata, str) else ()
-    return Kernel(name, kind, inputs, outputs, layers)
+    return Kernel(
+        name=name,
+        kind=kind,
+        inputs=inputs,
+        outputs=tuple(tensor.dtype for tensor in outputs),
+        layers=layers_from_metadata(metadata) if isinstance(metadata, str) else (),
+        reads=(*activations, *constants),
+        writes=outputs,
+        macs=_macs(kind, activations, constants, outputs),
+    )
 
 
 def kernels_from_inspector(text: str) -> tuple[Kernel, ...]:

@@ -32,9 +32,10 @@ FLOOR = {name: floor for floor, row in enumerate(ORDER) for name in row}
 HEAVY = ("tensorrt", "tensorrt_rtx", "cuda", "pycuda", "onnxruntime", "matplotlib")
 WITHOUT_TORCH = (
     "deploy.cli", "deploy.doctor", "deploy.host", "deploy.gpu", "deploy.verify", "deploy.package", "deploy.engine.audit",
-    "deploy.engine.backends", "deploy.engine.build", "deploy.engine.packaged", "deploy.measure.accuracy",
-    "deploy.measure.latency", "deploy.measure.onnx_runner", "deploy.graph.check", "deploy.graph.split_channel_scales",
-    "deploy.report.evidence", "deploy.report.manifest", "deploy.report.terminal", "calib.images.preprocess",
+    "deploy.engine.backends", "deploy.engine.build", "deploy.engine.packaged", "deploy.explain.kernel_list",
+    "deploy.explain.page", "deploy.measure.accuracy", "deploy.measure.latency", "deploy.measure.onnx_runner",
+    "deploy.graph.check", "deploy.graph.split_channel_scales", "deploy.report.evidence", "deploy.report.manifest",
+    "deploy.report.terminal", "calib.images.preprocess",
 )  # fmt: skip
 
 

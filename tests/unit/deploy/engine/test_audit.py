@@ -7,8 +7,10 @@ import pytest
 from onnx import numpy_helper
 
 from calib.errors import UserError
-from deploy.engine.audit import audit, planned_layers, require_int8
-from deploy.engine.kernels import Kernel
+from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.engine.backends import tensorrt_rtx
+from deploy.engine.build import Profile
+from deploy.engine.kernels import Kernel, bytes_moved
 from deploy.engine.plan_text import kernels_from_rtx_plan
 from deploy.errors import ContractError
 
@@ -114,6 +116,45 @@ def test_fp16_graph_has_fp16_gemms_only():
 def test_fp32_graph_has_fp32_gemms():
     result = audited(chain("float", np.float32))
     assert (result.int8_gemms, result.fp16_gemms, result.fp32_gemms) == (0, 0, 2)
+
+
+def test_bytes_and_multiply_adds_of_an_engine():
+    kernels = kernels_from_rtx_plan(built(int8_chain()))
+    quantize, first, second = 64 * 2 + 64, 64 + 64 * 128 + 128, 128 + 128 * 64 + 64 * 2
+    scalars = 2 + 4 * 4  # the scale of the first, alpha and beta of both products
+    for batch in (1, 8):
+        weights = 64 * 128 + 128 * 64
+        assert bytes_moved(kernels, batch) == batch * (quantize + first + second - weights) + weights + scalars
+    assert sum(kernel.macs or 0 for kernel in kernels) == 64 * 128 + 128 * 64
+
+
+def int8_attention(masked):
+    """Attention of 4 heads with q, k, softmax, v and output in INT8, and a layer that reads it."""
+    quantized = "".join(
+        f"[{name}_q] {name}8 = QuantizeLinear({source}, s, z) [{name}_d] {name}d = DequantizeLinear({name}8, s, z)"
+        for name, source in (("q", "a"), ("k", "b"), ("v", "c"))
+    )
+    return graph(
+        "g (float16[N,4,64,32] a, float16[N,4,32,64] b, float16[N,4,64,32] c) => (float16[N,4,64,16] y) {"
+        f"{quantized} [scores] h = MatMul(qd, kd) [bias] h1 = {'Add(h, m)' if masked else 'Mul(h, s)'}"
+        "[softmax] p = Softmax<axis=-1>(h1) [p_q] p8 = QuantizeLinear(p, s, z) [p_d] pd = DequantizeLinear(p8, s, z)"
+        "[mix] o = MatMul(pd, vd) [o_q] o8 = QuantizeLinear(o, s, z) [o_d] od = DequantizeLinear(o8, s, z)"
+        "[w_d] wd = DequantizeLinear(w, s, z) [proj] y = MatMul(od, wd) }",
+        w=weight(32, 16, dtype=np.int8),
+        s=SCALE,
+        z=ZERO,
+        **({"m": weight(1, 4, 64, 64)} if masked else {}),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_int8_attention_is_int8_with_and_without_a_mask(masked):
+    model = int8_attention(masked)
+    plan = tensorrt_rtx.build(model, Profile(), (89,)).plan
+    [attention] = [kernel for kernel in kernels_from_rtx_plan(plan) if kernel.kind == "attention"]
+    assert (attention.precision, len(attention.reads)) == ("int8", 4 if masked else 3)
+    assert attention.macs == 2 * 4 * 64 * 64 * 32
+    require_int8(audit(kernels_from_rtx_plan(plan), planned_layers(model), planned_attention(model)))
 
 
 def test_a_layer_without_quantized_weight_is_lost_by_name():

@@ -72,6 +72,37 @@ def test_a_residual_is_no_weight():
     assert half.precision == "fp16"
 
 
+def listed(name, dtype, *dims):
+    return {"Name": name, "Datatype": dtype, "Dimensions": list(dims)}
+
+
+def test_the_mask_of_an_attention_is_no_factor():
+    heads = [listed("q", "Int8", -1, 4, 49, 32), listed("k", "Int8", -1, 4, 32, 49), listed("v", "Int8", -1, 4, 49, 32)]
+    mask, out = listed("mask", "Half", 1, 4, 49, 49), listed("o", "Int8", -1, 4, 49, 32)
+    fused = {"Name": "_gemm_mha_v2", "LayerType": "kgen", "Outputs": [out]}
+    masked = one(**fused, Inputs=[*heads[:2], mask, heads[2]])
+    assert (masked.kind, masked.precision) == ("attention", "int8")
+    assert masked.macs == 2 * 4 * 49 * 49 * 32
+    assert one(**fused, Inputs=[*heads[:2], heads[2], listed("v", "Half", -1, 4, 49, 32)]).precision == "fp16"
+
+
+def test_sizes_and_multiply_adds():
+    gemm = one(Inputs=[listed("x", "Int8", -1, 5, 64)], Outputs=[listed("y", "Half", -1, 5, 16)],
+               Weights={"Type": "Int8", "Count": 1024})  # fmt: skip
+    assert [each.bytes(3) for each in (*gemm.reads, *gemm.writes)] == [3 * 5 * 64, 1024, 3 * 5 * 16 * 2]
+    assert gemm.macs == 5 * 64 * 16
+    conv = one(LayerType="CaskConvolution", Inputs=[listed("x", "Int8", -1, 8, 6, 6), listed("skip", "Int8", -1, 4, 6, 6)],
+               Outputs=[listed("y", "Int8", -1, 4, 6, 6)], Weights={"Type": "Int8", "Count": 4 * 8 * 3 * 3})  # fmt: skip
+    assert conv.macs == 4 * 6 * 6 * 8 * 3 * 3
+
+
+@pytest.mark.parametrize("dims", [[-1, -1, 3], ["N", 3], None, "3x4"])
+def test_a_shape_that_cannot_be_read_is_unknown(dims):
+    tensor = {"Name": "x", "Datatype": "Half", "Dimensions": dims}
+    kernel = one(Inputs=[tensor], Outputs=[tensor], Weights={"Type": "Int8", "Count": 64})
+    assert (kernel.reads[0].dims, kernel.macs) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("tactic", "precision"),
     [

@@ -82,10 +82,18 @@ def test_names_may_hold_braces_and_spaces():
 
 
 def test_attention_is_int8_only_with_q_k_and_v():
-    half = one(op("function", "_gemm_mha_v2", ("x8", "x8", "x", "a")))
-    full = one(op("function", "_gemm_mha_v2", ("x8", "x8", "x8", "a")))
+    half = one(op("function", "_gemm_mha_v2", ("x8", "w8", "x")))
+    full = one(op("function", "_gemm_mha_v2", ("x8", "w8", "q8")), types=TYPES | {"q8": "int8"})
     assert (half.kind, half.precision) == ("attention", "fp16")
     assert (full.kind, full.precision) == ("attention", "int8")
+
+
+def test_masks_of_an_attention_lie_between_k_and_v():
+    types = TYPES | {"mask": "half", "bias": "half", "v8": "int8"}
+    full = one(op("function", "_gemm_mha_v2", ("x8", "w8", "mask", "bias", "v8")), types=types)
+    half = one(op("function", "_gemm_mha_v2", ("x8", "w8", "w8", "mask")), types=types)
+    assert (full.precision, full.inputs) == ("int8", ("int8", "int8", "int8", "fp16", "fp16"))
+    assert half.precision == "fp16"
 
 
 def test_what_is_no_launch_is_no_kernel():
@@ -122,6 +130,14 @@ def test_an_inside_that_multiplies_nothing():
     resize = program(op("runtime_function", "__myl_Resi", ("x",)))
     [kernel] = kernels_from_rtx_plan(plan(resize, inside(op("resize", "up", ("x",)))))
     assert (kernel.kind, kernel.inputs) == ("other", ("fp16",))
+
+
+def test_a_fusion_is_known_by_the_nodes_of_its_inside():
+    int8 = inside(op("fully_connected", "f", ("x8", "w8"), layers=("fc/MatMul",)), outputs=("z",))
+    other = inside(op("fully_connected", "f", ("x8", "w8"), layers=("fc2/MatMul",)), outputs=("z",))
+    for inner, precision in ((int8, "int8"), (other, "unknown")):
+        [kernel] = kernels_from_rtx_plan(plan(program(FUSED), inner))
+        assert kernel.precision == precision
 
 
 GOOD = program(op("fully_connected", "f", ("x8", "w8")))
@@ -204,3 +220,76 @@ def test_generated_names(name, kind):
 def test_layer_names_with_brackets():
     text = "[ONNX Layer: a[0]/MatMul]\x1f[ONNX Layer: b]\x1e[ONNX Layer: b]"
     assert layers_from_metadata(text) == ("a[0]/MatMul", "b")
+
+
+SHAPES = {
+    "x": ('"n" 49', "half"),
+    "m": ('"rows" 32', "int8"),
+    "w": ("32 64", "int8"),
+    "y": ('"rows" 64', "half"),
+    "s": ("", "float"),
+}
+SHAPES |= {"n": ("1", "int64"), "odd": ('"n" "n"', "half"), "lost": ('"nowhere" 4', "half"), "c": ("64 8 3 3", "half")}
+SHAPES |= {
+    "f": ('"n" 8 4 4', "half"),
+    "g": ('"n" 64 2 2', "half"),
+    "q": ('"rows" 3 32', "half"),
+    "k": ('"rows" 32 5', "half"),
+}
+SHAPES |= {"v": ('"rows" 5 16', "half"), "o": ('"rows" 3 16', "half")}
+SHAPES |= {"z": ('"rows" 3 5', "half"), "v5": ('"rows" 5', "half")}
+SHAPE_MAIN = """shape_main {
+ label bb1:
+  copy={ name="c" output={"n" } input={"x_shapeInput.1" }  stream=0 }
+  memset={ name="s" output={"__s^7i64" }  src="7i64" stream=0 }
+  mul={ name="p" output={"rows" } input={"n" "__s^7i64" } stream=0 }
+}
+"""
+
+
+def sized(operation, inputs, output):
+    """A kernel of a program whose tensors have the shapes of SHAPES."""
+    described = [
+        f'  tensor={{ alignment=2 dims={{ {dims} }} name="{name}" strides={{ 1 }} type={dtype} }}'
+        for name, (dims, dtype) in SHAPES.items()
+    ]
+    text = (
+        'header {\n  version = 5\n  outputs={ "y" }\n  shape_inputs={ "x_shapeInput.1" }\n}\n'
+        "descriptors {\n" + "\n".join(described) + "\n}\n"
+        "main {\n" + op(operation, "_gemm_mha_v2", inputs, (output,)) + "\n}\n" + SHAPE_MAIN
+    )
+    [kernel] = kernels_from_rtx_plan(plan(text.encode()))
+    return kernel
+
+
+def test_sizes_follow_the_number_of_images():
+    kernel = sized("fully_connected", ("m", "w", "s", "n"), "y")
+    assert [(each.name, each.dims, each.grows) for each in kernel.reads] == [
+        ("m", (7, 32), True),
+        ("w", (32, 64), False),
+        ("s", (), False),
+    ]
+    assert [each.bytes(3) for each in (*kernel.reads, *kernel.writes)] == [3 * 7 * 32, 32 * 64, 4, 3 * 7 * 64 * 2]
+
+
+@pytest.mark.parametrize("name", ["odd", "lost"])
+def test_a_shape_that_cannot_be_computed_is_unknown(name):
+    [tensor] = sized("function", (name,), "y").reads
+    assert (tensor.dims, tensor.bytes(8)) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "inputs", "output", "macs"),
+    [
+        ("fully_connected", ("m", "w", "s"), "y", 7 * 32 * 64),
+        ("fully_connected", ("q", "k", "s"), "z", 7 * 3 * 5 * 32),
+        ("fully_connected", ("m", "w", "s"), "v5", None),  # w has no 5 columns
+        ("corrltn", ("f", "c", "s"), "g", 64 * 2 * 2 * 8 * 3 * 3),
+        ("deconvolution", ("g", "c", "s"), "f", 64 * 2 * 2 * 8 * 3 * 3),
+        ("function", ("q", "k", "s", "v"), "o", 7 * (3 * 5 * 32 + 3 * 5 * 16)),
+        ("function", ("q", "k", "lost"), "o", None),
+        ("fully_connected", ("m", "lost"), "y", None),
+    ],
+)
+def test_multiply_adds(operation, inputs, output, macs):
+    assert sized(operation, inputs, output).macs == macs

@@ -1,0 +1,194 @@
+"""`python -m benchmarks.structural_table`: what INT8 and branches change in the kernels of an engine, network by network.
+
+    python -m benchmarks.structural_table                   all of NETWORKS
+    python -m benchmarks.structural_table swin_t resnet50   some; the rows of the others stay as they are
+
+Kernels and the sizes of their tensors depend on the structure of the graph, hardly on its numbers. So weights are random,
+images are noise, and branches stand beside every block that can have one, whether they help or not. What is counted is what
+TensorRT-RTX plans for SM89; nothing runs.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.images.batches import Half, Part
+from calib.methods import rtn
+from calib.network.fold import fold_affine
+from calib.network.qdq import quantized_net
+from calib.quant_model import Branch, QuantModel
+from calib.scales.calibrate import Config, calibrate
+from calib.weights.load import load_net
+from calib.weights.zoo import ZOO
+from compensation.branch import BlockBranch
+from compensation.forms import FORMS, Place
+from compensation.moments import Moments
+from compensation.qwt import places
+from deploy import host
+from deploy.bridge.export import export_fp16
+from deploy.engine.audit import audit, planned_layers
+from deploy.engine.backends import tensorrt_rtx
+from deploy.engine.build import Profile
+from deploy.engine.kernels import Kernel, bytes_moved
+from deploy.package import read_json
+from deploy.report.evidence import tool_commit
+
+ROOT = Path(__file__).parents[1]
+RESULT, PAGE = ROOT / "benchmarks/results/structure.json", ROOT / "docs/structure.md"
+NETWORKS = ("vit_s", "deit_s", "swin_t", "resnet50", "efficientnet_lite0")
+ENGINES = {"fp16": "FP16", "int8": "INT8", "int8_dense": "INT8 + QwT, dense", "int8_shared": "INT8 + QwT, shared"}
+SM, BATCH = 89, 8
+SIZE_OF_BRANCH = 0.01  # of its outputs beside noise: its scale decides which products an engine may merge
+
+INTRODUCTION = """# Kernels of an engine in FP16, in INT8 and with branches
+
+Written by `python -m benchmarks.structural_table` from [structure.json](../benchmarks/results/structure.json). Weights are
+random and branches stand beside every block that can have one: this is about the structure of engines, not about accuracy.
+MB: the sizes of all tensors that kernels read and write, per image at batch {batch}, an upper bound of the traffic with the
+GPU's memory. Convolutions are planned in INT8; which kernel runs them is chosen on the GPU. Nothing was run on a GPU.
+[Why is INT8 not faster?](why-is-int8-not-faster.md) explains the differences.
+"""
+COLUMNS = ("kernels", "INT8 GEMMs", "planned INT8 convolutions", "fused attention", "MB per image")
+
+
+def noise(size: Sequence[int]) -> list[Half]:
+    """Two halves of calibration images (3, H, W), 16 in all."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [Part([torch.randn(4, *size, generator=generator)]) for _ in range(4)]
+    return [Half((parts[0], parts[1])), Half((parts[2], parts[3]))]
+
+
+def _branch(form: str, place: Place) -> BlockBranch:
+    """A branch of `form` at `place`, fitted to noise."""
+    groups = []
+    for _ in range(place.layout.groups):
+        moments, rows = Moments(place.layout.d_in, place.layout.d_out), 2 * place.layout.d_in
+        moments.update(torch.randn(rows, place.layout.d_in), SIZE_OF_BRANCH * torch.randn(rows, place.layout.d_out))
+        groups.append(moments)
+    return FORMS[form].fit(groups, place, 0.0)
+
+
+def with_branches(model: QuantModel, forms: Sequence[str], image: Tensor) -> QuantModel | None:
+    """`model` with a branch of the first form that can stand at a block beside every block; None if there is no such block.
+
+    Raises ValueError if the blocks are no chain.
+    """
+    torch.manual_seed(0)
+    branches: dict[str, Branch] = {}
+    for block, place in places(model, quantized_net(model), image).items():
+        if form := next((form for form in forms if place.serves(form)), None):
+            branches[block] = _branch(form, place)
+    return replace(model, branches=branches) if branches else None
+
+
+def figures(kernels: Sequence[Kernel], planned: Sequence[str]) -> dict[str, Any]:
+    """What is counted of an engine; `planned`: its layers planned for INT8."""
+    found = audit(kernels, planned)
+    return {
+        "kernels": found.kernels,
+        "int8_gemms": found.int8_gemms,
+        "planned_int8_convolutions": found.int8_convs,
+        "fused_attention": found.fused_attention,
+        "int8_attention": found.int8_attention,
+        "lost": list(found.lost),
+        "mb_per_image": bytes_moved(kernels, BATCH) / BATCH / 1e6,
+        "gmac_per_image": sum(kernel.macs or 0 for kernel in kernels) / 1e9,
+    }
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Build the engines of the network `name`, with random weights; by engine what is counted, or why there is none."""
+    loaded = load_net(ZOO[name], "random")
+    size = loaded.data_config["input_size"]
+    halves = noise(size)
+    image = next(iter(halves[0].parts[0]))[:1]
+    model = calibrate(fold_affine(QuantModel.of(name, loaded.net), image), halves, Config("max"))
+    model = rtn.nearest(model).whole
+
+    def built(net: Callable[[], torch.nn.Module | None]) -> dict[str, Any]:
+        try:
+            module = net()
+        except ValueError as error:
+            return {"none": str(error)}
+        if module is None:
+            return {"none": "no block has an INT8 layer that such a branch could stand beside"}
+        graph = export_fp16(module, (size[1], size[2]))
+        return figures(tensorrt_rtx.build(graph, Profile(), (SM,)).kernels, planned_layers(graph))
+
+    def branched(*forms: str) -> Callable[[], torch.nn.Module | None]:
+        return lambda: quantized_net(found) if (found := with_branches(model, forms, image)) else None
+
+    nets = (lambda: model.float_net, lambda: quantized_net(model), branched("dense"), branched("shared", "shared_mlp"))
+    engines = {engine: built(net) for engine, net in zip(ENGINES, nets, strict=True)}
+    return {"network": name, "tag": ZOO[name].tag, "size": list(size), "blocks": len(model.structure.blocks), **engines}
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    if "none" in found:
+        return ["none"] + [""] * (len(COLUMNS) - 1)
+    attention = f"{found['fused_attention']}" + (
+        f" ({found['int8_attention']} INT8)" if found["int8_attention"] else ""
+    )
+    return [
+        str(found["kernels"]), str(found["int8_gemms"]), str(found["planned_int8_convolutions"]), attention,
+        f"{found['mb_per_image']:.1f}",
+    ]  # fmt: skip
+
+
+def _reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why a network has no engine with branches."""
+    return [
+        f"{row['network']}, {title}: {row[engine]['none']}"
+        for row in rows
+        for engine, title in ENGINES.items()
+        if "none" in row[engine]
+    ]
+
+
+def page(result: dict[str, Any]) -> str:
+    """docs/structure.md: a table of all rows of `result`."""
+    lines = [INTRODUCTION.format(batch=BATCH), f"| network | engine | {' | '.join(COLUMNS)} |"]
+    lines.append("|---|---|" + "---:|" * len(COLUMNS))
+    for row in result["rows"]:
+        for index, (engine, title) in enumerate(ENGINES.items()):
+            lines.append(f"| {row['network'] if not index else ''} | {title} | {' | '.join(_cells(row[engine]))} |")
+    lines += ["", *(f"- {reason}" for reason in _reasons(result["rows"]))]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
+    lines += ["", f"TensorRT-RTX {result['version']} for SM{SM}, built at commit {commits}.", ""]
+    return "\n".join(lines)
+
+
+def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with those of the same network replaced by `new`, in the order of NETWORKS."""
+    by_name = {row["network"]: row for row in (*rows, *new)}
+    return [by_name[name] for name in NETWORKS if name in by_name]
+
+
+def main(names: Sequence[str]) -> int:
+    """Measure the networks `names`, or all, and write the result and the page after each; returns the exit code."""
+    if unknown := [name for name in names if name not in NETWORKS]:
+        print(f"unknown network '{unknown[0]}': expected some of {', '.join(NETWORKS)}", file=sys.stderr)
+        return 2
+    commit = str(tool_commit())  # before anything is written
+    for name in names or NETWORKS:
+        print(name, file=sys.stderr)
+        row = measure(name) | {"commit": commit, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        rows = read_json(RESULT)["rows"] if RESULT.exists() else []
+        result = {
+            "weights": "random", "sm": SM, "batch": BATCH, "backend": tensorrt_rtx.NAME, "version": tensorrt_rtx.version(),
+            "machine": host.describe(), "command": "python -m benchmarks.structural_table", "rows": merged(rows, [row]),
+        }  # fmt: skip
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        PAGE.write_text(page(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""kernels.json: the kernels of an engine and of its FP16 twin, recorded when they were built.
+
+The twin is the float network, exported with FP16 types and built for the same target and batches. Recorded, both can be
+compared later, on a machine without the backend, the network or torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.errors import UserError
+from deploy.engine.kernels import Kernel, Tensor
+from deploy.package import KERNELS, read_json
+
+
+@dataclass(frozen=True)
+class KernelLists:
+    """The kernels of an engine, and those of its FP16 twin; `why_no_twin` says why there are none."""
+
+    int8: tuple[Kernel, ...]
+    fp16: tuple[Kernel, ...] | None
+    why_no_twin: str = ""
+
+
+def _kernel(plain: Mapping[str, Any]) -> Kernel:
+    def tensors(name: str) -> tuple[Tensor, ...]:
+        return tuple(
+            Tensor(**{**each, "dims": None if each["dims"] is None else tuple(each["dims"])}) for each in plain[name]
+        )
+
+    lists = {name: tuple(plain[name]) for name in ("inputs", "outputs", "layers")}
+    return Kernel(**{**plain, **lists, "reads": tensors("reads"), "writes": tensors("writes")})
+
+
+def lists_to_json(lists: KernelLists) -> dict[str, Any]:
+    """The lists as plain values."""
+
+    def plain(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
+        return [asdict(kernel) for kernel in kernels]
+
+    return {
+        "int8": plain(lists.int8),
+        "fp16": None if lists.fp16 is None else plain(lists.fp16),
+        "why_no_twin": lists.why_no_twin,
+    }
+
+
+def read_lists(folder: Path) -> KernelLists:
+    """The lists in the package at `folder`. Raises UserError if there is no package, or none with such a file."""
+    path = folder / KERNELS
+    if not path.exists():
+        raise UserError(
+            f"no {KERNELS} at '{folder}': expected the folder of a package; build one with make engine, or give the MODEL=, "
+            f"MODULE=, WEIGHTS=, RECIPE= and OUT= that it was built with"
+        )
+    content = read_json(path)
+    try:
+        fp16 = content["fp16"]
+        return KernelLists(
+            tuple(_kernel(each) for each in content["int8"]),
+            None if fp16 is None else tuple(_kernel(each) for each in fp16),
+            content["why_no_twin"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{path}' is not a list of kernels ({error!r}): build the package again") from error
