@@ -23,15 +23,20 @@ MODELS ?=
 CALIB_IMAGES ?=
 EVAL_IMAGES ?=
 FILTER ?=
+REPO ?= models
+LABELS ?=
+ALLOW ?=
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+VENV_SERVE := .venv-serve
+VENV_TRITON := .venv-triton
 SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements-gpu.txt,requirements.txt)
 
-.PHONY: help setup engine verify doctor structure test test-fast lint bench coverage photographs table clean
+.PHONY: help setup engine verify doctor structure serve-repo serve test test-fast lint bench coverage photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -64,6 +69,23 @@ doctor: $(VENV)/.ready ## What is installed, which backends build and run, what 
 structure: $(VENV)/.ready ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT=)
 	@$(RUN) -m deploy structure "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE)
 
+$(VENV_SERVE)/.ready: requirements-serve.txt
+	@$(PYTHON) -m venv $(VENV_SERVE)
+	@$(VENV_SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-serve.txt
+	@touch $@
+
+$(VENV_TRITON)/.ready: requirements-triton.txt
+	@$(PYTHON) -m venv $(VENV_TRITON)
+	@$(VENV_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-triton.txt
+	@touch $@
+
+serve-repo: $(VENV_SERVE)/.ready ## Write a package as a Triton model repository: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine, REPO= LABELS= ALLOW='sample-calibration random-weights unexecuted'
+	@$(VENV_SERVE)/bin/python -m deploy serve-repo --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" \
+	  --recipe "$(RECIPE)" --out "$(OUT)" --repo "$(REPO)" $(if $(LABELS),--labels "$(LABELS)") $(foreach each,$(ALLOW),--allow-$(each))
+
+serve: $(VENV_SERVE)/.ready $(VENV_TRITON)/.ready ## Run a Triton server without a GPU on loopback, for the _cpu models of REPO=
+	@$(VENV_SERVE)/bin/python -m deploy serve --repo "$(REPO)" --environment $(VENV_TRITON)
+
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
 	@$(PYTEST_SIDE_BY_SIDE) -m "not alone"
 	@$(RUN) -m pytest -m alone
@@ -92,4 +114,4 @@ table: $(VENV)/.ready ## A paper's table beside this tool's simulation: PAPER= I
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")
 
 clean: ## Remove the virtual environment, artifacts and caches
-	rm -rf $(VENV) artifacts .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_SERVE) $(VENV_TRITON) artifacts .pytest_cache .mypy_cache .ruff_cache

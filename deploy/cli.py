@@ -15,7 +15,8 @@ from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import ContractError
 from deploy.host import require_address_space
-from deploy.package import package_folder
+from deploy.package_options import add_package_options, folder_from_options
+from deploy.serve.verbs import SERVE_VERBS, add_serve_verbs
 
 # What libraries say, in exceptions of many types, when the machine has no more memory to give.
 OUT_OF_MEMORY = (
@@ -106,14 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
-    for option, default in (
-        ("model", "dinov2_s"),
-        ("module", ""),
-        ("weights", "auto"),
-        ("recipe", "int8"),
-        ("out", "artifacts"),
-    ):
-        verify.add_argument(f"--{option}", default=default, help=f"as for `engine` (default {default or 'none'})")
+    add_package_options(verify)
+    add_serve_verbs(verbs)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
     structure = verbs.add_parser(
@@ -175,8 +170,7 @@ def _engine(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from deploy.verify import verify_package
 
-    chosen = args.folder or package_folder(args.out, args.model, args.module, args.weights, args.recipe)
-    folder = expanded(str(chosen), "OUT")
+    folder = folder_from_options(args, args.folder)
     wrong = verify_package(folder)
     for finding in wrong:
         print(f"{folder}: {finding}", file=sys.stderr)
@@ -254,6 +248,7 @@ VERBS = {
     "list": _list,
     "structure": _structure,
     "explain": _explain,
+    **SERVE_VERBS,
 }
 
 

@@ -60,6 +60,12 @@ def driver_version() -> str | None:
     return _nvidia_smi("driver_version")
 
 
+def gpu_free_mb() -> int | None:
+    """The free memory of the first GPU in 2^20 bytes, None without a driver."""
+    text = _nvidia_smi("memory.free")
+    return None if text is None or not text.split()[0].isdigit() else int(text.split()[0])
+
+
 def package_version(name: str) -> str | None:
     """The version of an installed package, None if it is not installed."""
     try:
