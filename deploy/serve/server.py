@@ -122,13 +122,11 @@ def _command(
 
 
 @contextmanager
-def running(
-    environment: Path, repository: Path, models: Sequence[str] | None = None, python_path: str = ""
-) -> Iterator[Server]:
+def running(environment: Path, repository: Path, models: Sequence[str] | None = None) -> Iterator[Server]:
     """Start the server of the virtual `environment` on the folder `repository`; it is stopped at the end.
 
-    `models`: what it loads at the start (default: all that need no GPU). `python_path` goes before the packages of the
-    environment. Raises UserError if the server is not installed there, or does not become ready.
+    `models`: what it loads at the start (default: all that need no GPU). Raises UserError if the server is not installed
+    there, or does not become ready.
     """
     environment = environment.absolute()
     chosen = cpu_models(repository) if models is None else models
@@ -138,7 +136,7 @@ def running(
         _link_backend(environment, backends)
         ports = _free_ports(3)
         paths = f"{environment / 'bin'}:{os.environ.get('PATH', '')}"
-        variables = os.environ | {"PATH": paths, "VIRTUAL_ENV": str(environment), "PYTHONPATH": python_path}
+        variables = os.environ | {"PATH": paths, "VIRTUAL_ENV": str(environment)}
         with log.open("wb") as out:
             process = subprocess.Popen(
                 _command(environment, repository, backends, ports, chosen), env=variables, stdout=out, stderr=out
