@@ -34,7 +34,8 @@ WITHOUT_TORCH = (
     "deploy.cli", "deploy.doctor", "deploy.host", "deploy.verify", "deploy.package", "deploy.engine.audit",
     "deploy.engine.backends", "deploy.engine.build", "deploy.measure.accuracy", "deploy.measure.latency",
     "deploy.measure.onnx_runner", "deploy.graph.check", "deploy.graph.split_channel_scales", "deploy.report.evidence",
-    "deploy.report.manifest", "deploy.report.terminal", "calib.images.preprocess",
+    "deploy.report.manifest", "deploy.report.terminal", "calib.images.preprocess", "deploy.serve.activate",
+    "deploy.serve.client", "deploy.serve.preflight", "deploy.serve.repository", "deploy.serve.server",
 )  # fmt: skip
 
 
