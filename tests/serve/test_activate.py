@@ -147,9 +147,6 @@ def test_two_runs_at_once_are_refused(repository, server, newer):
         switch(newer, repository, server)
 
 
-STEPS = ("mkdir", "rename", "replace", "rmtree", "copyfile", "fsync", "load", "answer")
-
-
 def killed_at(step, repository, newer):
     """Run a switch in a process that dies at its step number `step`; whether it died."""
     child = os.fork()
@@ -178,14 +175,14 @@ def killed_at(step, repository, newer):
 
 
 def test_a_kill_at_any_step_leaves_a_version_that_serves(package, newer, tmp_path):
-    seen, step = set(), 0
+    step = 0
     while True:
         repository = tmp_path / f"models-{step}"
         write_repository([shipped_from_package(package)], repository, "net", Allowed())
         died = killed_at(step, repository, newer)
         version = named(repository)
         assert whole(repository / "net_cpu" / str(version))
-        seen.add((died, version))
+        assert version == (1 if died else 2)  # it is named last, when it has been asked
         if not died:
             break
         server = StandIn(repository)
@@ -195,5 +192,4 @@ def test_a_kill_at_any_step_leaves_a_version_that_serves(package, newer, tmp_pat
         assert names == {*map(str, range(1, version + 2)), "config.pbtxt"}
         shutil.rmtree(repository)
         step += 1
-    assert seen >= {(True, 1), (False, 2)}
     assert step > 12  # folders, copies, the rename, the load, the question, the switch

@@ -105,7 +105,7 @@ def test_an_ensemble_leads_image_files_through_the_preprocessing_into_the_model(
     first, second = config.ensemble_scheduling.step
     assert (first.model_name, second.model_name) == ("net_preprocess", "net")
     assert first.output_map["input"] == second.input_map["input"]
-    assert list(second.output_map) == ["scores_0", "boxes"]
+    assert dict(second.output_map) == {"scores_0": "scores_0", "boxes": "boxes"}
 
 
 def test_a_batch_of_one_is_no_preferred_size():

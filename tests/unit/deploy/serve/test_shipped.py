@@ -95,6 +95,7 @@ HOSTILE = {
     "path for a GPU": at(["engine", "targets"], ["../SM89"]),
     "no GPU": at(["engine", "targets"], []),
     "text for a version": at(["engine", "version"], "newest"),
+    "truth for bytes": at(["files", "model.engine", "bytes"], True),
     "text for bytes": at(["files", "model.engine", "bytes"], "70"),
     "no engine among the files": at(["files"], {"model.onnx": {"sha256": "1" * 64, "bytes": 30}}),
     "number for a driver": at(["host", "driver"], 580),
