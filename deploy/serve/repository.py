@@ -7,7 +7,6 @@ is to put that configuration in place (deploy/serve/activate.py).
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from calib.errors import UserError
 from calib.store.digests import file_sha256
+from deploy.lock import HeldError, locked
 from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL_FP32
 from deploy.serve.configs import (
     CPU,
@@ -191,14 +191,20 @@ def write_repository(
             f"'{repository}' exists already: expected a new folder; install a new version into it with `python -m deploy "
             f"activate`, or choose another with REPO="
         )
-    half = repository.parent / f".{repository.name}.incoming-{os.getpid()}"
+    half = repository.parent / f".{repository.name}.incoming"
     try:
-        half.mkdir(parents=True)
-        names = write_models(packages, half, name, allowed, labels)
-        half.replace(repository)
+        repository.parent.mkdir(parents=True, exist_ok=True)
+        with locked(repository.parent / f".{repository.name}.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(half)  # of a killed run
+            try:
+                names = write_models(packages, half, name, allowed, labels)
+                half.replace(repository)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(half)
+    except HeldError:
+        raise UserError(f"another run is writing '{repository}': wait until it has ended") from None
     except OSError as error:
         raise UserError(f"repository '{repository}' cannot be written ({error.strerror}): choose another") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(half)
     return names

@@ -15,6 +15,7 @@ from deploy.lock import locked
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.serve import activate as module
 from deploy.serve.activate import activate, golden_fault, rollback
+from deploy.serve.client import Client
 from deploy.serve.configs import config_from_text, served_version
 from deploy.serve.preflight import Allowed
 from deploy.serve.repository import write_repository
@@ -140,6 +141,12 @@ def test_another_name_or_a_damaged_repository_is_named(repository, server, packa
     (repository / "net_cpu/config.pbtxt").write_text("nonsense {")
     with pytest.raises(UserError, match=r"config.pbtxt' is no configuration of this tool"):
         switch(package, repository, server)
+
+
+def test_a_server_that_does_not_answer_is_named_before_anything_is_written(repository, newer):
+    with pytest.raises(UserError, match=r"no Triton server answers at '127\.0\.0\.1:1' \(.*\): expected the host:port"):
+        switch(newer, repository, Client("127.0.0.1:1"))
+    assert sorted(path.name for path in (repository / "net_cpu").iterdir()) == ["1", "config.pbtxt"]
 
 
 def test_two_runs_at_once_are_refused(repository, server, newer):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from calib.errors import UserError
+from deploy.lock import locked
 from deploy.serve.configs import config_from_text
 from deploy.serve.preflight import Allowed
 from deploy.serve.repository import write_repository
@@ -96,6 +97,25 @@ def test_a_file_that_changes_while_it_is_written_leaves_nothing(package, changed
         write_repository([shipped], tmp_path / "models", "net", Allowed())
     assert not (tmp_path / "models").exists()
     assert not list(tmp_path.glob(".models*"))
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next(package, tmp_path):
+    (tmp_path / ".models.incoming/net_cpu/1").mkdir(parents=True)
+    (tmp_path / ".models.incoming/other").mkdir()
+    written([package], tmp_path / "models")
+    assert models(tmp_path / "models") == CPU_ALONE
+    assert not list(tmp_path.glob(".models*"))
+    with (
+        locked(tmp_path / ".again.lock"),
+        pytest.raises(UserError, match=r"another run is writing '.*again'"),
+    ):
+        written([package], tmp_path / "again")
+
+
+def test_a_place_that_cannot_be_written_is_named(package, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"repository '.*file/models' cannot be written \("):
+        written([package], tmp_path / "file/models")
 
 
 def test_labels_go_to_the_models_with_outputs(package, tmp_path):
