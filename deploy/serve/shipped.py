@@ -167,7 +167,7 @@ def shipped_from_package(folder: Path) -> Shipped:
         backend=manifest.text("engine.backend", r"[a-z_]{1,64}"),
         version=manifest.text("engine.version", r"[0-9]+(\.[0-9]+){2,3}\w*"),
         targets=tuple(targets),
-        executed=manifest.values["engine"].get("executed", manifest.values.get("executed")) is True,
+        executed=manifest.values["engine"].get("executed") is True,
         random=manifest.get("weights.random", bool),
         sample=manifest.get("calibration.sample", bool),
         driver=driver,

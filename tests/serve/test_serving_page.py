@@ -1,6 +1,7 @@
 """Every command of docs/serving.md, and its lines of Python, run in order against a real server."""
 
 import contextlib
+import os
 import re
 import shlex
 import signal
@@ -55,8 +56,6 @@ def served(folder):
         yield process.stdout.readline().split()[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            import os
-
             os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
 
@@ -64,7 +63,7 @@ def served(folder):
 def test_the_page_has_no_command_outside_its_blocks_but_names_of_verbs():
     inline = [one for one in commands(PAGE) if one not in LINES]
     assert {tuple(one.split()[:4]) for one in inline} <= {
-        ("make", "engine"), ("make", "serve"), ("python", "-m", "deploy", "preflight"),
+        ("make", "engine"), ("make", "serve"), ("make", "test"), ("python", "-m", "deploy", "preflight"),
         ("python", "-m", "deploy", "serve-repo"),
     }  # fmt: skip
 
