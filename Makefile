@@ -24,10 +24,15 @@ MODELS ?=
 CALIB_IMAGES ?=
 EVAL_IMAGES ?=
 FILTER ?=
+REPO ?= models
+LABELS ?=
+ALLOW ?=
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+VENV_SERVE := .venv-serve
+VENV_TRITON := .venv-triton
 SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
 PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
 # What to install: by the newest CUDA that the NVIDIA driver runs, which is asked each time, as a GPU may come later.
@@ -36,7 +41,7 @@ REQUIREMENTS := $(if $(CUDA),$(if $(filter 12,$(CUDA)),requirements-gpu-cuda12.t
 READY := $(VENV)/.ready-$(basename $(REQUIREMENTS))
 HEADERS := $(VENV)/cuda-headers
 
-.PHONY: help setup setup-pycuda engine verify explain doctor structure test test-fast lint bench coverage photographs table clean
+.PHONY: help setup setup-pycuda engine verify explain doctor structure serve-repo serve test test-fast lint bench coverage photographs table clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -84,6 +89,23 @@ doctor: $(READY) ## What is installed, which backends build and run, what is mis
 structure: $(READY) ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT=)
 	@$(RUN) -m deploy structure "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE)
 
+$(VENV_SERVE)/.ready: requirements-serve.txt
+	@$(PYTHON) -m venv $(VENV_SERVE)
+	@$(VENV_SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-serve.txt
+	@touch $@
+
+$(VENV_TRITON)/.ready: requirements-triton.txt
+	@$(PYTHON) -m venv $(VENV_TRITON)
+	@$(VENV_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-triton.txt
+	@touch $@
+
+serve-repo: $(VENV_SERVE)/.ready ## Write a package as a Triton model repository: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine, REPO= LABELS= ALLOW='sample-calibration random-weights unexecuted'
+	@$(VENV_SERVE)/bin/python -m deploy serve-repo --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" \
+	  --recipe "$(RECIPE)" --out "$(OUT)" --repo "$(REPO)" $(if $(LABELS),--labels "$(LABELS)") $(foreach each,$(ALLOW),--allow-$(each))
+
+serve: $(VENV_SERVE)/.ready $(VENV_TRITON)/.ready ## Run a Triton server without a GPU on loopback, for the _cpu models of REPO=
+	@$(VENV_SERVE)/bin/python -m deploy serve --repo "$(REPO)" --environment $(VENV_TRITON)
+
 test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole pipeline)
 	@$(PYTEST_SIDE_BY_SIDE) -m "not alone"
 	@$(RUN) -m pytest -m alone
@@ -112,4 +134,4 @@ table: $(READY) ## A paper's table beside this tool's simulation: PAPER= IMAGENE
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")
 
 clean: ## Remove the virtual environment, artifacts and caches
-	rm -rf $(VENV) artifacts .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_SERVE) $(VENV_TRITON) artifacts .pytest_cache .mypy_cache .ruff_cache

@@ -22,8 +22,9 @@ from calib.weights.zoo import spec_of
 from deploy import host
 from deploy.bridge.export import export_float
 from deploy.measure.accuracy import mean_sqnr_db
+from deploy.measure.integer_graph import integer_graph, integer_layers
 from deploy.measure.latency import comparison, times_in_turn
-from deploy.measure.onnx_runner import OnnxRunner, integer_graph, integer_layers
+from deploy.measure.onnx_runner import OnnxRunner
 from deploy.package import GOLDEN, MANIFEST, MODEL_FP32, read_json
 from deploy.report.evidence import tool_commit
 from deploy.verify import golden_arrays

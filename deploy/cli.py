@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from calib.errors import UserError, suggestion
@@ -16,7 +15,8 @@ from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import ContractError
 from deploy.host import require_address_space
-from deploy.package import package_folder
+from deploy.package_options import add_package_options, folder_from_options
+from deploy.serve.verbs import SERVE_VERBS, add_serve_verbs
 
 # What libraries say, in exceptions of many types, when the machine has no more memory to give.
 OUT_OF_MEMORY = (
@@ -101,31 +101,14 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
 
-def _package_options(verb: argparse.ArgumentParser) -> None:
-    """The options of a `verb` that reads a finished package."""
-    verb.add_argument("folder", nargs="?", help="of the package; default: that of these options")
-    for option, default in (
-        ("model", "dinov2_s"),
-        ("module", ""),
-        ("weights", "auto"),
-        ("recipe", "int8"),
-        ("out", "artifacts"),
-    ):
-        verb.add_argument(f"--{option}", default=default, help=f"as for `engine` (default {default or 'none'})")
-
-
-def _package_of(args: argparse.Namespace) -> Path:
-    """The folder of the package that _package_options() name."""
-    chosen = args.folder or package_folder(args.out, args.model, args.module, args.weights, args.recipe)
-    return expanded(str(chosen), "OUT")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
-    _package_options(verify)
+    verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
+    add_package_options(verify)
+    add_serve_verbs(verbs)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
     structure = verbs.add_parser(
@@ -144,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         "explain",
         help="where the time of an engine goes, beside FP16, and why INT8 is hardly faster; needs no torch or GPU",
     )
-    _package_options(explain)
+    explain.add_argument("folder", nargs="?", help="of the package; default: that of these options")
+    add_package_options(explain)
     explain.add_argument(
         "--gpu", default="A10", help="the GPU to estimate for, as in the table it prints (default A10)"
     )
@@ -196,7 +180,7 @@ def _engine(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from deploy.verify import verify_package
 
-    folder = _package_of(args)
+    folder = folder_from_options(args, args.folder)
     wrong = verify_package(folder)
     for finding in wrong:
         print(f"{folder}: {finding}", file=sys.stderr)
@@ -272,7 +256,7 @@ def _explain(args: argparse.Namespace) -> int:
     from deploy.explain.kernel_list import read_lists
     from deploy.explain.page import print_page
 
-    folder, gpu = _package_of(args), gpu_from_name(args.gpu)
+    folder, gpu = folder_from_options(args, args.folder), gpu_from_name(args.gpu)
     print_page(folder.as_posix(), read_lists(folder), gpu, args.batch)
     return 0
 
@@ -285,6 +269,7 @@ VERBS = {
     "structure": _structure,
     "recipe": _recipe,
     "explain": _explain,
+    **SERVE_VERBS,
 }
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
+from deploy.measure.integer_graph import integer_graph, integer_layers
 from deploy.measure.latency import Comparison, compare
-from deploy.measure.onnx_runner import OnnxRunner, integer_graph, integer_layers
+from deploy.measure.onnx_runner import OnnxRunner
 from deploy.package import FILES, GOLDEN, GOLDEN_FLOAT, GOLDEN_SIMULATED, MANIFEST, MODEL, MODEL_FP32, read_json
 
 # FP16 moves values across rounding boundaries, as another processor does: that changed the SQNR of the few golden images
@@ -149,9 +150,20 @@ def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
         compare(lambda: baseline(batch), lambda: candidate(batch)),
         integer_layers(graph),
         written,
-        sqnr_db=mean_sqnr_db(joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [batch]), reference)),
+        sqnr_db=mean_sqnr_db(
+            joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [batch]), reference)
+        ),
         plain_sqnr_db=_golden_db(reference, folder / MODEL_FP32, batch),
     )
+
+
+def require_package(folder: Path) -> None:
+    """Raise UserError if `folder` holds no manifest."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"no package at '{folder}': expected a folder with {MANIFEST}; build one with make engine, or give the MODEL=, "
+            f"MODULE=, WEIGHTS=, RECIPE= and OUT= that it was built with"
+        )
 
 
 def recorded_sha256(manifest: Path) -> dict[str, str]:
@@ -213,17 +225,12 @@ def golden_arrays(path: Path) -> tuple[np.ndarray, Outputs, Outputs]:
     return images, reference, simulated
 
 
-def verify_package(folder: Path) -> list[str]:
-    """One sentence for each fault of a finished package: missing, changed or unrecorded files, outputs that lost fidelity.
+def file_faults(folder: Path) -> list[str]:
+    """One sentence for each file of a package that is missing, changed or not recorded in its manifest.
 
-    Needs only the folder: no torch, no images. The digests detect accidents, not an attacker, who can write a manifest
-    that fits: nothing is signed. Raises UserError if the manifest or the golden file is not one of a package.
+    Raises UserError if there is no manifest, or one that lists no files.
     """
-    if not (folder / MANIFEST).exists():
-        raise UserError(
-            f"no package at '{folder}': expected a folder with {MANIFEST}; build one with make engine, or give the MODEL=, "
-            f"MODULE=, WEIGHTS=, RECIPE= and OUT= that it was built with"
-        )
+    require_package(folder)
     recorded = recorded_sha256(folder / MANIFEST)
     present = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     unknown = [name for name in dict.fromkeys((*FILES, *present)) if name != MANIFEST and name not in recorded]
@@ -233,7 +240,16 @@ def verify_package(folder: Path) -> list[str]:
             wrong.append(f"{name} is missing")
         elif file_sha256(folder / name) != sha256:
             wrong.append(f"{name} has changed since it was built (sha256 differs)")
-    if wrong:
+    return wrong
+
+
+def verify_package(folder: Path) -> list[str]:
+    """One sentence for each fault of a finished package: missing, changed or unrecorded files, outputs that lost fidelity.
+
+    Needs only the folder: no torch, no images. The digests detect accidents, not an attacker, who can write a manifest
+    that fits: nothing is signed. Raises UserError if the manifest or the golden file is not one of a package.
+    """
+    if wrong := file_faults(folder):
         return wrong
     images, reference, simulated = golden_arrays(folder / GOLDEN)
     recorded_db = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))

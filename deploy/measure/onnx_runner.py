@@ -1,19 +1,16 @@
 """Runs ONNX graphs with ONNX Runtime on the CPU, which has INT8 kernels for the FP32-typed Q/DQ graph."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from deploy.graph.integer_kernels import integer_kernels
-from deploy.measure.ort_options import ort_options, saturates
+from deploy.measure.ort_options import ort_options
 
-INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
 THREADS = 2  # fixed, so that results do not depend on the number of cores
 
 
-def _utf8(path: Path) -> str | bytes:
+def readable(path: Path) -> str | bytes:
     """Return the path as ONNX Runtime reads it whatever the locale; the content of a file whose path is no UTF-8."""
     try:
         return os.fsencode(path).decode()
@@ -34,7 +31,7 @@ class OnnxRunner:
         options = ort_options(threads)
         if not fused:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source = _utf8(model) if isinstance(model, Path) else model
+        source = readable(model) if isinstance(model, Path) else model
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0]
         self.dtype = np.float16 if self.input.type == "tensor(float16)" else np.float32
@@ -47,30 +44,3 @@ class OnnxRunner:
         """Every graph output by name, in the graph's types."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, {self.input.name: images.astype(self.dtype)}), strict=True))
-
-
-def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
-    """(the INT8 graph `model` with integer kernels, operator -> how many deploy/graph/integer_kernels wrote).
-
-    It is `model` itself where the kernels for unsigned activations saturate on this processor.
-    """
-    import onnx
-
-    if saturates():
-        return model, {}
-    rewritten, written = integer_kernels(onnx.load_model_from_string(model.read_bytes()))
-    return rewritten.SerializeToString(), written
-
-
-def integer_layers(model: Path | bytes) -> int:
-    """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
-    import onnx
-    import onnxruntime as ort
-
-    options = ort_options(THREADS)
-    source = _utf8(model) if isinstance(model, Path) else model
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
-        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
-    return sum(node.op_type in INTEGER_KERNELS for node in nodes)

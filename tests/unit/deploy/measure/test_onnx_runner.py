@@ -8,8 +8,10 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.peers.judge import _Network
 from deploy.graph.zero_points import with_zero_points
 from deploy.host import int8_instructions
-from deploy.measure import onnx_runner, ort_options
-from deploy.measure.onnx_runner import OnnxRunner, integer_graph, integer_layers
+from deploy.measure import integer_graph as integer_graph_module
+from deploy.measure import ort_options
+from deploy.measure.integer_graph import integer_graph, integer_layers
+from deploy.measure.onnx_runner import OnnxRunner
 
 INNER, OUTER, SIDE = 64, 16, 5
 
@@ -88,7 +90,7 @@ def test_a_path_that_python_cannot_encode_is_read(tmp_path, product, name):
 
 @pytest.mark.parametrize("saturating", [True, False])
 def test_integer_kernels_are_written_where_they_are_exact(monkeypatch, product, saturating):
-    monkeypatch.setattr(onnx_runner, "saturates", lambda: saturating)
+    monkeypatch.setattr(graphs, "saturates", lambda: saturating)
     graph, written = integer_graph(product[0])
     assert written == ({} if saturating else {"MatMulIntegerToFloat": 1})
     assert (graph == product[0]) is saturating

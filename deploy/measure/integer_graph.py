@@ -1,0 +1,38 @@
+"""The INT8 graph as ONNX Runtime computes it fastest on a CPU, and what of a graph it computes in integers."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from deploy.graph.integer_kernels import integer_kernels
+from deploy.measure.onnx_runner import THREADS, readable
+from deploy.measure.ort_options import ort_options, saturates
+
+INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
+
+
+def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
+    """(the INT8 graph `model` with integer kernels, operator -> how many deploy/graph/integer_kernels wrote).
+
+    It is `model` itself where the kernels for unsigned activations saturate on this processor.
+    """
+    import onnx
+
+    if saturates():
+        return model, {}
+    rewritten, written = integer_kernels(onnx.load_model_from_string(model.read_bytes()))
+    return rewritten.SerializeToString(), written
+
+
+def integer_layers(model: Path | bytes) -> int:
+    """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
+    import onnx
+    import onnxruntime as ort
+
+    options = ort_options(THREADS)
+    source = readable(model) if isinstance(model, Path) else model
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
+    return sum(node.op_type in INTEGER_KERNELS for node in nodes)

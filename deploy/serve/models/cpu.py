@@ -1,0 +1,43 @@
+"""The model of Triton's Python backend that runs model.fp32.onnx in ONNX Runtime: no GPU, the integers of the engine.
+
+Triton finds this file as `model.py` beside the graph and beside a copy of the files of this tool that it imports.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from deploy.measure.onnx_runner import OnnxRunner
+from deploy.serve.models.self_test import require_sound_tensors
+
+GRAPH, MANIFEST = "model.fp32.onnx", "manifest.json"
+
+
+class TritonPythonModel:
+    """One instance: an ONNX Runtime session."""
+
+    def initialize(self, args: dict[str, Any]) -> None:
+        """Load the graph. Raises RuntimeError, so that the model does not load, where it is not that of the manifest."""
+        require_sound_tensors(pb_utils)
+        folder = Path(args["model_repository"]) / args["model_version"]
+        recorded = json.loads((folder / MANIFEST).read_text())["files"][GRAPH]["sha256"]
+        graph = (folder / GRAPH).read_bytes()
+        if hashlib.sha256(graph).hexdigest() != recorded:
+            raise RuntimeError(f"{GRAPH} has changed since it was packaged (sha256 differs): install the package again")
+        self.runner = OnnxRunner(graph)
+        self.outputs = [each["name"] for each in json.loads(args["model_config"])["output"]]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Run the images of all requests as one batch."""
+        images = [pb_utils.get_input_tensor_by_name(each, self.runner.input.name).as_numpy() for each in requests]
+        found = self.runner.named_outputs(np.concatenate(images))
+        ends = np.cumsum([len(each) for each in images])[:-1]
+        rows = {name: np.split(found[name].astype(np.float32), ends) for name in self.outputs}
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(name, rows[name][index]) for name in self.outputs])
+            for index in range(len(requests))
+        ]

@@ -1,0 +1,172 @@
+"""The verbs of the command line that ship a package to a Triton server."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calib.errors import UserError
+from calib.store.paths import expanded
+from deploy.package_options import add_package_options, folder_from_options
+
+EXIT_USER_ERROR = 2
+REPOSITORY = "models"
+URL = "127.0.0.1:8000"
+ALLOWANCES = {
+    "random_weights": "serve a package of random weights: for latency work only",
+    "sample_calibration": "serve a package calibrated on the built-in sample images",
+    "unexecuted": "serve an engine that was never run",
+}
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repo", default=REPOSITORY, help=f"folder of the model repository (default {REPOSITORY})")
+
+
+def _add_allowances(parser: argparse.ArgumentParser) -> None:
+    for name, meaning in ALLOWANCES.items():
+        parser.add_argument(f"--allow-{name.replace('_', '-')}", action="store_true", help=meaning)
+
+
+def add_serve_verbs(verbs: Any) -> None:
+    """Add the verbs to the sub-parsers of the command line."""
+    write = verbs.add_parser("serve-repo", help="write packages of one model as a Triton model repository")
+    write.add_argument("packages", nargs="*", help="folders, one for each GPU; default: that of these options")
+    add_package_options(write)
+    preflight = verbs.add_parser("preflight", help="whether a package may be served, and whether this machine can")
+    preflight.add_argument("package", help="folder of the package")
+    preflight.add_argument("--cpu", action="store_true", help="only its graph is served, in ONNX Runtime")
+    container = preflight.add_mutually_exclusive_group()
+    container.add_argument("--triton", metavar="TAG", help="container of the server: 26.07-trtllm-python-py3")
+    container.add_argument("--tensorrt", metavar="VERSION", help="version of TensorRT in the server's container")
+    activate = verbs.add_parser("activate", help="switch a running Triton server to a package, or back where it fails")
+    activate.add_argument("packages", nargs="+", help="folders, one for each GPU")
+    back = verbs.add_parser("rollback", help="switch a running Triton server to the version before")
+    back.add_argument("name", help="name of the model, as serve-repo printed it, without _cpu")
+    serve = verbs.add_parser("serve", help="run a Triton server without a GPU on loopback: it serves the _cpu models")
+    serve.add_argument("--environment", default=".venv-triton", help="where nvidia-pytriton is (default .venv-triton)")
+    for parser in (write, preflight, activate, back, serve):
+        _add_common(parser)
+    for parser in (write, preflight, activate):
+        _add_allowances(parser)
+    for parser in (write, activate):
+        parser.add_argument("--name", help="of the model in the repository (default: the package's)")
+    for parser in (activate, back):
+        parser.add_argument("--url", default=URL, help=f"host:port of the server's HTTP service (default {URL})")
+    write.add_argument("--labels", help="text file with the names of a classifier's classes, one a line")
+
+
+def _allowed(args: argparse.Namespace) -> Any:
+    from deploy.serve.preflight import Allowed
+
+    return Allowed(**{name: getattr(args, f"allow_{name}") for name in ALLOWANCES})
+
+
+def _repository(args: argparse.Namespace) -> Path:
+    return expanded(args.repo, "REPO")
+
+
+def _require_client() -> None:
+    """Raise UserError where the Triton client, which also writes its configurations, is not installed."""
+    try:
+        import tritonclient.grpc.model_config_pb2  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"the Triton client is not installed here ({error}): use `make serve-repo`, or an environment with "
+            f"requirements-serve.txt"
+        ) from error
+
+
+def _refused(folder: Path, wrong: Sequence[str]) -> bool:
+    for sentence in wrong:
+        print(f"error: {folder}: {sentence}", file=sys.stderr)
+    return bool(wrong)
+
+
+def _unfit(folders: Sequence[Path], args: argparse.Namespace) -> bool:
+    """Whether a package must not be served: changed files, random weights, sample calibration."""
+    from deploy.serve.preflight import promise_faults
+    from deploy.serve.shipped import shipped_from_package
+    from deploy.verify import file_faults
+
+    found = [
+        [*file_faults(each), *promise_faults(shipped_from_package(each), _allowed(args), cpu=True)] for each in folders
+    ]
+    return any([_refused(folder, wrong) for folder, wrong in zip(folders, found, strict=True)])
+
+
+def _serve_repo(args: argparse.Namespace) -> int:
+    from deploy.serve.repository import engine_obstacle, write_repository
+    from deploy.serve.shipped import served_name, shipped_from_package
+
+    folders = [folder_from_options(args, each) for each in args.packages or [None]]
+    if _unfit(folders, args):
+        return EXIT_USER_ERROR
+    _require_client()
+    packages, repository, allowed = [shipped_from_package(each) for each in folders], _repository(args), _allowed(args)
+    labels = expanded(args.labels, "LABELS") if args.labels else None
+    names = write_repository(packages, repository, served_name(packages[0], args.name), allowed, labels)
+    for each in packages:
+        if reason := engine_obstacle(each, allowed):
+            print(f"no engine in the repository: {reason}", file=sys.stderr)
+    print(f"written to {repository}: {', '.join(names)}")
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from deploy.serve.containers import tensorrt_of_container
+    from deploy.serve.preflight import preflight, this_machine
+
+    folder = expanded(args.package, "PACKAGE")
+    tensorrt = tensorrt_of_container(args.triton) if args.triton else args.tensorrt
+    wrong = preflight(folder, this_machine(_repository(args), tensorrt), _allowed(args), args.cpu)
+    if _refused(folder, wrong):
+        return EXIT_USER_ERROR
+    print(f"{folder}: may be served here" + (" by its graph in ONNX Runtime" if args.cpu else ""))
+    return 0
+
+
+def _told(switched: Mapping[str, tuple[int, int]]) -> None:
+    for model, (before, now) in switched.items():
+        print(f"{model}: version {now} serves, before it {before}")
+
+
+def _activate(args: argparse.Namespace) -> int:
+    folders = [expanded(each, "PACKAGE") for each in args.packages]
+    if _unfit(folders, args):
+        return EXIT_USER_ERROR
+    _require_client()
+    from deploy.serve.activate import activate
+    from deploy.serve.client import Client
+    from deploy.serve.shipped import served_name, shipped_from_package
+
+    packages = [shipped_from_package(each) for each in folders]
+    name = served_name(packages[0], args.name)
+    _told(activate(packages, _repository(args), Client(args.url), name, _allowed(args)))
+    return 0
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    _require_client()
+    from deploy.serve.activate import rollback
+    from deploy.serve.client import Client
+
+    _told(rollback(_repository(args), Client(args.url), args.name))
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from deploy.serve.server import serve
+
+    serve(expanded(args.environment, "ENVIRONMENT"), _repository(args))
+    return 0
+
+
+SERVE_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "serve-repo": _serve_repo,
+    "preflight": _preflight,
+    "activate": _activate,
+    "rollback": _rollback,
+    "serve": _serve,
+}

@@ -1,0 +1,114 @@
+"""Packages of tiny networks, the Triton client, and a real server."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from deploy import cli
+from tests.pipeline.test_several_outputs import NETS
+from tests.serve.environments import SERVE, TRITON, environment, use_client
+
+COMMON = ["--calib-images", "16", "--sm", "89", "--cache", "off", "--recipe", "int8_plain"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def client():
+    """Most of this folder writes configurations with Triton's own protobuf class."""
+    use_client()
+
+
+@pytest.fixture(scope="session")
+def triton():
+    """The environment of the server."""
+    return environment(TRITON)
+
+
+@pytest.fixture(scope="session")
+def serve_python():
+    """The Python of an environment as `make serve-repo` makes it: no torch, no ONNX."""
+    return environment(SERVE) / "bin/python"
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of small pictures, JPEG and PNG."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for index in range(20):
+        kind = "jpg" if index % 2 else "png"
+        Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{index:02}.{kind}")
+    return folder
+
+
+def _vit(folder: Path, pictures: Path, seed: int) -> Path:
+    """A package of a tiny classifier."""
+    pytest.importorskip("tensorrt_rtx")
+    import timm
+    import torch
+
+    torch.manual_seed(seed)
+    state = {name: value.contiguous() for name, value in timm.create_model("test_vit").state_dict().items()}
+    save_file(state, folder / "vit.safetensors")
+    command = ["engine", "--model", "test_vit", "--weights", str(folder / "vit.safetensors"), "--calib", str(pictures)]
+    assert cli.main([*command, *COMMON, "--out", str(folder / "out")]) == 0
+    return folder / "out/test_vit/int8_plain"
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory, pictures) -> Path:
+    """A package of a tiny classifier."""
+    return _vit(tmp_path_factory.mktemp("first"), pictures, 0)
+
+
+@pytest.fixture(scope="session")
+def newer(tmp_path_factory, pictures) -> Path:
+    """A package of the same network with other weights, which may replace the first."""
+    return _vit(tmp_path_factory.mktemp("second"), pictures, 1)
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory, pictures) -> Path:
+    """A package of a network with three outputs and random weights."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path_factory.mktemp("detector")
+    (folder / "nets.py").write_text(NETS)
+    command = ["engine", "--module", f"{folder / 'nets.py'}:detector", "--input", "32", "--weights", "random"]
+    assert cli.main([*command, "--calib", str(pictures), *COMMON, "--out", str(folder / "out")]) == 0
+    return folder / "out/nets.detector-random-weights/int8_plain"
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Make a copy of a package with other fields in its manifest; dots lead into tables."""
+    made = []
+
+    def change(package: Path, **fields) -> Path:
+        folder = tmp_path / f"changed-{len(made)}"
+        made.append(folder)
+        shutil.copytree(package, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for at, value in fields.items():
+            *tables, last = at.split("__")
+            inner = manifest
+            for table in tables:
+                inner = inner[table]
+            inner[last] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return change
+
+
+@pytest.fixture
+def engine(changed, package):
+    """Make a package whose manifest says that TensorRT built its engine for `target`, and that it was run."""
+
+    def make(target: str = "SM89", base: Path = package) -> Path:
+        made = {"engine__backend": "tensorrt", "engine__version": "10.14.1.48", "engine__executed": True}
+        return changed(base, engine__targets=[target], **made)
+
+    return make
