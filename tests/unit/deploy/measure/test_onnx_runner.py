@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.peers.judge import _Network
 from deploy.graph.zero_points import with_zero_points
 from deploy.host import int8_instructions
-from deploy.measure import integer_graph as integer_graph_module
+from deploy.measure import integer_graph as graphs
 from deploy.measure import ort_options
 from deploy.measure.integer_graph import integer_graph, integer_layers
 from deploy.measure.onnx_runner import OnnxRunner
