@@ -189,6 +189,17 @@ def test_a_server_whose_numpy_falsifies_tensors_does_not_start(triton, repositor
         pass
 
 
+def test_a_graph_that_has_changed_is_not_served(triton, repository, tmp_path):
+    shutil.copytree(repository, tmp_path / "models")
+    graph = tmp_path / "models/vit_cpu/1/model.fp32.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
+    with (
+        pytest.raises(UserError, match=r"did not start.*model\.fp32\.onnx has changed since it was packaged"),
+        running(triton, tmp_path / "models", ["vit_cpu"]),
+    ):
+        pass
+
+
 def test_the_server_is_stopped_at_the_end_and_starts_again(triton, repository, runner):
     for _ in range(2):
         with running(triton, repository, ["vit_cpu"]) as found:
