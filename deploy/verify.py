@@ -12,7 +12,6 @@ import numpy as np
 from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
-from deploy.measure.integer_graph import integer_graph, integer_layers
 from deploy.measure.latency import Comparison, compare
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.package import FILES, GOLDEN, GOLDEN_FLOAT, GOLDEN_SIMULATED, MANIFEST, MODEL, MODEL_FP32, read_json
@@ -143,6 +142,8 @@ def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
     The batch is the first SPEED_BATCH of `images` (N, 3, H, W) float32.
     """
     batch = images[:SPEED_BATCH]
+    from deploy.measure.integer_graph import integer_graph, integer_layers  # needs onnx, which a server has not
+
     graph, written = integer_graph(folder / MODEL_FP32)
     baseline, candidate = OnnxRunner(float_model), OnnxRunner(graph)
     reference = outputs_over(baseline.named_outputs, [batch])

@@ -6,7 +6,8 @@ It does so for every Conv and Gemm between a DequantizeLinear and a QuantizeLine
 In FP16 the quotient overflows beyond 65504 and s_x s_W is subnormal or zero, so the network is no longer itself. In FP32 the
 INT32 overflows where a channel's weights are tiny and its bias is not. ONNX Runtime leaves two forms alone, which
 TensorRT-RTX builds to the same kernels: a Conv without a bias and an Add behind it, and a bias of two dimensions behind a
-MatMul, which would otherwise become a Gemm.
+MatMul, which would otherwise become a Gemm. TensorRT gets the biases back in their convolutions, because its documented
+fusion of convolution, residual sum and activation begins with a convolution that has its bias.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.graph.constants import add_constant, constant
-from deploy.graph.names import constant_name, renamed_operator
+from deploy.graph.names import constant_name, operator_from_name, renamed_operator
 
 LARGEST_INT32 = 2.0**31
+BIAS = "Bias"  # the operator in the names of these Adds
 
 
 def _scale(value: ir.Value | None) -> np.ndarray | None:
@@ -43,7 +45,7 @@ def _separate(graph: ir.Graph, conv: ir.Node, bias: np.ndarray) -> None:
     product, dequantized = conv.outputs[0], conv.inputs[1]
     integers = constant(dequantized.producer().inputs[0])  # type: ignore[union-attr]
     assert integers is not None
-    name = renamed_operator(conv.name or "", "Bias")
+    name = renamed_operator(conv.name or "", BIAS)
     sum_ = ir.Value(name=name, shape=product.shape, type=product.type)
     if product.is_graph_output():
         product.name, sum_.name = conv.name, product.name
@@ -77,5 +79,27 @@ def separate_biases(model: onnx.ModelProto) -> onnx.ModelProto:
                 if _rounded(node, bias):
                     name = constant_name(add.name or "", "bias")
                     add.replace_input_with(index, add_constant(graph, name, bias[None]))
+    RemoveUnusedNodesPass()(result)
+    return ir.to_proto(result)
+
+
+def joined_biases(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A new model with the biases that `separate_biases` moved behind convolutions in these convolutions again."""
+    result = ir.from_proto(model)
+    graph = result.graph
+    for add in [node for node in graph if operator_from_name(node.name or "") == BIAS]:
+        product, value = add.inputs
+        assert product is not None
+        assert value is not None
+        conv, bias = product.producer(), constant(value)
+        assert conv is not None
+        assert bias is not None
+        conv.resize_inputs(3)
+        conv.replace_input_with(2, add_constant(graph, f"{value.name}_of_conv", bias.reshape(-1)))
+        written = add.outputs[0]
+        if written.is_graph_output():
+            product.name, written.name = written.name, add.name
+        written.replace_all_uses_with(product, replace_graph_outputs=True)
+        graph.remove(add, safe=True)
     RemoveUnusedNodesPass()(result)
     return ir.to_proto(result)

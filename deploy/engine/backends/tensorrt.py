@@ -12,6 +12,7 @@ from deploy.engine.load import loaded_engine
 from deploy.engine.loading import why_not_loaded
 from deploy.engine.logger import keeping_logger
 from deploy.gpu import gpu, why_no_gpu
+from deploy.graph.separate_biases import joined_biases
 
 NAME = "tensorrt"
 INSTALL = "make setup, on a GPU host"
@@ -58,7 +59,7 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
 
     require_target(sms)
     here = gpu()
-    plan, warnings = serialize_network(trt, model.SerializeToString(), profile, lambda _config: None)
+    plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, lambda _config: None)
     logger = keeping_logger(trt)
     runtime = trt.Runtime(logger)
     engine = loaded_engine(trt, runtime, logger, plan)
@@ -70,6 +71,6 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
         targets=(f"SM{here.compute_capability}",),
         kernels=kernels_from_inspector(text),
         layers={"inspector": json.loads(text)},
-        settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": []},
+        settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": ["joined_biases"]},
         notes=warnings[:5],
     )

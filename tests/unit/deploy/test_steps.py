@@ -30,13 +30,13 @@ def test_a_network_that_computes_nan_is_refused_with_its_first_module():
         _outputs(net, (3, 64, 64))
 
 
-def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why():
+def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeypatch):
     kernel = Kernel("k", "other", (), (), ())
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 8 * 8, 2)).eval()
-    backend = SimpleNamespace(build=lambda *_: SimpleNamespace(kernels=(kernel, kernel)))
+    monkeypatch.setattr(steps, "build_apart", lambda *_: SimpleNamespace(kernels=(kernel, kernel)))
     run = SimpleNamespace(
         model=SimpleNamespace(float_net=net),
-        backend=backend,
+        backend=None,
         built=SimpleNamespace(kernels=(kernel,)),
         options=SimpleNamespace(profile=None, sms=None),
     )

@@ -8,7 +8,7 @@ import pytest
 from deploy.engine.backends import tensorrt_rtx
 from deploy.engine.build import Profile
 from deploy.graph.check import check_strongly_typed
-from deploy.graph.separate_biases import separate_biases
+from deploy.graph.separate_biases import joined_biases, separate_biases
 from deploy.measure.accuracy import sqnr_db
 from tests.unit.deploy.graph.test_split_channel_scales import codes, constants, model_from_text, nodes
 
@@ -127,3 +127,31 @@ def test_a_convolution_that_nothing_dequantizes_keeps_its_bias():
     model = convolution()
     nodes(model)["c"].input[0] = "x"
     assert nodes(separate_biases(model))["c"] == nodes(model)["c"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_joined_again_the_bias_is_in_its_convolution(activation):
+    model = convolution(activation=ACTIVATIONS[activation])
+    nodes(model)["c"].name = "stem/Conv"
+    joined = joined_biases(separate_biases(model))
+    onnx.checker.check_model(joined, full_check=True)
+    assert [node.op_type for node in joined.graph.node] == [node.op_type for node in model.graph.node]
+    np.testing.assert_array_equal(
+        constants(joined)[next(n for n in joined.graph.node if n.op_type == "Conv").input[2]], 0.5
+    )
+    np.testing.assert_array_equal(run(joined, NONE), run(model, NONE))
+
+
+def test_joined_again_an_output_keeps_its_name():
+    model = convolution(activation="z = Identity(c)")
+    del model.graph.node[-2:]
+    model.graph.node[-1].name, model.graph.output[0].name = "stem/Conv", "c"
+    joined = joined_biases(separate_biases(model))
+    assert [each.name for each in joined.graph.output] == ["c"]
+    np.testing.assert_array_equal(run(joined, NONE), run(model, NONE))
+
+
+def test_other_sums_stay():
+    model = linear()
+    nodes(model)["c"].name = "head/Add"
+    assert [node.op_type for node in joined_biases(model).graph.node] == [node.op_type for node in model.graph.node]

@@ -16,11 +16,12 @@ from deploy.serve.preflight import (
     preflight,
     promise_faults,
     rtx_diagnostics,
+    runs_on,
     this_machine,
 )
 from tests.unit.deploy.serve.test_shipped import read
 
-GPU = Machine(sm=89, driver="580.95.05", free_gpu_mb=8000, free_disk=10**9, tensorrt="10.14.1.48")
+GPU = Machine(sm=89, driver="580.95.05", gpu_mb=8000, free_disk=10**9, tensorrt="10.14.1.48")
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_the_graph_alone_needs_no_engine_that_was_run(shipped):
 
 
 MACHINES = {
-    "no driver": ({"sm": None, "driver": None, "free_gpu_mb": None}, {}, "no NVIDIA driver answers here"),
+    "no driver": ({"sm": None, "driver": None, "gpu_mb": None}, {}, "no usable NVIDIA GPU here"),
     "another GPU": ({"sm": 80}, {}, "model.engine is for SM89, this GPU is SM80"),
     "another TensorRT": (
         {"tensorrt": "11.4.0.106"},
@@ -70,7 +71,7 @@ MACHINES = {
     ),
     "an engine of TensorRT-RTX": ({}, {"backend": "tensorrt_rtx"}, "which alone Triton loads"),
     "an older driver": ({"driver": "570.124.06"}, {}, "driver 570.124.06 is older than 580.95.05"),
-    "a full GPU": ({"free_gpu_mb": 99}, {}, "the GPU has 99 MB free, model.engine alone has 100 MB"),
+    "a small GPU": ({"gpu_mb": 99}, {}, "the GPU has 99 MB, model.engine alone has 100 MB"),
 }
 
 
@@ -133,3 +134,11 @@ def test_this_machine_is_looked_at(tmp_path):
     found = this_machine(tmp_path / "not/yet/there", "10.14.1")
     assert found.free_disk > 0
     assert found.tensorrt == "10.14.1"
+
+
+@pytest.mark.parametrize(
+    ("target", "sm", "expected"),
+    [("SM89", 89, True), ("SM89", 90, False), ("SM80+", 75, False), ("SM80+", 80, True), ("SM80+", 120, True)],
+)
+def test_a_target_with_a_plus_takes_later_gpus(target, sm, expected):
+    assert runs_on(target, sm) is expected
