@@ -17,10 +17,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = "int8"
-FOR_CNN = (DEFAULT, "int8_erq", "int8_qwt_all")
+FOR_CNN = (DEFAULT, "int8_erq", "int8_qwt_all", "int8_shortcuts")
 RECIPES = {
     "dinov2_s": (
         DEFAULT, "int8_erq", "int8_qwt", "int8_plain_qwt", "int8_plain_qwt_shared", "int8_attention", "int8_attention_all",
+        "int8_products",
     ),
     "mobilenetv2": FOR_CNN, "efficientnet_lite0": FOR_CNN, "resnet50_thin": FOR_CNN,
 }  # fmt: skip

@@ -83,6 +83,16 @@ def int8_layers(engine: dict[str, Any], kept_float: Collection[str] = ()) -> str
     )
 
 
+def _megabytes(engine: dict[str, Any]) -> str:
+    """What kernels move per image at most, beside FP16, where the report tells."""
+    found = engine.get("traffic")
+    if not found:
+        return ""
+    return f"{found['mb_per_image']:.0f}" + (
+        f" (FP16 {found['fp16_mb_per_image']:.0f})" if found["fp16_mb_per_image"] is not None else ""
+    )
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
@@ -99,7 +109,17 @@ def _source(shown: Reports) -> str:
 
 def results_table(found: Reports) -> str:
     """Return one row per model, and where the figures come from."""
-    head = ["model", "SQNR to float", "judged on", "top-1 agreement", "speed on CPU", "INT8 layers", "engine", "time"]
+    head = [
+        "model",
+        "SQNR to float",
+        "judged on",
+        "top-1 agreement",
+        "speed on CPU",
+        "INT8 layers",
+        "engine",
+        "MB per image",
+        "time",
+    ]
     rows = [
         [
             report["model"],
@@ -109,6 +129,7 @@ def results_table(found: Reports) -> str:
             f"{report['speed']['ort_cpu_ratio']:.2f}x",
             int8_layers(engine := report["engine"], report["kept_float"]),
             f"{engine['kernels']} kernels, {engine['bytes'] / 1e6:.1f} MB",
+            _megabytes(engine),
             f"{report['seconds']['total']:.0f} s",
         ]
         for report in found.values()
@@ -119,8 +140,8 @@ def results_table(found: Reports) -> str:
 def recipes_table(found: Reports) -> str:
     """Return one row per model and recipe."""
     head = [
-        "model", "recipe", "SQNR to float", "judged on", "top-1 agreement", "kernels", "engine", "INT8 attentions",
-        "branches", "time",
+        "model", "recipe", "SQNR to float", "judged on", "top-1 agreement", "kernels", "MB per image", "engine",
+        "INT8 attentions", "branches", "time",
     ]  # fmt: skip
     rows = [
         [
@@ -130,6 +151,7 @@ def recipes_table(found: Reports) -> str:
             judged_on(fidelity),
             f"{fidelity['top1_agreement']:.1%}",
             str((engine := report["engine"])["kernels"]),
+            _megabytes(engine),
             f"{engine['bytes'] / 1e6:.1f} MB",
             str(len(report["int8_attention"])),
             str(len(report["branches"])),

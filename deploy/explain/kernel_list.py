@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
-from deploy.engine.kernels import Kernel, Tensor
+from deploy.engine.kernels import Kernel, Tensor, bytes_moved
 from deploy.package import KERNELS, read_json
 
 
@@ -21,6 +21,19 @@ class KernelLists:
     int8: tuple[Kernel, ...]
     fp16: tuple[Kernel, ...] | None
     why_no_twin: str = ""
+
+    def traffic(self, batch: int) -> dict[str, Any]:
+        """How many kernels there are, and the MB that they move at most per image of a `batch`; in FP16 too."""
+
+        def megabytes(kernels: Sequence[Kernel]) -> float:
+            return bytes_moved(kernels, batch) / batch / 1e6
+
+        return {
+            "batch": batch,
+            "mb_per_image": megabytes(self.int8),
+            "fp16_kernels": None if self.fp16 is None else len(self.fp16),
+            "fp16_mb_per_image": None if self.fp16 is None else megabytes(self.fp16),
+        }
 
 
 def _kernel(plain: Mapping[str, Any]) -> Kernel:

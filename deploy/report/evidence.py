@@ -170,6 +170,7 @@ def report_json(run: "Run") -> dict[str, Any]:
             "targets": list(built.targets),
             "bytes": len(built.plan),
             **run.audit.to_json(),
+            "traffic": run.kernels.traffic(run.options.profile.opt),
             **run.execution.to_json(),
             "kernels_without_branches": None if run.plain is None else len(run.plain.kernels),
             "bytes_without_branches": None if run.plain is None else len(run.plain.plan),

@@ -57,6 +57,15 @@ def _executed(engine: dict[str, Any]) -> str:
     return f"yes, on {engine['gpu']}: SQNR {found['sqnr_db']:.1f} dB{_interval(found)}{agreement}"
 
 
+def _traffic(engine: dict[str, Any]) -> str:
+    """How many kernels the engine has and what they move at most, beside the float network in FP16."""
+    found = engine["traffic"]
+    own = f"{engine['kernels']} kernels, at most {found['mb_per_image']:.1f} MB per image"
+    if found["fp16_kernels"] is None:
+        return f"{own} (batch {found['batch']}); no FP16 engine to compare with"
+    return f"{own}; in FP16 {found['fp16_kernels']} and {found['fp16_mb_per_image']:.1f} MB (batch {found['batch']})"
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
     rows = [
@@ -87,10 +96,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
                  f"engine {size[ENGINE] / 1e6:.1f} MB"),
         ("engine", f"{engine['backend']} {engine['version']} for {', '.join(engine['targets'])}"),
         *([("engine was run", _executed(engine))] if "executed" in engine else []),  # which an older report lacks
+        *([("kernels, memory", _traffic(engine))] if "traffic" in engine else []),  # which an older report lacks
         ("INT8 proof", f"{engine['int8_gemms']} INT8 GEMMs, {engine['int8_convs']} INT8 convolutions, "
                        f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
-                       f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}; "
-                       f"{engine['kernels']} kernels"),
+                       f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}"),
         ("time, peak memory", f"{report['seconds']['total']:.0f} s, {report['peak_rss_mb']:.0f} MB"),
     ]  # fmt: skip
 

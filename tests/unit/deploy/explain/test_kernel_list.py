@@ -29,3 +29,9 @@ def test_another_content_is_refused(tmp_path, change):
     (tmp_path / KERNELS).write_text(json.dumps(lists_to_json(KernelLists((ONE,), None)) | change))
     with pytest.raises(UserError, match="build the package again"):
         read_lists(tmp_path)
+
+
+def test_the_traffic_is_that_of_both_engines_per_image():
+    found = KernelLists((ONE, ONE), (ONE,)).traffic(4)
+    assert found == {"batch": 4, "mb_per_image": 2 * 1026 / 1e6, "fp16_kernels": 1, "fp16_mb_per_image": 1026 / 1e6}
+    assert KernelLists((ONE,), None).traffic(1)["fp16_mb_per_image"] is None
