@@ -47,7 +47,7 @@ HEADERS := $(VENV)/cuda-headers
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-$(READY): requirements.txt $(REQUIREMENTS)
+$(READY): requirements-base.txt $(REQUIREMENTS)
 	@echo "setting up $(VENV) with $(REQUIREMENTS) ($(if $(CUDA),an NVIDIA driver for CUDA $(CUDA) is present,no NVIDIA driver found))"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d: set PYTHON=" % v)'
 	@$(PYTHON) -m venv $(VENV)

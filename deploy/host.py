@@ -10,7 +10,7 @@ from calib.errors import UserError
 from deploy.gpu import NoGpuError, gpu
 
 PACKAGES = (
-    "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "polygraphy", "tensorrt",
+    "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "polygraphy", "tensorrt",
     "tensorrt-cu12", "tensorrt-rtx", "cuda-bindings", "pycuda", "numpy", "pillow",
 )  # fmt: skip
 

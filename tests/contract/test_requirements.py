@@ -1,4 +1,4 @@
-"""The sets of requirements for GPU hosts are the plain set and TensorRT, resolve, and compile nothing."""
+"""The sets of requirements share one base, resolve, and compile nothing."""
 
 import re
 import shutil
@@ -16,17 +16,22 @@ def lines(name):
     return [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("name", GPU_SETS)
-def test_a_gpu_host_has_what_every_host_has_and_tensorrt(name):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "requirements.txt": ["onnxruntime"],
+        "requirements-gpu.txt": ["onnxruntime-gpu", "tensorrt"],
+        "requirements-gpu-cuda12.txt": ["onnxruntime-gpu", "tensorrt-cu12"],
+    }.items(),
+)
+def test_a_host_has_what_every_host_has_and_its_own(name, expected):
     first, *rest = lines(name)
-    assert first == "-r requirements.txt"
-    assert [re.fullmatch(r"(tensorrt(-cu12)?)==(\d+)\.[\d.]+", line)[1] for line in rest] in (
-        ["tensorrt"],
-        ["tensorrt-cu12"],
-    )
+    assert first == "-r requirements-base.txt"
+    assert [re.fullmatch(r"([\w-]+)==[\d.]+", line)[1] for line in rest] == expected
+    assert not {line.split("==")[0] for line in lines("requirements-base.txt")} & {*expected, "pycuda"}
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("name", ["requirements-base.txt", "requirements-dev.txt"])
 def test_every_version_is_pinned(name):
     assert [line for line in lines(name) if not re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+", line)] == []
 
@@ -50,5 +55,5 @@ def test_the_set_resolves_from_metadata(uv, name):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found = dict(line.split("==") for line in done.stdout.splitlines() if "==" in line)
-    assert found.keys() >= {"torch", "tensorrt-rtx", "cuda-bindings"}
-    assert "pycuda" not in found
+    assert found.keys() >= {"torch", "tensorrt-rtx", "cuda-bindings", "onnxruntime-gpu"}
+    assert not found.keys() & {"pycuda", "onnxruntime"}
