@@ -1,12 +1,13 @@
-"""Splits per-channel weight scales of a MatMul into one scale of the INT8 product and one factor per channel behind it.
+"""Splits per-channel weight scales of a product into one scale of the INT8 product and one factor per channel behind it.
 
-    y = (q_x q_W) s_x s      scales s (N,), one per column of the weight q_W (K, N)
+    y = (q_x q_W) s_x s      scales s (N,), one per output channel: per column of the weight q_W (K, N) of a MatMul
       = (q_x q_W) s_x t c    t a power of two, c = s / t
 
 TensorRT-RTX writes the result of an INT8 product in FP16. Given s, it multiplies by s_x s in a later kernel: what it
 writes is the integer sum, and five products of 127 x 127 exceed 65504, the largest FP16 number. Given t, it multiplies the
 INT32 sum by s_x t in float before it rounds to FP16, and the kernel that adds the bias multiplies by c: the number of
-kernels does not change. Convolutions write FP32 and are not edited.
+kernels does not change. A convolution writes FP32 given s and FP16 given t, half the bytes; only one without a bias is
+edited, because the factors have to come before it (deploy/graph/separate_biases.py).
 
 Products that read the same tensor get the same t, the largest of theirs: the compiler merges such products into one kernel
 (q, k and v; a layer and the branch beside it), but only if s_x t is the same for all.
@@ -34,18 +35,24 @@ def tensor_and_channel_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.asarray(t), scales / t
 
 
+def _output_axis(node: ir.Node) -> int | None:
+    """The axis of the output channels in the weight that `node` dequantizes for MatMuls or Convs without a bias alone."""
+    users = {(user.op_type, index, len(user.inputs)) for user, index in node.outputs[0].uses()}
+    return {frozenset({("MatMul", 1, 2)}): 1, frozenset({("Conv", 1, 2)}): 0}.get(frozenset(users))
+
+
 def _channel_scales(node: ir.Node) -> np.ndarray | None:
-    """The scales (N,) of a `node` that dequantizes a weight (K, N) per column for MatMuls alone; None for any other."""
+    """The scales (N,) of a `node` that dequantizes a weight per output channel of products alone; None for any other."""
     if node.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
         return None
     weight, scale = (ir.convenience.get_const_tensor(value) for value in node.inputs[:2] if value is not None)
     if weight is None or scale is None or weight.dtype is not ir.DataType.INT8:
         return None
-    if len(weight.shape) != 2 or len(scale.shape) != 1:
+    axis, rank = _output_axis(node), len(weight.shape)
+    if axis is None or len(scale.shape) != 1 or (axis == 1 and rank != 2):
         return None
-    is_per_column = "axis" not in node.attributes or node.attributes["axis"].as_int() in (1, -1)
-    is_for_products = all(user.op_type == "MatMul" and index == 1 for user, index in node.outputs[0].uses())
-    return scale.numpy() if is_per_column and is_for_products else None
+    written = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    return scale.numpy() if written % rank == axis else None
 
 
 def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> None:
@@ -72,7 +79,7 @@ def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarra
 
 
 def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A new model with a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` by a per-channel INT8 weight.
+    """A new model with a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` or Conv by a per-channel INT8 weight.
 
     It expects symmetric weights and the node names of deploy/graph/names.py. A weight with another reader than the
     right factor of MatMuls keeps its scales.
@@ -85,7 +92,10 @@ def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
         node.resize_inputs(2)  # zero points would keep their shape (N,)
         node.replace_input_with(1, add_constant(graph, constant_name(weight.name or "", "scale"), t))
         node.attributes.pop("axis", None)
-        factors = add_constant(graph, constant_name(weight.name or "", "channel_scale"), scales[node] / t)
+        channels = scales[node] / t
+        if (rank := len(node.inputs[0].shape)) > 2:  # type: ignore[union-attr, arg-type]
+            channels = channels.reshape(1, -1, *[1] * (rank - 2))
+        factors = add_constant(graph, constant_name(weight.name or "", "channel_scale"), channels)
         for matmul, _ in weight.uses():
             _multiply_behind(graph, matmul, factors)
     RemoveUnusedNodesPass()(result)
