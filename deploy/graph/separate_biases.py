@@ -5,7 +5,7 @@
 It does so for every Conv and Gemm between a DequantizeLinear and a QuantizeLinear (its optimizer `WeightBiasQuantization`).
 In FP16 the quotient overflows beyond 65504 and s_x s_W is subnormal or zero, so the network is no longer itself. In FP32 the
 INT32 overflows where a channel's weights are tiny and its bias is not. ONNX Runtime leaves two forms alone, which
-TensorRT-RTX builds to the same kernels: a Conv without a bias and an Add behind it, and a bias of two dimensions behind a
+TensorRT-RTX builds to as many kernels: a Conv without a bias and an Add behind it, and a bias of two dimensions behind a
 MatMul, which would otherwise become a Gemm. TensorRT gets the biases back in their convolutions, because its documented
 fusion of convolution, residual sum and activation begins with a convolution that has its bias.
 """
