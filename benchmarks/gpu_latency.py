@@ -29,6 +29,7 @@ from deploy.engine.backends import choose_backend
 from deploy.engine.build import Profile
 from deploy.engine.isolated import build_apart
 from deploy.engine.runner import EngineRunner
+from deploy.measure.latency import FASTER, comparison
 from deploy.package import MANIFEST, MODEL, package_folder, read_json
 from deploy.report.evidence import tool_commit
 
@@ -39,7 +40,6 @@ PROFILE = Profile(opt=8, maximum=max(BATCHES))
 ROUNDS = 200  # of every engine at every batch size
 WINDOW, WINDOWS_ALIKE, ALIKE = 20, 3, 0.01  # settled: so many medians of so many launches differ by so little
 MOST_WINDOWS = 100
-FASTER = 1.02  # less may be the clock
 
 
 def settled(medians: Sequence[float]) -> bool:
@@ -64,12 +64,10 @@ def speedup(baseline: Sequence[float], candidate: Sequence[float]) -> dict[str, 
 
     `verdict`: "faster" or "slower" if the median lies beyond FASTER and the interval does not hold 1, else "alike".
     """
-    ratios = np.divide(baseline, candidate)
-    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    ratio = float(np.median(ratios))
-    verdict = "faster" if ratio > FASTER and low > 1 else "slower" if ratio < 1 / FASTER and high < 1 else "alike"
-    return {"ratio": ratio, "low": float(low), "high": float(high), "verdict": verdict}
+    found = comparison(np.asarray(baseline), np.asarray(candidate))
+    faster, slower = found.ratio > FASTER and found.low > 1, found.ratio < 1 / FASTER and found.high < 1
+    verdict = "faster" if faster else "slower" if slower else "alike"
+    return {"ratio": found.ratio, "low": found.low, "high": found.high, "verdict": verdict}
 
 
 class Timed:

@@ -36,7 +36,7 @@ from deploy.bridge.export import export_fp16
 from deploy.engine.audit import audit, planned_layers
 from deploy.engine.backends import tensorrt_rtx
 from deploy.engine.build import Profile
-from deploy.engine.kernels import Kernel, bytes_moved
+from deploy.engine.kernels import Kernel, megabytes_per_image
 from deploy.package import read_json
 from deploy.report.evidence import tool_commit
 
@@ -98,7 +98,7 @@ def figures(kernels: Sequence[Kernel], planned: Sequence[str]) -> dict[str, Any]
         "fused_attention": found.fused_attention,
         "int8_attention": found.int8_attention,
         "lost": list(found.lost),
-        "mb_per_image": bytes_moved(kernels, BATCH) / BATCH / 1e6,
+        "mb_per_image": megabytes_per_image(kernels, BATCH),
         "gmac_per_image": sum(kernel.macs or 0 for kernel in kernels) / 1e9,
     }
 

@@ -153,8 +153,7 @@ class QuantModel:
     @property
     def quantized_layers(self) -> tuple[str, ...]:
         """Names of the Linear and Conv2d layers whose input and weight both round."""
-        inputs = (quantizer.removesuffix(":input") for quantizer in self.quantizers if quantizer.endswith(":input"))
-        return tuple(name for name in inputs if f"{name}:weight" in self.quantizers)
+        return tuple(name for name in self._with_role("input") if f"{name}:weight" in self.quantizers)
 
     @property
     def int8_products(self) -> tuple[str, ...]:
@@ -167,12 +166,13 @@ class QuantModel:
         return self._with_role("shortcut")
 
     def _with_role(self, role: str) -> tuple[str, ...]:
+        """Names of what has a quantizer `<name>:<role>`."""
         return tuple(name for name, _, found in (each.rpartition(":") for each in self.quantizers) if found == role)
 
     @property
     def int8_attention(self) -> tuple[str, ...]:
         """Names of the attention modules that compute in INT8."""
-        names = (quantizer.removesuffix(":softmax") for quantizer in self.quantizers if quantizer.endswith(":softmax"))
+        names = self._with_role("softmax")
         return tuple(name for name in names if all(f"{name}:{role}" in self.quantizers for role in ATTENTION_ROLES))
 
     @property

@@ -13,9 +13,9 @@ from typing import NoReturn
 from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
 from calib.weights.zoo import input_size
-from deploy.errors import ContractError
+from deploy.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, ContractError
 from deploy.host import require_address_space
-from deploy.package_options import add_package_options, folder_from_options
+from deploy.package_options import add_package, folder_from_options
 from deploy.serve.verbs import SERVE_VERBS, add_serve_verbs
 
 # What libraries say, in exceptions of many types, when the machine has no more memory to give.
@@ -23,7 +23,6 @@ OUT_OF_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "failed to map segment", "failed to allocate memory", "bad_alloc",
     "bad allocation", "out of memory", "can't start new thread",
 )  # fmt: skip
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
-    verify.add_argument("folder", nargs="?", help="of the package; default: that of these options")
-    add_package_options(verify)
+    add_package(verify)
     add_serve_verbs(verbs)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
@@ -127,8 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "explain",
         help="where the time of an engine goes, beside FP16, and why INT8 is hardly faster; needs no torch or GPU",
     )
-    explain.add_argument("folder", nargs="?", help="of the package; default: that of these options")
-    add_package_options(explain)
+    add_package(explain)
     explain.add_argument(
         "--gpu", default="A10", help="the GPU to estimate for, as in the table it prints (default A10)"
     )

@@ -1,4 +1,6 @@
-"""The exception for a result that breaks a promise of the tool."""
+"""The exception for a result that breaks a promise of the tool, and the exit codes of the command line."""
+
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class ContractError(Exception):

@@ -1,6 +1,6 @@
 """What a built engine computes on this machine's GPU, beside what its graph computes in ONNX Runtime. No torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ import numpy as np
 from deploy.engine.runner import EngineRunner
 from deploy.gpu import gpu
 from deploy.graph.names import INPUT
-from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, sqnr_db
+from deploy.measure.accuracy import Fidelity, Outputs, joined_rows, sqnr_db
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.package import GOLDEN, MODEL_FP32
-from deploy.verify import Verdict, least_fp16_db, outputs_over
+from deploy.verify import Reference, Verdict, least_fp16_db, outputs_over
 
 
 @dataclass(frozen=True)
@@ -77,31 +77,21 @@ def _image_db(reference: Outputs, output: Outputs) -> tuple[float, ...]:
     return tuple(sqnr_db(*rows) for rows in zip(joined_rows(reference), joined_rows(output, reference), strict=True))
 
 
-def executed(
-    engine: EngineRunner,
-    folder: Path,
-    float_model: Path,
-    batches: Iterable[np.ndarray],
-    golden: np.ndarray,
-    task: str,
-    labels: np.ndarray | None = None,
-    sources: Sequence[int] | None = None,
-) -> Execution:
-    """Run an open `engine` on `batches` and on the `golden` images, and compare it with `float_model` in ONNX Runtime.
+def executed(engine: EngineRunner, folder: Path, reference: Reference) -> Execution:
+    """Run an open `engine` on the images of `reference`, and compare it with the float network.
 
-    The arguments are those of `verify_fidelity`.
+    `folder`: of the package, whose FP32-typed graph runs on the golden images too.
     """
-    reference, graph = OnnxRunner(float_model).named_outputs, OnnxRunner(folder / MODEL_FP32).named_outputs
     dtype = engine.tensors.inputs[INPUT].dtype
 
     def computed(some: Iterable[np.ndarray], expected: Outputs) -> Outputs:
         found = outputs_over(lambda images: engine({INPUT: images.astype(dtype)}), some)
         return {name: found[name] for name in expected}  # an engine may have its outputs in another order
 
-    exact, golden_exact = outputs_over(reference, batches), outputs_over(reference, [golden])
+    exact, golden, graph = reference.golden_outputs, [reference.golden], OnnxRunner(folder / MODEL_FP32).named_outputs
     return Execution(
         gpu=gpu().name,
-        fidelity=fidelity(exact, computed(batches, exact), task, labels, sources),
-        golden_db=_image_db(golden_exact, computed([golden], golden_exact)),
-        graph_db=_image_db(golden_exact, outputs_over(graph, [golden])),
+        fidelity=reference.fidelity(computed(reference.batches, reference.outputs)),
+        golden_db=_image_db(exact, computed(golden, exact)),
+        graph_db=_image_db(exact, outputs_over(graph, golden)),
     )

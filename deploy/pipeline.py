@@ -34,7 +34,7 @@ from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
 EXPORTED = ("simulation", "fp16", "fp32", "float_model")
-EXECUTED = ("built", "float_model", "evaluation", "golden", "task", "verdict")
+JUDGED = ("float_model", "evaluation", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
     "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "float_model",
@@ -63,8 +63,8 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
         Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
-        Stage("verify", ENGINE, ("float_model", "evaluation", "golden", "loaded", "task"), ("verdict",), steps.verify),
-        Stage("run", ENGINE, EXECUTED, ("execution",), steps.execute),
+        Stage("verify", ENGINE, JUDGED, ("reference", "verdict"), steps.verify),
+        Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),
         Stage("benchmark", ENGINE, ("float_model", "golden"), ("speed",), steps.benchmark),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip

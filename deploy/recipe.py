@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 import calib.methods
 from calib.attention import int8 as int8_attention
 from calib.errors import UserError, suggestion
-from calib.layerwise import float_layers, int8_products, int8_shortcuts
+from calib.layerwise import float_layers, rounding_points
 from calib.precision import INT8_ENGINE, Precision
 from calib.scales import calibrate, equalise
 from compensation import qwt
@@ -39,8 +39,8 @@ class Recipe:
     method: str
     method_config: Any
     keep_float: float_layers.Config | None  # None: all layers that can be are quantized
-    int8_shortcuts: int8_shortcuts.Config | None  # None: what goes around a convolutional block stays in FP16
-    int8_products: int8_products.Config | None  # None: matrix products are written in FP16
+    int8_shortcuts: rounding_points.Config | None  # None: what goes around a convolutional block stays in FP16
+    int8_products: rounding_points.Config | None  # None: matrix products are written in FP16
     compensate: qwt.Config | None  # None: no branches
     finetune: finetune.Config | None  # None: branches keep the closed-form solution
 
@@ -161,8 +161,8 @@ def recipe_from_tables(name: str, content: dict[str, Any], where: str) -> Recipe
         method=method_name,
         method_config=_config(method_module(method_name).Config, method, f"{where}, [method]"),
         keep_float=optional("keep_float", float_layers.Config),
-        int8_shortcuts=optional("int8_shortcuts", int8_shortcuts.Config),
-        int8_products=optional("int8_products", int8_products.Config),
+        int8_shortcuts=optional("int8_shortcuts", rounding_points.Config),
+        int8_products=optional("int8_products", rounding_points.Config),
         compensate=optional("compensate", qwt.Config),
         finetune=optional("finetune", finetune.Config),
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.progress import Progress
     from deploy.recipe import Recipe
     from deploy.stages import CalibrationImages
-    from deploy.verify import CpuSpeed, Verdict
+    from deploy.verify import CpuSpeed, Reference, Verdict
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Run:
     plain: "Built | None" = field(init=False)  # the engine without branches, if there are any
     kernels: "KernelLists" = field(init=False)  # of the engine and of its FP16 twin
     audit: "Audit" = field(init=False)
+    reference: "Reference" = field(init=False)  # the images that judge, and what the float network computes of them
     verdict: "Verdict" = field(init=False)
     execution: "Execution" = field(init=False)
     speed: "CpuSpeed" = field(init=False)

@@ -65,7 +65,7 @@ from deploy.report.evidence import report_json
 from deploy.report.manifest import manifest_json
 from deploy.run import Run
 from deploy.stages import FOLD, CalibrationImages, Stage, halves_of
-from deploy.verify import cpu_speed, verify_fidelity
+from deploy.verify import Reference, cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
 GOLDEN_IMAGES = 8
@@ -312,9 +312,8 @@ def verify(run: Run) -> Lines:
     """How near the graphs come to the float network on images that did not calibrate; ContractError if FP16 overflows."""
     labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
     images = Batches(run.evaluation, run.progress, np.asarray)
-    run.verdict = verify_fidelity(
-        run.folder, run.float_model, images, run.golden, run.task, labels, run.evaluation.sources
-    )
+    run.reference = Reference(run.float_model, images, run.golden, run.task, labels, run.evaluation.sources)
+    run.verdict = verify_fidelity(run.folder, run.reference)
     _hold(run.verdict)
     if not run.loaded.random and (reason := run.verdict.no_longer_the_network()):
         raise ContractError(reason)
@@ -325,16 +324,12 @@ def _execution(run: Run) -> Execution:
     """The engine's outputs, or why there are none: an engine may be for other GPUs than the one here."""
     if reason := run.backend.cannot_run():
         return Execution(reason)
-    labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
-    images = Batches(run.evaluation, run.progress, np.asarray)
     with ExitStack() as opened:
         try:
             engine = opened.enter_context(EngineRunner(run.built.plan, import_module(run.backend.NAME)))
         except UserError as error:
             return Execution(str(error))
-        return executed(
-            engine, run.folder, run.float_model, images, run.golden, run.task, labels, run.evaluation.sources
-        )
+        return executed(engine, run.folder, run.reference)
 
 
 def execute(run: Run) -> Lines:

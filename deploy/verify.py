@@ -1,5 +1,6 @@
 """Verifies the exported network with ONNX Runtime on images that it was not calibrated on. No torch."""
 
+import functools
 import re
 import zipfile
 import zlib
@@ -87,27 +88,48 @@ def _golden_db(reference: Outputs, model: Path, golden: np.ndarray, fused: bool 
     return mean_sqnr_db(joined_rows(reference), joined_rows(found, reference))
 
 
-def verify_fidelity(
-    folder: Path,
-    float_model: Path,
-    batches: Iterable[np.ndarray],
-    golden: np.ndarray,
-    task: str,
-    labels: np.ndarray | None = None,
-    sources: Sequence[int] | None = None,
-) -> Verdict:
-    """Compare the graphs in `folder` with `float_model` on `batches` and on the `golden` images.
+@dataclass(frozen=True)
+class Reference:
+    """The images that judge, and what the float network, the graph `float_model`, computes of them in ONNX Runtime.
 
-    `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `task`: what the outputs are.
-    `labels`: (images,) class indices of a classifier.
+    `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `task`: what the outputs are. `labels`:
+    (images,) class indices of a classifier. `sources`: the number of each image's source image.
     """
-    reference, compute = (OnnxRunner(path).named_outputs for path in (float_model, folder / MODEL_FP32))
-    golden_reference = outputs_over(reference, [golden])
+
+    float_model: Path
+    batches: Iterable[np.ndarray]
+    golden: np.ndarray
+    task: str
+    labels: np.ndarray | None = None
+    sources: Sequence[int] | None = None
+
+    @functools.cached_property
+    def _compute(self) -> Callable[[np.ndarray], Outputs]:
+        return OnnxRunner(self.float_model).named_outputs
+
+    @functools.cached_property
+    def outputs(self) -> Outputs:
+        """Those of all `batches`."""
+        return outputs_over(self._compute, self.batches)
+
+    @functools.cached_property
+    def golden_outputs(self) -> Outputs:
+        """Those of the `golden` images."""
+        return outputs_over(self._compute, [self.golden])
+
+    def fidelity(self, outputs: Outputs) -> Fidelity:
+        """How near `outputs` of all `batches` come."""
+        return fidelity(self.outputs, outputs, self.task, self.labels, self.sources)
+
+
+def verify_fidelity(folder: Path, reference: Reference) -> Verdict:
+    """Measure both graphs of the package in `folder` against the float network."""
+    compute, exact, golden = OnnxRunner(folder / MODEL_FP32).named_outputs, reference.golden_outputs, reference.golden
     return Verdict(
-        fidelity=fidelity(outputs_over(reference, batches), outputs_over(compute, batches), task, labels, sources),
-        fp32_sqnr_db=_golden_db(golden_reference, folder / MODEL_FP32, golden, fused=False),
+        fidelity=reference.fidelity(outputs_over(compute, reference.batches)),
+        fp32_sqnr_db=_golden_db(exact, folder / MODEL_FP32, golden, fused=False),
         # Node by node, FP16 overflows as in an engine; with its optimizations ONNX Runtime computes in FP32, but may misread
-        fp16_sqnr_db=min(_golden_db(golden_reference, folder / MODEL, golden, fused=fused) for fused in (False, True)),
+        fp16_sqnr_db=min(_golden_db(exact, folder / MODEL, golden, fused=fused) for fused in (False, True)),
     )
 
 

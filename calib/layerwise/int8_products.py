@@ -1,4 +1,4 @@
-"""Matrix products that are written in INT8 instead of FP16, because what an INT8 engine waits for is memory.
+"""Matrix products that are written in INT8 instead of FP16, so that fewer bytes move between kernels.
 
     y = c Q(x^ (t W)) + b        Q rounds the product itself, before its channels get their scales c and the bias
 
@@ -9,27 +9,17 @@ stays: scales, biases, the number of kernels. In some layers Q costs much accura
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from torch import nn
 
 from calib.grids import Grid, Unrounded, why_not_int8
 from calib.images.batches import Half
-from calib.layerwise.rounding_points import RoundingPoints, check_loss, within_budget
+from calib.layerwise.rounding_points import Config, RoundingPoints, within_budget
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel, StageRecord
 
 STAGE = "int8_products"
-
-
-@dataclass(frozen=True)
-class Config:
-    """What products in INT8 may cost."""
-
-    max_loss_db: float = 0.5  # of SQNR at the network's output, all of them together
-
-    def __post_init__(self) -> None:
-        check_loss(self.max_loss_db)
 
 
 def linear_layers(model: QuantModel) -> list[str]:

@@ -1,33 +1,23 @@
 """Shortcuts of residual sums in INT8: what a convolutional network passes from block to block.
 
-TensorRT computes a convolution, the residual sum behind it and the activation in one kernel that writes INT8, if the other
-operand of the sum is INT8 as well; else the sum is a kernel of its own in FP16. So the tensor that goes around a block gets
-one quantizer for all its readers: the sum, and the layers that quantize it anyway, which then read the same integers. What
-the convolution in front of the sum returns is not rounded. What may round and what it costs:
+As its documentation has it, TensorRT computes a convolution, the residual sum behind it and the activation in one kernel
+that writes INT8, if the other operand of the sum is INT8 as well; else the sum is a kernel of its own in FP16. So the tensor
+that goes around a block gets one quantizer for all its readers: the sum, and the layers that quantize it anyway, which then
+read the same integers. What the convolution in front of the sum returns is not rounded. What may round and what it costs:
 calib/layerwise/rounding_points.py.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from calib.grids import Grid, Unrounded
 from calib.images.batches import Half
-from calib.layerwise.rounding_points import RoundingPoints, check_loss, within_budget
+from calib.layerwise.rounding_points import Config, RoundingPoints, within_budget
 from calib.network.qdq import SHORTCUT, quantized_net
 from calib.quant_model import QuantModel, StageRecord
 
 STAGE = "int8_shortcuts"
-
-
-@dataclass(frozen=True)
-class Config:
-    """What shortcuts in INT8 may cost."""
-
-    max_loss_db: float = 0.5  # of SQNR at the network's output, all of them together
-
-    def __post_init__(self) -> None:
-        check_loss(self.max_loss_db)
 
 
 def shortcuts(model: QuantModel, halves: Sequence[Half]) -> RoundingPoints:

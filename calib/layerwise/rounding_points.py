@@ -7,8 +7,7 @@ that cost least per value are taken while they lose no more than the budget toge
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +28,15 @@ IMAGES = 8  # per part of a half
 Points = Mapping[str, str]  # name of a point -> the module of the network that the tensor goes through there
 
 
-def check_loss(max_loss_db: float) -> None:
-    """Raise ValueError for a loss (dB) that no network can have."""
-    if not 0 <= max_loss_db <= LARGEST_DB:
-        raise ValueError(f"max_loss_db {max_loss_db} is not a number from 0 to {LARGEST_DB:.0f}")
+@dataclass(frozen=True)
+class Config:
+    """What the points of one kind may cost."""
+
+    max_loss_db: float = 0.5  # of SQNR at the network's output, all of them together
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_loss_db <= LARGEST_DB:
+            raise ValueError(f"max_loss_db {self.max_loss_db} is not a number from 0 to {LARGEST_DB:.0f}")
 
 
 def reach(net: nn.Module, points: Points, half: Half) -> tuple[dict[str, float], dict[str, int]]:
@@ -124,7 +128,7 @@ class RoundingPoints:
 
 
 def within_budget(
-    stage: str, what: str, config: Any, found: RoundingPoints, halves: Sequence[Half], start: float
+    stage: str, what: str, config: Config, found: RoundingPoints, halves: Sequence[Half], start: float
 ) -> QuantModel:
     """Return the model that rounds at as many points as `config.max_loss_db` allows, with a record of `stage`.
 

@@ -17,6 +17,7 @@ from calib.grids import Grid, gradient_of_clipping, straight_through, why_not_in
 from calib.modules import replace_module
 from calib.quant_model import ATTENTION_ROLES, QuantModel
 from calib.quantizer import QMAX, QParams, quantize
+from calib.tensor_scale import tensor_scale
 
 
 @torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
@@ -54,12 +55,11 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:  # noqa: ARG001
 
 
 def tensor_and_channel_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """(t (), c (C,)) with c t == `scales` (C,): t is the smallest power of two that no scale exceeds, at most 1.
+    """(t (), c (C,)) with c t == `scales` (C,) and t as of `tensor_scale`.
 
-    deploy/graph/split_channel_scales.py says what a compiler needs t for, and why it is this one.
+    deploy/graph/split_channel_scales.py says what a compiler needs t for.
     """
-    mantissa, exponent = torch.frexp(scales.max())  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
-    t = torch.ldexp(torch.ones_like(mantissa), (exponent - (mantissa == 0.5).int()).clamp(max=0))
+    t = scales.new_tensor(tensor_scale(float(scales.max())))
     return t, scales / t
 
 

@@ -8,7 +8,7 @@ any other operator reads a channel, that channel cannot be scaled.
 
 import heapq
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,13 @@ class Reach:
     limits: list[str] = field(default_factory=list)
     attention: bool = False
     linear: bool = True
+
+
+def source_of(node: object, passed_on: Collection[object]) -> fx.Node | None:
+    """Return what computes the values of `node`, before operators of `passed_on`; None if that is no node."""
+    while isinstance(node, fx.Node) and node.target in passed_on:
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) else None
 
 
 Labels = Any  # a Tensor, or a tuple of them
@@ -290,10 +297,8 @@ def _attention(walk: _Walk, node: fx.Node) -> Labels | None:
 
 
 def _matrix_product(walk: _Walk, node: fx.Node) -> Labels | None:
-    left = node.args[0]
-    while isinstance(left, fx.Node) and left.target in SAME:
-        left = left.args[0]
-    if isinstance(left, fx.Node) and left.target in SOFTMAX:
+    left = source_of(node.args[0], SAME)
+    if left is not None and left.target in SOFTMAX:
         walk.reach.attention = True
     else:
         walk.reach.shifts = False

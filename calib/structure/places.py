@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, ZERO, Reach, reach_of
+from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, ZERO, Reach, reach_of, source_of
 from calib.structure.moves import INSERT, LAYER, NORM, Place
 from calib.structure.trace import Trace, aten, calls, shape
 
@@ -76,10 +76,8 @@ def _layer_places(trace: Trace, layers: Mapping[fx.Node, str]) -> Iterator[Place
 
 def _activation_before(node: fx.Node) -> fx.Node | None:
     """Return the activation whose values a layer reads, passed on or not; None if something else computes them."""
-    before = node.args[0]
-    while isinstance(before, fx.Node) and before.target in (*PASSED_ON, *HOMOGENEOUS, *LIMITS):
-        before = before.args[0]
-    return before if isinstance(before, fx.Node) and before.target in POINTWISE else None
+    before = source_of(node.args[0], (*PASSED_ON, *HOMOGENEOUS, *LIMITS))
+    return before if before is not None and before.target in POINTWISE else None
 
 
 def _insertions(trace: Trace, layers: Mapping[fx.Node, str], placed: Iterable[str]) -> Iterator[Place]:

@@ -6,16 +6,9 @@ from collections.abc import Iterator, Mapping
 from torch import fx, nn
 
 from calib.structure.blocks import cones_of
-from calib.structure.channels import SAME, SUMS
+from calib.structure.channels import SAME, SUMS, source_of
 from calib.structure.layers import Layer
-from calib.structure.trace import CONVOLUTIONS, Trace, calls, shape
-
-
-def _source(node: object) -> fx.Node | None:
-    """Return what computes the values of `node`, behind operators that pass them on."""
-    while isinstance(node, fx.Node) and node.target in SAME:
-        node = node.args[0]
-    return node if isinstance(node, fx.Node) else None
+from calib.structure.trace import CONVOLUTIONS, Trace, calls, modules_of, shape
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -27,27 +20,20 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _modules(node: fx.Node) -> list[str]:
-    """Return the names of the modules that `node` lies in, the outermost first; a second call has a name with '@'."""
-    return [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
-
-
 def _returned_by(trace: Trace, node: fx.Node) -> str | None:
     """Return the outermost module whose only result is `node`, if that module is called once.
 
     An nn.Sequential is left out: it would run a quantizer that it gets as a child.
     """
-    for name in _modules(node):
+    for name in modules_of(node):
         module = None if "@" in name else trace.net.get_submodule(name)
         names = [other for other, each in trace.net.named_modules(remove_duplicate=False) if each is module]
         if len(names) != 1 or isinstance(module, nn.Sequential):
             continue
-        inside = {each for each in trace.nodes if name in _modules(each)}
+        inside = trace.within[name]
         results = {each for each in inside if any(user not in inside for user in each.users)}
-        passed_on = {each for each in results if _source(each) is node}
-        called_once = not any(
-            re.fullmatch(re.escape(name) + r"@\d+", other) for each in trace.nodes for other in _modules(each)
-        )
+        passed_on = {each for each in results if source_of(each, SAME) is node}
+        called_once = not any(re.fullmatch(re.escape(name) + r"@\d+", other) for other in trace.within)
         if results and results == passed_on and called_once:
             return name
     return None
@@ -66,7 +52,7 @@ def shortcuts_of(trace: Trace, plain: Mapping[fx.Node, str], layers: Mapping[str
         return node in plain and layers[plain[node]].why_float is None
 
     for node in calls(trace.nodes, *SUMS):
-        one, other = (_source(each) for each in node.args[:2])
+        one, other = (source_of(each, SAME) for each in node.args[:2])
         if one is None or other is None or {one, other} & trace.constants or shape(one) != shape(other) or node.kwargs:
             continue
         shortcut, summand = sorted((one, other), key=lambda each: len(cones[each]))

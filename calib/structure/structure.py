@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from calib.outputs import kind_of
 from calib.structure.blocks import Block, blocks_of
-from calib.structure.channels import PASSED_ON
+from calib.structure.channels import PASSED_ON, source_of
 from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
 from calib.structure.moves import NORM, Place
 from calib.structure.places import places_of
@@ -125,10 +125,8 @@ def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place,
 def _behind_gelu(plain: Mapping[fx.Node, str]) -> frozenset[str]:
     found = set()
     for node, name in plain.items():
-        before = node.args[0]
-        while isinstance(before, fx.Node) and before.target in PASSED_ON:
-            before = before.args[0]
-        if isinstance(before, fx.Node) and before.target is aten.gelu.default:
+        before = source_of(node.args[0], PASSED_ON)
+        if before is not None and before.target is aten.gelu.default:
             found.add(name)
     return frozenset(found)
 

@@ -127,9 +127,17 @@ class Trace:
 
     def owner(self, node: fx.Node) -> str:
         """Return the name of the innermost module that computes `node`; empty for the network itself."""
-        stack = node.meta.get("nn_module_stack") or {}
-        names = [name for name, _ in stack.values()]
+        names = modules_of(node)
         return re.sub(r"@\d+", "", names[-1]) if names else ""
+
+    @functools.cached_property
+    def within(self) -> dict[str, set[fx.Node]]:
+        """What every call of a module computes, its submodules included, by its name as of `modules_of`."""
+        found: dict[str, set[fx.Node]] = {}
+        for node in self.nodes:
+            for name in modules_of(node):
+                found.setdefault(name, set()).add(node)
+        return found
 
     @functools.cached_property
     def owned(self) -> dict[str, list[fx.Node]]:
@@ -155,6 +163,11 @@ class Trace:
         return Counter(
             self.parameters[node.name] for node in self.nodes for _ in node.users if node.name in self.parameters
         )
+
+
+def modules_of(node: fx.Node) -> list[str]:
+    """Return the names of the modules that `node` lies in, the outermost first; those of a second call end in '@1'."""
+    return [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

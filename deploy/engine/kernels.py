@@ -124,6 +124,11 @@ def bytes_moved(kernels: Iterable[Kernel], batch: int) -> float:
     return sum(tensor.bytes(batch) for kernel in kernels for tensor in (*kernel.reads, *kernel.writes))
 
 
+def megabytes_per_image(kernels: Iterable[Kernel], batch: int) -> float:
+    """`bytes_moved` for one image of the `batch`, in 10^6 bytes."""
+    return bytes_moved(kernels, batch) / batch / 1e6
+
+
 def count_kernels(kernels: Iterable[Kernel], kind: Kind, precision: str) -> int:
     """The number of kernels of this `kind` that multiply in this `precision`."""
     return sum(kernel.kind == kind and kernel.precision == precision for kernel in kernels)

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 
+from deploy.engine.logger import one_line
+
 
 def why_not_loaded(module: str, install: str) -> str | None:
     """The reason in one line why `module` cannot be imported, or None. `install`: the command that installs it."""
@@ -11,6 +13,6 @@ def why_not_loaded(module: str, install: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # of any type: what a library raises when it cannot find another is its own affair
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error))[:200]
         return f"the package {module} is installed but cannot be loaded ({type(error).__name__}: {said}): {install}"
     return None

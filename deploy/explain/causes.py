@@ -6,10 +6,11 @@ returns none without the FP16 twin. docs/why-is-int8-not-faster.md has a section
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from deploy.engine.kernels import Kernel, bytes_moved, only_moves
+from deploy.engine.kernels import Kernel, bytes_moved, megabytes_per_image, only_moves
 from deploy.explain.compared import PRODUCTS, Compared, covered
 from deploy.explain.roofline import BATCHES, LAUNCH_SECONDS, limit, seconds
 from deploy.graph.names import layer_from_name, operator_from_name
+from deploy.measure.latency import FASTER
 
 ACTIVATIONS = (
     "Gelu",
@@ -25,7 +26,6 @@ ACTIVATIONS = (
     "Elu",
     "Mish",
 )
-FASTER = 1.02  # a ratio below it is no gain
 FEW_BYTES = 0.01  # of all that an engine moves: not worth a word
 _SHOWN = 3  # named in a line
 
@@ -64,7 +64,7 @@ def _named(kernels: Iterable[Kernel]) -> str:
 
 def _megabytes(kernels: Iterable[Kernel], batch: int) -> str:
     """What these kernels move per image, as text."""
-    return f"{bytes_moved(kernels, batch) / batch / 1e6:.3g} MB"
+    return f"{megabytes_per_image(kernels, batch):.3g} MB"
 
 
 def more_bytes(at: Compared) -> Lines:

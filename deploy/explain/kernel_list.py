@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
-from deploy.engine.kernels import Kernel, Tensor, bytes_moved
+from deploy.engine.kernels import Kernel, Tensor, megabytes_per_image
 from deploy.package import KERNELS, read_json
 
 
@@ -24,15 +24,11 @@ class KernelLists:
 
     def traffic(self, batch: int) -> dict[str, Any]:
         """How many kernels there are, and the MB that they move at most per image of a `batch`; in FP16 too."""
-
-        def megabytes(kernels: Sequence[Kernel]) -> float:
-            return bytes_moved(kernels, batch) / batch / 1e6
-
         return {
             "batch": batch,
-            "mb_per_image": megabytes(self.int8),
+            "mb_per_image": megabytes_per_image(self.int8, batch),
             "fp16_kernels": None if self.fp16 is None else len(self.fp16),
-            "fp16_mb_per_image": None if self.fp16 is None else megabytes(self.fp16),
+            "fp16_mb_per_image": None if self.fp16 is None else megabytes_per_image(self.fp16, batch),
         }
 
 

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from deploy.engine.kernels import Kernel, bytes_moved, only_moves
+from deploy.engine.kernels import Kernel, megabytes_per_image, only_moves
 from deploy.explain.causes import causes
 from deploy.explain.compared import Compared
 from deploy.explain.gpus import GPUS, Gpu
@@ -40,7 +40,7 @@ def _figures(kernels: Sequence[Kernel], gpu: Gpu, batch: int) -> tuple[str, ...]
     limits = [limit(kernel, gpu, batch) for kernel in kernels]
     return (
         str(len(kernels)),
-        f"{bytes_moved(kernels, batch) / batch / 1e6:.1f}",
+        f"{megabytes_per_image(kernels, batch):.1f}",
         f"{macs:.2f}" if macs else "",
         f"{seconds(kernels, gpu, batch) * 1e6:.0f}",
         max(dict.fromkeys(limits), key=limits.count),

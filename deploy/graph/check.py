@@ -11,10 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from calib.errors import UserError
-from deploy.graph.constants import constant
+from deploy.graph.constants import DEQUANTIZE, QUANTIZE, constant
 
 MIN_OPSET = 21
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 # (operator, input, transposed by attribute) -> axis of a weight that is the operator's output channel
 OUTPUT_CHANNEL = {

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from deploy.graph.constants import add_constant, constant
+from deploy.graph.constants import DEQUANTIZE, QUANTIZE, add_constant, constant
 
 OFFSET = 128
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
 @dataclass(frozen=True)

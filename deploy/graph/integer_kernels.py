@@ -20,8 +20,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from deploy.graph.constants import add_constant, constant
-from deploy.graph.integer_factors import OFFSET, QUANTIZE, Factors, factors, made_unsigned, only_user, zero_point
+from deploy.graph.constants import QUANTIZE, add_constant, constant
+from deploy.graph.integer_factors import OFFSET, Factors, factors, made_unsigned, only_user, zero_point
 from deploy.graph.names import constant_name, node_name
 
 MICROSOFT = "com.microsoft"

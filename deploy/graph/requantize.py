@@ -8,19 +8,21 @@ changes nothing, and hides from a compiler that all of them read one INT8 tensor
 import numpy as np
 import onnx_ir as ir
 
+from deploy.graph.constants import DEQUANTIZE, QUANTIZE, constant
+
 
 def _constants(node: ir.Node) -> list[np.ndarray] | None:
     """Return scale and zero point of a Q or DQ node; None if they are computed at run time."""
-    found = [None if each is None else ir.convenience.get_const_tensor(each) for each in node.inputs[1:]]
-    return None if any(each is None for each in found) else [each.numpy() for each in found if each is not None]
+    found = [array for each in node.inputs[1:] if (array := constant(each)) is not None]
+    return found if len(found) == len(node.inputs) - 1 else None
 
 
 def read_the_same_integers(model: ir.Model) -> None:
     """Let whatever quantizes a dequantized tensor by the same numbers read its integers (edits `model`)."""
     for node in list(model.graph):
-        given = node.inputs[0] if node.op_type == "QuantizeLinear" else None
+        given = node.inputs[0] if node.op_type == QUANTIZE else None
         before = None if given is None else given.producer()
-        if before is None or before.op_type != "DequantizeLinear":
+        if before is None or before.op_type != DEQUANTIZE:
             continue
         own, earlier = _constants(node), _constants(before)
         if own is None or earlier is None or len(own) != len(earlier):

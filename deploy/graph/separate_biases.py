@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from deploy.graph.constants import add_constant, constant
+from deploy.graph.constants import DEQUANTIZE, add_constant, constant, insert_behind
 from deploy.graph.names import constant_name, operator_from_name, renamed_operator
 
 LARGEST_INT32 = 2.0**31
@@ -27,7 +27,7 @@ BIAS = "Bias"  # the operator in the names of these Adds
 def _scale(value: ir.Value | None) -> np.ndarray | None:
     """The constant scale of what a DequantizeLinear writes to `value`; None for any other value."""
     node = None if value is None else value.producer()
-    return constant(node.inputs[1]) if node is not None and node.op_type == "DequantizeLinear" else None
+    return constant(node.inputs[1]) if node is not None and node.op_type == DEQUANTIZE else None
 
 
 def _rounded(node: ir.Node, bias: np.ndarray) -> bool:
@@ -42,17 +42,12 @@ def _rounded(node: ir.Node, bias: np.ndarray) -> bool:
 
 def _separate(graph: ir.Graph, conv: ir.Node, bias: np.ndarray) -> None:
     """Move the `bias` (N,) of `conv` to an Add behind it, named `<layer>/Bias`."""
-    product, dequantized = conv.outputs[0], conv.inputs[1]
-    integers = constant(dequantized.producer().inputs[0])  # type: ignore[union-attr]
+    integers = constant(conv.inputs[1].producer().inputs[0])  # type: ignore[union-attr]
     assert integers is not None
     name = renamed_operator(conv.name or "", BIAS)
-    sum_ = ir.Value(name=name, shape=product.shape, type=product.type)
-    if product.is_graph_output():
-        product.name, sum_.name = conv.name, product.name
-    product.replace_all_uses_with(sum_, replace_graph_outputs=True)
     conv.resize_inputs(2)
     value = add_constant(graph, constant_name(name, "bias"), bias.reshape(1, -1, *[1] * (integers.ndim - 2)))
-    graph.insert_after(conv, ir.node("Add", [product, value], outputs=[sum_], name=name))
+    insert_behind(conv, "Add", name, value)
 
 
 def _biases_behind(product: ir.Value) -> Iterator[tuple[ir.Node, int, np.ndarray]]:

@@ -20,19 +20,18 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from deploy.graph.constants import add_constant
+from calib.tensor_scale import tensor_scale
+from deploy.graph.constants import add_constant, insert_behind
 from deploy.graph.names import constant_name, renamed_operator
 
 
 def tensor_and_channel_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(t, c) of shapes () and (N,) with c * t == `scales` (N,) in every bit, all in one dtype.
 
-    t is the smallest power of two that no scale exceeds, so that c is at most 1 and as far from subnormal as possible.
-    If a scale exceeds 1, t is 1: a larger divisor could lose bits of a small scale.
+    t is that of `tensor_scale`, the smallest power of two that no scale exceeds, at most 1.
     """
-    mantissa, exponent = np.frexp(scales.max())  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
-    t = np.ldexp(scales.dtype.type(1), min(exponent - int(mantissa == 0.5), 0))
-    return np.asarray(t), scales / t
+    t = np.asarray(tensor_scale(float(scales.max())), scales.dtype)
+    return t, scales / t
 
 
 def _output_axis(node: ir.Node) -> int | None:
@@ -55,16 +54,6 @@ def _channel_scales(node: ir.Node) -> np.ndarray | None:
     return scale.numpy() if written % rank == axis else None
 
 
-def _multiply_behind(graph: ir.Graph, matmul: ir.Node, factors: ir.Value) -> None:
-    product = matmul.outputs[0]
-    name = renamed_operator(matmul.name or "", "ChannelScale")
-    scaled = ir.Value(name=name, shape=product.shape, type=product.type)
-    if product.is_graph_output():
-        product.name, scaled.name = matmul.name, product.name
-    product.replace_all_uses_with(scaled, replace_graph_outputs=True)
-    graph.insert_after(matmul, ir.node("Mul", [product, factors], outputs=[scaled], name=name))
-
-
 def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarray]:
     """t () of each dequantized weight in `scales`; weights whose products read the same tensor share one."""
     found = {node: tensor_and_channel_scales(values)[0] for node, values in scales.items()}
@@ -81,8 +70,8 @@ def _tensor_scales(scales: dict[ir.Node, np.ndarray]) -> dict[ir.Node, np.ndarra
 def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """A new model with a Mul `<layer>/ChannelScale` behind each `<layer>/MatMul` or Conv by a per-channel INT8 weight.
 
-    It expects symmetric weights and the node names of deploy/graph/names.py. A weight with another reader than the
-    right factor of MatMuls keeps its scales.
+    It expects symmetric weights and the node names of deploy/graph/names.py. A weight keeps its scales if anything else
+    reads it, or a Conv with a bias.
     """
     result = ir.from_proto(model)
     graph = result.graph
@@ -96,7 +85,7 @@ def split_channel_scales(model: onnx.ModelProto) -> onnx.ModelProto:
         if (rank := len(node.inputs[0].shape)) > 2:  # type: ignore[union-attr, arg-type]
             channels = channels.reshape(1, -1, *[1] * (rank - 2))
         factors = add_constant(graph, constant_name(weight.name or "", "channel_scale"), channels)
-        for matmul, _ in weight.uses():
-            _multiply_behind(graph, matmul, factors)
+        for product, _ in weight.uses():
+            insert_behind(product, "Mul", renamed_operator(product.name or "", "ChannelScale"), factors)
     RemoveUnusedNodesPass()(result)
     return ir.to_proto(result)

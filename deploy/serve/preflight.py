@@ -8,8 +8,8 @@ import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from deploy.engine.logger import keeping_logger
 from deploy.gpu import NoGpuError, gpu
 from deploy.package import ENGINE
 from deploy.serve.containers import same_release
@@ -145,16 +145,7 @@ def rtx_diagnostics(plan: bytes) -> int:
         return 0
     import tensorrt_rtx as trt
 
-    class Silent(trt.ILogger):
-        """What TensorRT-RTX would print is in the bits."""
-
-        def log(self, _severity: Any, _message: str) -> None:
-            """Drop it."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-    _, diagnostics = trt.Runtime(Silent()).get_engine_validity(plan)
+    _, diagnostics = trt.Runtime(keeping_logger(trt)).get_engine_validity(plan)  # what it would print is in the bits
     return int(diagnostics)
 
 

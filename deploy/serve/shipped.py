@@ -39,8 +39,8 @@ class Shipped:
 
     `id`: sha256 (hex) of the manifest, which itself holds that of every file. `opt`, `largest`: batch sizes that the engine
     is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM80+" for this and later ones. `executed`:
-    whether the engine was ever run.
-    `driver`: NVIDIA driver of the host that built it, None without one. `bytes`: of all files together.
+    whether the engine was ever run. `driver`: NVIDIA driver of the host that built it, None without one. `bytes`: of all
+    files together.
     """
 
     folder: Path

@@ -8,9 +8,9 @@ from typing import Any
 
 from calib.errors import UserError
 from calib.store.paths import expanded
+from deploy.errors import EXIT_USER_ERROR
 from deploy.package_options import add_package_options, folder_from_options
 
-EXIT_USER_ERROR = 2
 REPOSITORY = "models"
 URL = "127.0.0.1:8000"
 ALLOWANCES = {

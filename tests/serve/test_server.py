@@ -265,19 +265,25 @@ def test_a_switch_and_back_while_clients_ask(switched, newer):
     assert {tuple(each) for each in seen} == {("old",), ("new",)}  # every answer is of one package, none was refused
 
 
+def refused(serve_python, package, switched):
+    """What `activate` says of a package that it does not switch to: the old version goes on, the new one is gone."""
+    repository, client, runners = switched
+    command = [serve_python, "-m", "deploy", "activate", str(package), "--repo", str(repository), "--url", client.url]
+    done = subprocess.run([*command, "--name", "vit"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert serving(client, runners) == ["old"]
+    assert not (repository / "vit_cpu/2").exists()
+    return done.stderr
+
+
 def test_a_version_that_does_not_load_leaves_the_old_one_serving(switched, newer, tmp_path, serve_python):
     """Its graph is no graph, though its digests fit."""
-    repository, client, runners = switched
     broken = tmp_path / "broken"
     shutil.copytree(newer, broken)
     (broken / "model.fp32.onnx").write_bytes(b"no graph")
     record_again(broken)
-    command = [serve_python, "-m", "deploy", "activate", str(broken), "--repo", str(repository), "--url", client.url]
-    done = subprocess.run([*command, "--name", "vit"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "load failed for model 'vit_cpu': version 2 is at UNAVAILABLE state" in done.stderr
-    assert serving(client, runners) == ["old"]
-    assert not (repository / "vit_cpu/2").exists()
+    said = refused(serve_python, broken, switched)
+    assert "load failed for model 'vit_cpu': version 2 is at UNAVAILABLE state" in said
 
 
 def record_again(folder):
@@ -290,17 +296,11 @@ def record_again(folder):
 
 def test_a_version_that_answers_wrongly_leaves_the_old_one_serving(switched, package, newer, tmp_path, serve_python):
     """It loads, but its golden outputs are those of another network."""
-    repository, client, runners = switched
     wrong = tmp_path / "wrong"
     shutil.copytree(newer, wrong)
     shutil.copy(package / "golden.npz", wrong / "golden.npz")
     record_again(wrong)
-    command = [serve_python, "-m", "deploy", "activate", str(wrong), "--repo", str(repository), "--url", client.url]
-    done = subprocess.run([*command, "--name", "vit"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "version 2 of 'vit_cpu' answers wrongly: it reaches" in done.stderr
-    assert serving(client, runners) == ["old"]
-    assert not (repository / "vit_cpu/2").exists()
+    assert "version 2 of 'vit_cpu' answers wrongly: it reaches" in refused(serve_python, wrong, switched)
 
 
 KILLED = """

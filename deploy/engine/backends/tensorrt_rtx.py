@@ -16,15 +16,14 @@ from deploy.graph.split_channel_scales import split_channel_scales
 
 NAME = "tensorrt_rtx"
 INSTALL = "make setup"
-DEFAULT_TARGETS = (
-    "SM80+",
-)  # what an engine runs on that was built for none in particular: Ampere, also A100, and later
+# of an engine that was built for no GPU in particular: Ampere, also A100, and later
+DEFAULT_TARGETS = ("SM80+",)
 SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
 
 PROGRAM = re.compile(rb"header \{\n  version = .*?\nmain \{\n.*?\n\}", re.DOTALL)  # see deploy/engine/plan_text.py
 
 CONVOLUTION_NOTE = (
-    "TensorRT-RTX documents no INT8 convolution kernels: its plan shows INT8 operands with FP32 results, and what runs is "
+    "TensorRT-RTX documents no INT8 convolution kernels: its plan shows INT8 operands with float results, and what runs is "
     "chosen on the GPU; for a CNN build with TARGET=tensorrt on a GPU host"
 )
 

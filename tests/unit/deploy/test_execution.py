@@ -15,14 +15,14 @@ from deploy.execution import Execution, executed
 from deploy.measure.accuracy import Fidelity
 from deploy.package import MODEL_FP32
 from deploy.steps import _execution
-from deploy.verify import Verdict, verify_fidelity
+from deploy.verify import Reference, Verdict, verify_fidelity
 from tests.gpu.host import HERE, gpu_host
 from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """(folder with the graphs, the FP16-typed graph, the float graph, images, golden images, verdict on the graphs)."""
+    """(folder with the graphs, the FP16-typed graph, the float network's outputs, verdict on the graphs)."""
     halves, folder = tiny_halves(2), tmp_path_factory.mktemp("package")
     model = rounded(calibrated("vit", halves), halves)
     fp16, fp32 = export_pair(quantized_net(model), (SIZE, SIZE))
@@ -30,16 +30,17 @@ def package(tmp_path_factory):
     onnx.save(fp32, folder / MODEL_FP32)
     onnx.save(export_float(model.float_net, (SIZE, SIZE)), folder / "float.onnx")
     images = [batch.numpy() for batch in tiny_batches(4, seed=7)]
-    verdict = verify_fidelity(folder, folder / "float.onnx", images, images[0], "features")
+    reference = Reference(folder / "float.onnx", images, images[0], "features")
+    verdict = verify_fidelity(folder, reference)
     assert verdict.failure() is None
-    return folder, fp16, folder / "float.onnx", images, images[0], verdict
+    return folder, fp16, reference, verdict
 
 
 def ran(package, trt):
-    folder, fp16, float_model, images, golden, _ = package
+    folder, fp16, reference, _ = package
     plan = tensorrt.build(fp16, Profile(2, 3), None).plan  # batches of four are cut in two
     with EngineRunner(plan, trt) as engine:
-        return executed(engine, folder, float_model, images, golden, "features")
+        return executed(engine, folder, reference)
 
 
 def test_an_engine_that_computes_its_graph_holds(package, api_of, monkeypatch):
