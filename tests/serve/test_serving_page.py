@@ -37,8 +37,8 @@ def words(command):
     found = shlex.split(command)
     if found[0] == "python":
         return [".venv-serve/bin/python", *found[1:]]
-    # the environments are made already, whatever their age
-    return [*found, "--assume-old=.venv-serve/.ready", "--assume-old=.venv-triton/.ready"]
+    # the environments are made already, whatever their age; under `make test` make would first name the folder it enters
+    return [*found, "--no-print-directory", "--assume-old=.venv-serve/.ready", "--assume-old=.venv-triton/.ready"]
 
 
 def run(command, folder, port=""):
