@@ -78,11 +78,11 @@ def _branch(form: str, place: Place) -> BlockBranch:
 def with_branches(model: QuantModel, forms: Sequence[str], image: Tensor) -> QuantModel | None:
     """`model` with a branch of the first form that can stand at a block beside every block; None if there is no such block.
 
-    Raises ValueError if the blocks are no chain.
+    Raises ValueError if a block is not called, or edits its input.
     """
     torch.manual_seed(0)
     branches: dict[str, Branch] = {}
-    for block, place in places(model, quantized_net(model), image).items():
+    for block, place in places(model, quantized_net(model), image).of.items():
         if form := next((form for form in forms if place.serves(form)), None):
             branches[block] = _branch(form, place)
     return replace(model, branches=branches) if branches else None

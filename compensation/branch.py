@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calib.network.qdq import QuantLinear, dequantize_weight
 from calib.quantizer import QParams, channel_qparams
-from compensation.carry import Call, call_of
+from compensation.carry import Call, call_of, plus
 from compensation.moments import Fit
 
 
@@ -32,11 +32,11 @@ def keep_input(reader: Any, inputs: tuple[Any, ...]) -> None:
 def add_branch(block: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """The forward hook of a block with a branch. Plain functions, so that copies of the block keep working."""
     if not block.branch.reader:
-        return output + block.branch(inputs[0])
+        return plus(output, block.branch(inputs[0]))
     reader = block.get_submodule(block.branch.reader)
     shared = reader.shared_input
     del reader.shared_input
-    return output + block.branch(shared)
+    return plus(output, block.branch(shared))
 
 
 class BlockBranch(nn.Module):
@@ -66,7 +66,7 @@ class BlockBranch(nn.Module):
 
 
 class DenseBranch(BlockBranch):
-    """Tokens (B, N, d_in) -> (B, N, d_out): x W^T + b, written as a 1x1 convolution over the tokens.
+    """Tokens (B, N, d_in) -> (B, N, d_out), or (B, H, W, d_in) -> (B, H, W, d_out): x W^T + b as a 1x1 convolution.
 
     A matrix product takes the sum at the end of the block into its kernel and tears that from the LayerNorm behind it: two
     more kernels a block in TensorRT-RTX where a convolution is one (benchmarks/results/branch_forms.json).
@@ -78,7 +78,9 @@ class DenseBranch(BlockBranch):
         self.bias = fp16_parameter(fit.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d_in) -> (B, N, d_out)."""
+        """(B, N, d_in) -> (B, N, d_out), or with H, W instead of N."""
+        if x.dim() == 4:
+            return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
         return F.conv2d(x.transpose(1, 2).unsqueeze(3), self.weight, self.bias).squeeze(3).transpose(1, 2)
 
     def fits(self) -> list[Fit]:

@@ -1,6 +1,6 @@
 """What the blocks of a network read, batch by batch, while earlier blocks get their branches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -47,17 +47,26 @@ def call_of(net: nn.Module, block: str, x: Tensor, args: Sequence[Any] = (), kwa
 Added = Callable[[Call], Tensor]  # how a block is called -> what a branch adds to the block's output
 
 
-class Carry:
-    """The inputs of one block after another, along one network; one block input and output per batch stay in memory."""
+def plus(output: Tensor, added: Tensor) -> Tensor:
+    """Return what a block returns with its branch: (B, H, W, C) plus (B, H W, C) where the branch reads tokens in a row."""
+    return output + (added if added.dim() == output.dim() else added.reshape(output.shape))
 
-    def __init__(self, net: nn.Module, images: Batches) -> None:
-        self.net, self.images = net, images
+
+class Carry:
+    """The inputs of one block after another, along one network; one block input and output per batch stay in memory.
+
+    `reading_on`: the blocks that read what the one before returned; to the others the network runs from its start, with the
+    branches that it has by then.
+    """
+
+    def __init__(self, net: nn.Module, images: Batches, reading_on: Collection[str]) -> None:
+        self.net, self.images, self.reading_on = net, images, reading_on
         self.inputs: list[Call] = []
         self.outputs: dict[int, Tensor] = {}
 
     def calls(self, block: str) -> Iterator[Call]:
         """Yield the calls of `block`, one per batch; the blocks before it must have been advanced past, in order."""
-        if not self.inputs:
+        if block not in self.reading_on:
             self.inputs = [call_of(self.net, block, batch) for batch in self.images]
         return iter(self.inputs)
 
@@ -69,4 +78,4 @@ class Carry:
         """Go on to the next block: its inputs are the outputs kept, plus `branch` of the calls they came from."""
         for index in list(self.outputs):
             output, call = self.outputs.pop(index), self.inputs[index]
-            self.inputs[index] = call._replace(x=output if branch is None else output + branch(call))
+            self.inputs[index] = call._replace(x=output if branch is None else plus(output, branch(call)))

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.grids import why_not_int8
 from calib.hooks import input_hooks
 from calib.images.batches import ROTATIONS, Half
 from calib.judge.held_out import Candidate, Offer
@@ -40,10 +39,10 @@ from calib.quant_model import Branch, QuantModel
 from calib.quantizer import QParams
 from compensation.branch import BlockBranch, engine_bytes
 from compensation.carry import Call, Carry
-from compensation.chain import block_layouts
 from compensation.forms import FORMS, NoFitError, Place
 from compensation.leave_out import worth_keeping
 from compensation.moments import Moments, pooled, r2
+from compensation.places import Places, places
 from compensation.select import UNLIMITED, Option, front, select
 
 LOSSLESS = 1e-12  # variance of r per sample below which there is nothing to compensate
@@ -239,20 +238,6 @@ class Joined:
         return len(self.part_of)
 
 
-def places(model: QuantModel, net: nn.Module, images: Tensor) -> dict[str, Place]:
-    """Return where branches go, by block. Raises ValueError naming the blocks if they are no chain."""
-    found = {}
-    for name, layout in block_layouts(model, net, images).items():
-        shared = {}
-        for form, reader in model.structure.shared.get(name, {}).items():
-            grid, alone = model.quantizers.get(f"{name}.{reader}:input"), f"{name}.{reader}" in model.int8_products
-            # an INT8 branch reads its integers and joins its product, which then is written in FP16
-            if isinstance(grid, QParams) and not why_not_int8(grid) and not alone:
-                shared[form] = (reader, grid)
-        found[name] = Place(layout, shared)
-    return found
-
-
 def _run(block: nn.Module, call: Call, grids: Mapping[str, QParams]) -> tuple[Tensor, dict[str, Tensor]]:
     """(what `block` returns, what branches may read by its name: the block's input as "", what the layers `grids` round)."""
     seen = {"": call.x}
@@ -292,21 +277,20 @@ def _add_samples(
 
 
 def _fit_blocks(
-    model: QuantModel, images: Joined, config: Config, allowed: Mapping[str, Forms]
+    model: QuantModel, where: Places, images: Joined, config: Config, allowed: Mapping[str, Forms]
 ) -> tuple[dict[str, Fitted], dict[str, list[dict[str, Any]]]]:
     """Return (the branch at every block that gets one, all that was tried by block), each after the blocks before it.
 
     Of several forms that pass, a block goes on with the one worth most by itself, if it is within the limits by itself.
     """
     net, exact = quantized_net(model), model.exact_net
-    where = places(model, net, next(iter(images))[:1])
-    forms_of = {name: [form for form in allowed[name] if place.serves(form)] for name, place in where.items()}
+    forms_of = {name: [form for form in allowed[name] if place.serves(form)] for name, place in where.of.items()}
     last = max((index for index, forms in enumerate(forms_of.values()) if forms), default=-1)
     kept: dict[str, Fitted] = {}
-    tried: dict[str, list[dict[str, Any]]] = {name: [] for name in where}
-    path = Carry(net, images)
+    tried: dict[str, list[dict[str, Any]]] = {name: [] for name in forms_of}
+    path = Carry(net, images, where.reading_on)
     for name, forms in list(forms_of.items())[: last + 1]:
-        place = where[name]
+        place = where.of[name]
         sums = {place.source(form): BlockSums(place, len(images.parts)) for form in forms}
         block = net.get_submodule(name)
         _add_samples(sums, (exact.get_submodule(name), block), path, name, images, config.rows)
@@ -327,20 +311,23 @@ def _fit_blocks(
 def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Offer:
     """Offer `model` with branches beside its blocks: those that lower the output error, then all that fit their block.
 
-    Branches that `model` has are replaced. Raises ValueError naming the blocks if they are no chain.
+    Branches that `model` has are replaced. Raises ValueError naming the block if one is not called, or edits its input.
     """
     model, images = replace(model, branches={}, branch_figures={}), Joined(halves)
-    names = tuple(model.structure.blocks)
-    kept, tried = _fit_blocks(model, images, config, dict.fromkeys(names, config.forms))
+    where = places(model, quantized_net(model), next(iter(images))[:1])
+    kept, tried = _fit_blocks(model, where, images, config, dict.fromkeys(where.of, config.forms))
     options = [option(name, found) for name, several in tried.items() for found in several if found["kept"]]
     chosen = select(options, config.min_r2_per_kernel, *config.limits)
     if {name: one.form for name, one in chosen.items()} != {name: one.found["form"] for name, one in kept.items()}:
         # a branch that goes changes what the later ones have to compensate for
         kept, _ = _fit_blocks(
-            model, images, config, {name: (chosen[name].form,) if name in chosen else () for name in names}
+            model, where, images, config, {name: (chosen[name].form,) if name in chosen else () for name in where.of}
         )
     points = front(options, config.min_r2_per_kernel)
-    notes = _notes(model, config, kept, tried, points)
+    notes = (
+        *_notes(model, config, kept, tried, points),
+        *(f"no branch at {reason}" for reason in where.refused.values()),
+    )
     details = {"tried": tried, "front": points}
     if not kept:
         return Offer([], notes, details)

@@ -138,18 +138,17 @@ def _shared(
     layers: Mapping[str, Layer],
     blocks: Mapping[str, Block],
 ) -> dict[str, dict[str, str]]:
-    """Return, by block, the layers behind its norms that read one row per row of the block's output."""
-    behind_norm = {name for place in places if place.kind == NORM for name in place.readers}
+    """Return, by block, the first quantized linear layer behind each of its norms: those that one norm feeds read alike."""
+    fed = {name: place for place in places if place.kind == NORM for name in place.readers}
     found: dict[str, dict[str, str]] = {}
     for block in blocks.values():
-        readers = [
-            name.removeprefix(f"{block.name}.")
-            for node, name in plain.items()
-            if name.startswith(f"{block.name}.") and name in behind_norm and layers[name].why_float is None
-            and isinstance(trace.net.get_submodule(name), nn.Linear) and len(node.meta["val"].shape) == 3
-        ]  # fmt: skip
+        readers: dict[int, str] = {}  # norm -> its first reader
+        for node, name in plain.items():
+            linear = isinstance(trace.net.get_submodule(name), nn.Linear) and len(node.meta["val"].shape) >= 3
+            if name.startswith(f"{block.name}.") and name in fed and linear and layers[name].why_float is None:
+                readers.setdefault(id(fed[name]), name.removeprefix(f"{block.name}."))
         if block.channels_last and readers:
-            found[block.name] = dict(zip(SHARED_FORMS, readers, strict=False))
+            found[block.name] = dict(zip(SHARED_FORMS, readers.values(), strict=False))
     return found
 
 

@@ -9,19 +9,24 @@ import torch
 from torch import nn
 
 from calib.images.batches import ROTATIONS, Half, Part
+from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
 from calib.quantizer import QMAX, QParams
+from calib.scales.calibrate import Config as CalibrateConfig
+from calib.scales.calibrate import calibrate
 from calib.structure.blocks import Block
+from calib.structure.proof import difference
 from calib.structure.structure import Structure
 from compensation import qwt
+from compensation.block_calls import reads_on, seen_blocks
 from compensation.carry import Call, Carry, call_of
-from compensation.chain import chain_shapes
 from compensation.forms import Place
 from compensation.layout import Layout
 from compensation.qwt import BlockSums, Config, Joined, candidates, fit_branch
 from deploy.bridge.export import onnx_from_net
-from tests.tiny import half_of, tiny_batches, tiny_halves
+from tests.families import family_net
+from tests.tiny import half_of, rounded, tiny_batches, tiny_halves
 from tests.unit.compensation.test_branch import quantized_model
 
 DENSE = Config(forms=("dense",), ridges=(0.0,))  # the paper's fit
@@ -63,10 +68,10 @@ def block_inputs(net, names, images):
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def stored_fit(x, r):
-    """(W^T, b) of tokens x (B, T, d), r by lstsq on all of them."""
-    x, r = x.flatten(0, 1).double().numpy(), r.flatten(0, 1).double().numpy()
-    found = np.linalg.lstsq(np.c_[x, np.ones(len(x))], r, rcond=None)[0]
+def stored_fit(x, r, rcond=None):
+    """(W^T, b) of tokens x (B, ..., d), r by lstsq on all of them."""
+    x, r = x.flatten(0, -2).double().numpy(), r.flatten(0, -2).double().numpy()
+    found = np.linalg.lstsq(np.c_[x, np.ones(len(x))], r, rcond=rcond)[0]
     return found[:-1], found[-1]
 
 
@@ -418,6 +423,50 @@ def test_a_second_run_replaces_the_branches_of_the_first():
         assert torch.equal(branch.weight, twice.branches[name].weight)
 
 
+def test_branches_stand_beside_blocks_on_both_sides_of_a_patch_merging():
+    net, images = family_net("swin")
+    batches = [torch.randn(32, *images.shape[1:]) for _ in range(4)]
+    halves = [half_of(batches[:2]), half_of(batches[2:])]
+    model = fold_affine(QuantModel.of("swin", net), images[:1])
+    model = coarse(rounded(calibrate(model, halves, CalibrateConfig("max")), halves))
+    offer = candidates(model, halves, ALWAYS)
+    found = offer.candidates[-1].whole
+    assert list(found.branches) == [f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)]
+    read = block_inputs(quantized_net(found), found.branches, batches)
+    for name, branch in found.branches.items():
+        x = read[name]
+        with torch.no_grad():
+            missing = model.exact_net.get_submodule(name)(x) - quantized_net(model).get_submodule(name)(x)
+        weight, bias = stored_fit(x, missing, rcond=1e-6)  # behind a norm the channels are not independent
+        expected = torch.from_numpy(x.double().numpy() @ weight + bias).float()
+        assert difference(expected, branch(x)) < 5e-3
+        torch.testing.assert_close(branch(x), x @ branch.weight.flatten(1).t() + branch.bias)
+    shared = candidates(model, halves, Config(forms=("shared", "shared_mlp"), min_r2_per_kernel=0.0))
+    forms = {name: entries[0]["form"] for name, entries in shared.details["tried"].items()}
+    assert set(forms.values()) == {"shared_mlp"}, "windows have their tokens in another order"
+    assert all(branch.reader == "mlp.fc1" for branch in shared.candidates[-1].whole.branches.values())
+
+
+class Pooling(nn.Module):
+    """Returns every second token."""
+
+    def forward(self, x):
+        return x[:, ::2]
+
+
+def test_a_block_that_no_branch_can_stand_beside_is_told_and_the_others_get_theirs():
+    model, maps = planted(blocks=3)
+    nets = [nn.Sequential(*net[:1], Pooling(), *net[1:]) for net in (model.float_net, model.net)]
+    model = dataclasses.replace(QuantModel.of("chain", nets[0], chain_of(4)), net=nets[1])
+    offer = candidates(model, halves(), DENSE)
+    assert offer.notes[-1] == (
+        "no branch at block '1' turns tokens (1, 7, 5) into (1, 4, 5): a branch needs one for one"
+    )
+    found = offer.candidates[-1].whole.branches
+    for name, (weight, _) in zip(("0", "2", "3"), maps, strict=True):
+        torch.testing.assert_close(found[name].weight.flatten(1), weight, rtol=0, atol=1e-6)
+
+
 # the pieces
 
 
@@ -432,7 +481,7 @@ def test_blocks_read_on_from_what_was_kept_of_the_one_before_and_the_network_run
     runs = []
     net = nn.Sequential(nn.Tanh(), nn.Softsign(), nn.Tanh())
     net[0].register_forward_pre_hook(lambda _block, args: runs.append(args[0]))
-    path, images = Carry(net, tokens(2)), tokens(2)
+    path, images = Carry(net, tokens(2), {"1", "2"}), tokens(2)
     for branch in (lambda call: 2 * call.x, None):
         name = "0" if branch else "1"
         for index, call in enumerate(path.calls(name)):
@@ -483,15 +532,36 @@ class Masks(nn.Module):
 
 
 @pytest.mark.parametrize(("net", "blocks", "message"), [
-    (Between(nn.ReLU(), nn.Tanh()), ("0", "1"), "block '1' does not read what block '0' returns"),
     (nn.Sequential(nn.Tanh(), InPlace()), ("0", "1"), "block '1' edits its input"),
-    (Masks(), ("first", "second"), "block 'second' gets other further arguments than block 'first'"),
     (nn.Sequential(nn.Tanh(), Between(nn.ReLU(), nn.Tanh(), nn.Tanh())), ("0", "1.2"), "without calling block '1.2'"),
 ])  # fmt: skip
-def test_blocks_that_are_no_chain_are_refused_by_name(net, blocks, message):
+def test_blocks_that_no_branch_can_serve_are_refused_by_name(net, blocks, message):
     with pytest.raises(ValueError, match=message):
-        chain_shapes(net, blocks, torch.ones(2, 3))
+        seen_blocks(net, blocks, torch.ones(2, 3))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize(("net", "blocks"), [
+    (Between(nn.ReLU(), nn.Tanh()), ("0", "1")),  # something lies between
+    (Masks(), ("first", "second")),  # the second gets another mask
+])  # fmt: skip
+def test_a_block_that_does_not_read_on_is_told_apart(net, blocks):
+    assert reads_on(seen_blocks(net, blocks, torch.ones(2, 3)), blocks) == set()
+    chain = nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Tanh())
+    seen = seen_blocks(chain, ("0", "1", "2"), torch.ones(2, 3))
+    assert reads_on(seen, ("0", "1", "2")) == {"1", "2"}
+    assert reads_on(seen, ("0", "2")) == set(), "the one between gives it what it reads"
+
+
+def test_a_block_behind_a_merging_gets_what_the_network_with_the_branches_before_it_gives():
+    net, images = Between(nn.Tanh(), nn.Softsign()), tokens(2)
+    net[0].register_forward_hook(lambda _block, args, y: y + 3 * args[0])  # stands for a branch that is attached
+    path = Carry(net, images, set())
+    for index, call in enumerate(path.calls("0")):
+        path.keep(index, call.run(net[0]))
+    path.advance(None)
+    for call, image in zip(path.calls("1"), images, strict=True):
+        torch.testing.assert_close(call.x, 2 * (torch.tanh(image) + 3 * image))
 
 
 @pytest.mark.parametrize(("options", "message"), [
