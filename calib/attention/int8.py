@@ -187,7 +187,7 @@ def _observe(
     refused: dict[str, str] = {}
     net = model.exact_net
     hooked = [*names, *(f"{name}.proj" for name in names)]
-    for inputs, gradients, _ in output_gradients(net, hooked, spread_images(batches, IMAGES)):
+    for inputs, gradients, *_ in output_gradients(net, hooked, spread_images(batches, IMAGES)):
         with torch.inference_mode():
             for name in names:
                 attention = net.get_submodule(name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks, output_hooks
-from calib.judge.first_order import leaf, projections
+from calib.judge.first_order import by_image, leaf, projections
 
 IMAGES = 16  # per part
 BATCH = 2  # images at a time
@@ -46,7 +46,7 @@ def output_terms(
     for vector in projections(y, generator):
         gradients = torch.autograd.grad(y, wanted, vector, retain_graph=True) if wanted else ()
         pairs = [(vector, difference), *zip(gradients, d, strict=True)]
-        found.append(torch.stack([(one * other).detach().flatten(1).sum(1) for one, other in pairs], 1))
+        found.append(torch.stack([by_image((one * other).detach(), len(images)).sum(1) for one, other in pairs], 1))
     return torch.cat(found).double()
 
 

@@ -25,22 +25,37 @@ BATCH = 2  # images at a time: every layer's input and its gradients are in memo
 class Seen(NamedTuple):
     """Of a few images, by layer: `inputs` x (B, ...), `gradients` g (K, B, ...) there, and what weights do if asked for.
 
-    `weights`: sum over the K vectors r of (dr.y / dW)^2, in the shape of W, where W reads x less its mean.
+    `weights`: sum over the K vectors r of (dr.y / dW)^2, in the shape of W, where W reads x less its mean. `images`: how
+    many they are; a layer that reads windows of them has more than one first index per image.
     """
 
     inputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    images: int
 
 
-def noise_by_image(gradients: Tensor, error: Tensor) -> Tensor:
+def by_image(x: Tensor, images: int) -> Tensor:
+    """Return what belongs to each image, (images, E), of x (images W, ...) in windows or (N, images, ...), tokens first.
+
+    Raises ValueError if neither is its shape.
+    """
+    if len(x) % images == 0:
+        return x.reshape(images, -1)
+    if x.ndim > 1 and x.shape[1] == images:
+        return x.transpose(0, 1).flatten(1)
+    raise ValueError(f"no axis of a tensor {tuple(x.shape)} is that of {images} images")
+
+
+def noise_by_image(gradients: Tensor, error: Tensor, images: int) -> Tensor:
     """Return |y(x + e) - y(x)|^2 of every image (B,), K times as much; error (B, ...), `gradients` g (K, B, ...)."""
-    return torch.einsum("kbe,be->kb", gradients.flatten(2), error.flatten(1)).square().sum(0)
+    change = by_image(error, images)
+    return sum(((by_image(g, images) * change).sum(1).square() for g in gradients), change.new_zeros(images))
 
 
-def output_noise(gradients: Tensor, error: Tensor) -> float:
+def output_noise(gradients: Tensor, error: Tensor, images: int) -> float:
     """Return the sum of `noise_by_image` over images."""
-    return float(noise_by_image(gradients, error).sum())
+    return float(noise_by_image(gradients, error, images).sum())
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -116,4 +131,4 @@ def output_gradients(
         inputs.clear()
         probes.clear()
         g = {name: torch.stack(parts) for name, parts in zip(layers, zip(*gradients, strict=True), strict=True)}
-        yield Seen(x, g, squares)
+        yield Seen(x, g, squares, len(batch))

@@ -43,7 +43,7 @@ def shares(net: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, 
     work: dict[str, int] = {}
 
     def count(name: str, y: Tensor) -> None:
-        work[name] = y[0].numel() * net.get_submodule(name).get_parameter("weight")[0].numel()
+        work[name] = y.numel() * net.get_submodule(name).get_parameter("weight")[0].numel()
 
     with output_hooks(net, layers, count), torch.no_grad():
         net(example)

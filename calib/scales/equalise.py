@@ -31,7 +31,7 @@ from calib.errors import UserError
 from calib.grids import input_grid, sides_of
 from calib.hooks import input_hooks
 from calib.images.batches import Half, spread_images
-from calib.judge.first_order import output_gradients, output_noise
+from calib.judge.first_order import Seen, output_gradients, output_noise
 from calib.network.fp16_range import FP16_MAX
 from calib.network.layer_rows import Extremes, Means, channel_axis, look_at_inputs, weight_matrix
 from calib.precision import UNROUNDED, LayerBits
@@ -73,13 +73,15 @@ def thresholds(bits: int) -> tuple[float, ...]:
     return THRESHOLDS if bits >= 8 else (*FEW_BITS, *THRESHOLDS)
 
 
-def input_noise(x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int) -> Tensor:
+def input_noise(
+    x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int, images: int
+) -> Tensor:
     """Return the squared output error of rounding `x`, to first order, at each of `thresholds`; see `output_noise`."""
     centre, factor = scale.along(x, axis)
     scaled, slopes = (x - centre) * factor, gradients / factor
     grids = [input_grid(amax * threshold, bits, scale.sides) for threshold in thresholds(bits)]
     return torch.tensor(
-        [output_noise(slopes, grid.fake_quantize(scaled) - scaled) for grid in grids], dtype=torch.float64
+        [output_noise(slopes, grid.fake_quantize(scaled) - scaled, images) for grid in grids], dtype=torch.float64
     )
 
 
@@ -108,11 +110,12 @@ class Trial:
             fold = FoldScale(shift, 1 / scale, 1.0, sides_of(*ends) if zero_points else None)
             self.scales[candidate] = scale, fold, float(torch.maximum(-ends[0], ends[1]).max())
 
-    def noise(self, x: Tensor, gradients: Tensor, squares: Tensor, bits: LayerBits) -> dict[Candidate, Tensor]:
-        """Return the squared output error at each of `thresholds` for every candidate; `x` is the layer's input."""
+    def noise(self, seen: Seen, name: str, bits: LayerBits) -> dict[Candidate, Tensor]:
+        """Return the squared output error at each of `thresholds` for every candidate; `name` is that of the layer."""
+        x, gradients = seen.inputs[name], seen.gradients[name]
         return {
-            candidate: input_noise(x, gradients, scale, reach, bits.input, self.axis)
-            + weight_noise(self.layer, squares, factors, bits.weight)
+            candidate: input_noise(x, gradients, scale, reach, bits.input, self.axis, seen.images)
+            + weight_noise(self.layer, seen.weights[name], factors, bits.weight)
             for candidate, (factors, scale, reach) in self.scales.items()
         }
 
@@ -152,7 +155,7 @@ def _noise(
         for seen in output_gradients(model.net, list(shifts), images, weights_around=around):
             with torch.no_grad():
                 for name, trial in trials.items():
-                    noise = trial.noise(seen.inputs[name], seen.gradients[name], seen.weights[name], model.bits(name))
+                    noise = trial.noise(seen, name, model.bits(name))
                     for candidate, of_image in noise.items():
                         total[name][candidate] = total[name].get(candidate, 0.0) + of_image
     return total

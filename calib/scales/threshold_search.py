@@ -123,12 +123,12 @@ class RoundedInputs:
             places = torch.tensor([numbers[half, source] for source in sources])
             start = 0
             for seen in output_gradients(self.model.net, layers, images):
-                here = places[start : start + len(seen.inputs[layers[0]])]
+                here = places[start : start + seen.images]
                 start += len(here)
                 for layer, x in seen.inputs.items():
                     for candidate, amax in of_half[layer].items():
                         error = self._rounding(half, layer, amax)(x) - x
-                        found = noise_by_image(seen.gradients[layer], error).double()
+                        found = noise_by_image(seen.gradients[layer], error, seen.images).double()
                         noise[layer][candidate].index_add_(0, here, found)
         return noise
 

@@ -9,7 +9,7 @@ with them: they may differ by one, and rarely.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -27,6 +27,19 @@ from deploy.measure.onnx_runner import OnnxRunner
 MAX_REL_L2 = 1e-3  # of the output if all integers are equal: the summation order of float32 causes about 1e-6
 MAX_STEPS = 1  # the largest difference of two integers: a tie may round either way
 MAX_MISMATCH = 1e-3  # the largest share of the integers of a layer that may differ
+TIES = 2  # as many may always differ: of a few hundred integers two ties are more than that share
+
+
+class Deviation(NamedTuple):
+    """How the integers of a layer differ: a `share` of its `integers`, by at most `steps`."""
+
+    share: float
+    integers: int
+    steps: int
+
+    def beyond(self) -> bool:
+        """Whether this is more than ties that round either way."""
+        return self.steps > MAX_STEPS or round(self.share * self.integers) > max(TIES, MAX_MISMATCH * self.integers)
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,14 @@ class Parity:
 
     `rel_l2`: relative L2 difference of the outputs, the largest of several, if every layer reads the same integers.
     `suspect`: the first layer beyond the limits, or else the one with the largest mismatch; `mismatch`: the share of its
-    integers that differ; `steps`: their largest difference. `end_to_end_difference`: that of independent runs.
+    `integers` that differ; `steps`: their largest difference. `end_to_end_difference`: that of independent runs.
     """
 
     images: int
     rel_l2: float
     suspect: str
     mismatch: float
+    integers: int
     steps: int
     end_to_end_difference: float
 
@@ -51,7 +65,7 @@ class Parity:
 
     def failure(self) -> str | None:
         """A sentence on the value beyond its limit, or None."""
-        if self.steps > MAX_STEPS or self.mismatch > MAX_MISMATCH:
+        if Deviation(self.mismatch, self.integers, self.steps).beyond():
             return (
                 f"layer '{self.suspect}' gets other integers in ONNX than in the simulation: {self.mismatch:.2%} differ, "
                 f"by up to {self.steps} steps (at most {MAX_MISMATCH:.1%} by {MAX_STEPS} may)"
@@ -78,23 +92,20 @@ def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple
     return model, integers
 
 
-Deviations = dict[str, tuple[float, int]]  # layer -> (share of integers that differ, steps by which they do)
-
-
-def _deviation(own: Tensor, given: Tensor) -> tuple[float, int]:
+def _deviation(own: Tensor, given: Tensor) -> Deviation:
     difference = (own.int() - given.int()).abs()
-    return float((difference > 0).float().mean()), int(difference.max())
+    return Deviation(float((difference > 0).double().mean()), difference.numel(), int(difference.max()))
 
 
-def _suspect(deviations: Deviations) -> str:
+def _suspect(deviations: Mapping[str, Deviation]) -> str:
     """The first layer in order of execution that is beyond the limits; if none is, the one with the largest mismatch."""
-    beyond = (name for name, (share, steps) in deviations.items() if share > MAX_MISMATCH or steps > MAX_STEPS)
+    beyond = (name for name, deviation in deviations.items() if deviation.beyond())
     return next(beyond, max(deviations, key=lambda name: deviations[name]))
 
 
-def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Any, Deviations]:
+def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> tuple[Any, dict[str, Deviation]]:
     """(what `net` returns if each quantized layer reads `integers`, the deviations of its own integers from them)."""
-    deviations: Deviations = {}
+    deviations: dict[str, Deviation] = {}
 
     def force(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         scale = layer.get_buffer("scale" if isinstance(layer, Quantizer) else "input_scale")
@@ -124,7 +135,8 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
         images=len(images),
         rel_l2=apart_by(named_outputs(forced)),
         suspect=suspect,
-        mismatch=deviations[suspect][0],
-        steps=deviations[suspect][1],
+        mismatch=deviations[suspect].share,
+        integers=deviations[suspect].integers,
+        steps=deviations[suspect].steps,
         end_to_end_difference=apart_by(alone),
     )

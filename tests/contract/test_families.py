@@ -3,20 +3,19 @@
 import pytest
 import torch
 
-from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
-from calib.scales.calibrate import Config as CalibrateConfig
-from calib.scales.calibrate import calibrate
-from calib.scales.equalise import Config, equalise
 from calib.structure.proof import difference, output_of
+from compensation.branch import SharedBranch
 from deploy.bridge.export import export_float, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
 from deploy.graph.check import check_strongly_typed
 from deploy.measure.onnx_runner import OnnxRunner
+from deploy.recipe import load_recipe
+from deploy.stages import CalibrationImages, stages
 from tests.families import FAMILIES, family_net
-from tests.tiny import half_of, rounded
+from tests.tiny import half_of
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +23,16 @@ BUILT = {}
 
 
 def built(family):
-    """(float network, model with rounded weights, simulation, FP16 graph, FP32 graph, images), made once per family."""
+    """(float network, model by recipe int8_qwt, simulation, FP16 graph, FP32 graph, images), made once per family."""
     if family not in BUILT:
         BUILT.clear()  # tests of one family follow each other
         net, images = family_net(family)
         generator = torch.Generator().manual_seed(1)
         batches = [torch.randn(4, *images.shape[1:], generator=generator) for _ in range(4)]
         halves = [half_of(batches[:2]), half_of(batches[2:])]
-        model = equalise(fold_affine(QuantModel.of(family, net), images[:1]), halves, Config())
-        model = rounded(calibrate(model, halves, CalibrateConfig("max")), halves, bias_correction=True)
+        model, seen = QuantModel.of(family, net), CalibrationImages(images[:1], halves)
+        for stage in stages(load_recipe("int8_qwt")):
+            model = stage(model, seen)
         simulation = quantized_net(model)
         BUILT[family] = net, model, simulation, *export_pair(simulation, tuple(images.shape[2:])), images
     return BUILT[family]
@@ -77,7 +77,8 @@ def test_every_planned_layer_runs_in_an_int8_kernel(family):
 
     _, model, _, fp16, *_ = built(family)
     planned = planned_layers(fp16)
-    assert {name.split("/")[0] for name in planned} == {*model.quantized_layers}
+    beside = {f"{block}.branch" for block, branch in model.branches.items() if isinstance(branch, SharedBranch)}
+    assert {name.split("/")[0] for name in planned} == {*model.quantized_layers} | beside
     found = audit(tensorrt_rtx.build(fp16, Profile(2, 4), (89,)).kernels, planned)
     assert found.lost == ()
     assert found.fp32_gemms == 0

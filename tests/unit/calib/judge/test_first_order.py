@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from calib.judge import first_order
-from calib.judge.first_order import PROJECTIONS, output_gradients
+from calib.judge.choice import output_terms
+from calib.judge.first_order import PROJECTIONS, by_image, noise_by_image, output_gradients
 from tests.tiny import TINY, tiny_batches, tiny_model
 
 
@@ -13,7 +14,7 @@ def test_the_gradient_foretells_what_a_small_error_does(family):
     layers = model.layers
     for which in (0, len(layers) // 2, len(layers) - 1):
         layer, parts = layers[which], []
-        for inputs, gradients, _ in output_gradients(net, layers, x):
+        for inputs, gradients, *_ in output_gradients(net, layers, x):
             error = 1e-8 * torch.randn(inputs[layer].shape, dtype=torch.float64)
             parts.append((error, (gradients[layer] * error).flatten(2).sum(2)))
         error, foretold = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
@@ -39,7 +40,7 @@ def test_on_average_the_square_is_the_noise_of_the_output():
     squares = torch.cat(
         [
             (gradients["0"] * error[2 * index : 2 * index + 2]).sum(2).square().mean(0)
-            for index, (_, gradients, _) in enumerate(output_gradients(net, ("0",), x))
+            for index, (_, gradients, *_) in enumerate(output_gradients(net, ("0",), x))
         ]
     )
     exact = (net(x + error) - net(x)).detach().square().sum()
@@ -112,3 +113,42 @@ def test_no_hook_and_no_gradient_stays():
     assert [parameter.requires_grad for parameter in model.net.parameters()] == wanted
     assert all(not module._forward_pre_hooks for module in model.net.modules())
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+class Windows(torch.nn.Module):
+    """A layer on tokens (B, 6, 4): as they are, in windows of 3 of them, or with the tokens first."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.layer = how, torch.nn.Linear(4, 5)
+
+    def forward(self, x):
+        if self.how == "windows":
+            return self.layer(x.reshape(-1, 3, 4)).reshape(-1, 6, 5)
+        if self.how == "first":
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(("how", "images"), [("windows", 2), ("windows", 1), ("first", 5)])
+def test_images_are_told_apart_in_windows_and_where_tokens_come_first(how, images, monkeypatch):
+    monkeypatch.setattr(first_order, "BATCH", images)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(images, 6, 4, generator=generator)
+
+    def found(how):
+        net = Windows(how)
+        (seen,) = output_gradients(net, ["layer"], x)
+        noise = noise_by_image(seen.gradients["layer"], seen.inputs["layer"].square(), seen.images)
+        change = lambda _name, read, returned: returned * read.mean(-1, keepdim=True)  # noqa: E731
+        return noise, output_terms(net, Windows(""), ["layer"], x, change, torch.Generator().manual_seed(0))
+
+    for one, other in zip(found(how), found(""), strict=True):
+        assert len(one) >= images
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_without_an_axis_of_images_is_refused():
+    with pytest.raises(ValueError, match=r"no axis of a tensor \(3, 7\) is that of 2 images"):
+        by_image(torch.ones(3, 7), 2)

@@ -190,8 +190,8 @@ def test_noise_of_inputs_is_that_of_rounding_them(sides):
     scale = FoldScale(torch.linspace(-1, 1, 8), torch.rand(8) + 0.5, 1.0, sides)
     amax = float(((x - scale.centre) * scale.factor).abs().max())
     found = torch.zeros(len(thresholds(4)), dtype=torch.float64)
-    for inputs, gradients, _ in output_gradients(net, ["0"], x):
-        found += input_noise(inputs["0"], gradients["0"], scale, amax, 4, -1) / PROJECTIONS
+    for seen in output_gradients(net, ["0"], x):
+        found += input_noise(seen.inputs["0"], seen.gradients["0"], scale, amax, 4, -1, seen.images) / PROJECTIONS
     for threshold, noise in zip(thresholds(4), found, strict=True):
         low, high = sides or (-1.0, 1.0)
         step = float(torch.tensor(amax * threshold * (high - low) / (15 if sides else 14)).half())
