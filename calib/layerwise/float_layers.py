@@ -21,7 +21,7 @@ from calib.modules import replace_module
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
 
-IMAGES = 8  # per part
+IMAGES = 6  # per part
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,22 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
             },
         )
 
+    by_layers: dict[
+        frozenset[int], QuantModel
+    ] = {}  # rotations that choose alike share a network, which is judged once
+
+    def shared(order: Sequence[tuple[int, float]], count: int) -> QuantModel:
+        which = frozenset(index for index, _ in order[:count])
+        if which not in by_layers:
+            by_layers[which] = kept(order, count)
+        return by_layers[which]
+
     offered = []
     for count in range(1, len(found) + 1):
-        trials = tuple((kept(order, count),) * len(halves) for order in by_rotation)
+        whole = shared(found, count)
+        trials = tuple((shared(order, count),) * len(halves) for order in by_rotation)
         names = ", ".join(layers[index] for index, _ in found[:count])
-        offered.append(Candidate(f"in FP16: {names}", trials, kept(found, count)))
+        offered.append(Candidate(f"in FP16: {names}", trials, whole))
     works_of_found = sum(works[index] for index, _ in found)
     notes = (f"{len(found)} of {len(layers)} small layers would be worth FP16, with {works_of_found:.2%} of the work",)
     return Offer(offered, notes)
