@@ -12,6 +12,7 @@ from calib.errors import UserError
 from calib.hooks import input_hooks
 from calib.images.samples import first_samples, inputs_from_file, samples_from_file
 from calib.inputs import Inputs
+from calib.structure.trace import Trace
 
 
 def inputs_told_by(calib: str | None) -> Callable[[], Inputs] | None:
@@ -22,6 +23,17 @@ def inputs_told_by(calib: str | None) -> Callable[[], Inputs] | None:
 def two_samples(calib: str, inputs: Inputs) -> Tensor:
     """Return two rows of the file `calib`, float32 (2, N). Raises UserError for values that cannot be computed with."""
     return torch.from_numpy(first_samples(samples_from_file(Path(calib), inputs), inputs, 2))
+
+
+def require_used(net: nn.Module, inputs: Inputs, sample: Tensor) -> None:
+    """Raise UserError if the forward pass of `net` reads one of its `inputs` nowhere; `sample`: a row (1, N) of them."""
+    given = [node for node in Trace(net, sample).nodes if node.op == "placeholder"][-len(inputs.each) :]
+    for name, node in zip(inputs.names, given, strict=True):
+        if not node.users:
+            raise UserError(
+                f"{type(net).__name__} does not use its input '{name}': expected inputs that its output depends on; leave "
+                f"'{name}' out of the file"
+            )
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from deploy.execution import Execution, executed
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.graph.check import require_strongly_typed
 from deploy.measure.onnx_runner import Given
-from deploy.named_inputs import ids_in_embeddings, inputs_told_by, require_readable, two_samples
+from deploy.named_inputs import ids_in_embeddings, inputs_told_by, require_readable, require_used, two_samples
 from deploy.package import (
     ENGINE,
     FILES,
@@ -130,7 +130,10 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
 def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, error: Exception) -> UserError:
     said = (str(error).strip().splitlines() or [""])[0]
     if inputs is None:
-        return UserError(f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): set INPUT=")
+        return UserError(
+            f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): set INPUT=, or for a network that "
+            f"takes other inputs than one image leave it out and give CALIB=, a .npz file with an array for each of them"
+        )
     return UserError(
         f"{kind} cannot read {inputs.described()} ({type(error).__name__}: {said}): expected in CALIB= what its forward "
         f"pass takes, without the batch axis of a single sample"
@@ -177,7 +180,9 @@ def load(run: Run) -> Lines:
     run.loaded = load_net(run.spec, run.options.weights, run.options.seed, inputs_told_by(calib))
     net, inputs = run.loaded.net, run.loaded.inputs
     if calib is not None and inputs is not None:
-        run.outputs = _outputs(net, two_samples(calib, inputs), inputs)
+        samples = two_samples(calib, inputs)
+        run.outputs = _outputs(net, samples, inputs)
+        require_used(net, inputs, samples[:1])
     else:
         run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]))
     run.task = task_of(net, run.outputs)

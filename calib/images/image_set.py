@@ -49,6 +49,11 @@ class ImageSet:
         """The number of images."""
         return len(self.pictures)
 
+    @property
+    def kind(self) -> str:
+        """What they are, in one word."""
+        return "samples" if isinstance(self.preprocessing, Inputs) else "images"
+
     def left_out(self) -> list[str]:
         """Sentences on files that are not in the set though they may have been meant to be."""
         found = []

@@ -115,12 +115,12 @@ def _module_of(node: ir.Node) -> str:
 
 def name_nodes(model: ir.Model) -> None:
     """Name every node and its outputs after its torch module, as deploy/graph/names.py says (edits `model`)."""
-    seen: Counter[tuple[str, str]] = Counter()
+    seen: Counter[str] = Counter()  # by name: a module may be called as the network itself is here
     outputs = set(model.graph.outputs)
     for node in model.graph:
-        key = _module_of(node), node.op_type
-        node.name = node_name(*key, repeat=seen[key])
-        seen[key] += 1
+        layer, operator = _module_of(node), node.op_type
+        node.name = node_name(layer, operator, repeat=seen[node_name(layer, operator)])
+        seen[node_name(layer, operator)] += 1
         for index, value in enumerate(node.outputs):
             if value not in outputs:
                 value.name = value_name(node.name, index)
@@ -134,11 +134,9 @@ def _require_own_names(model: ir.Model, outputs: Sequence[str]) -> None:
             raise UserError(f"the output '{name}' has the name of an input or of a weight: expected another name")
 
 
-def _require_whole_inputs(model: ir.Model, kind: str) -> None:
-    """Raise UserError if the graph does not read one of its inputs, or takes one number of samples only."""
+def _require_any_number(model: ir.Model, kind: str) -> None:
+    """Raise UserError if the graph takes one number of samples only."""
     for value in model.graph.inputs:
-        if not value.uses():
-            raise UserError(f"{kind} does not use its input '{value.name}': expected inputs that matter; leave it out")
         if value.shape is None or value.shape.is_static(0):
             raise UserError(
                 f"{kind} fixes the number of samples of '{value.name}' when it is traced: expected a forward pass for any "
@@ -206,8 +204,8 @@ def onnx_from_net(
 
     `rewrite`: what is done to the graph once constants are folded. `outputs`: names, in the order that `net` returns them.
 
-    Raises UserError for a quantizer that only a simulation can compute, whose name it says, for an input that does nothing
-    and for a fixed number of samples, and NoExportError for what torch.onnx cannot export.
+    Raises UserError for a quantizer that only a simulation can compute, whose name it says, for a fixed
+    number of samples, and NoExportError for what torch.onnx cannot export.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
@@ -231,7 +229,7 @@ def onnx_from_net(
             verbose=False,
         )
     assert program is not None
-    _require_whole_inputs(program.model, type(net).__name__)
+    _require_any_number(program.model, type(net).__name__)
     fold_constants(program.model)
     read_the_same_integers(program.model)
     if rewrite:
