@@ -131,8 +131,8 @@ def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, error: 
     said = (str(error).strip().splitlines() or [""])[0]
     if inputs is None:
         return UserError(
-            f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): set INPUT=, or for a network that "
-            f"takes other inputs than one image leave it out and give CALIB=, a .npz file with an array for each of them"
+            f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): set INPUT=, or for a network "
+            f"that takes other inputs than one image leave it out and give CALIB=, a .npz file with an array for each"
         )
     return UserError(
         f"{kind} cannot read {inputs.described()} ({type(error).__name__}: {said}): expected in CALIB= what its forward "
