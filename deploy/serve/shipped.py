@@ -145,7 +145,7 @@ def shipped_from_package(folder: Path) -> Shipped:
     manifest = _Manifest(folder / MANIFEST)
     if manifest.values.get("preprocessing", "") is None:
         raise UserError(
-            f"'{folder}' takes named inputs: expected a package of a network of images, which alone can be served; run "
+            f"'{folder}' takes named inputs, and only packages of networks that take one image can be served: run "
             f"{ENGINE} with deploy.engine.runner"
         )
     inputs, batches = _tensors(manifest, "inputs")
