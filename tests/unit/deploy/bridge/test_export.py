@@ -9,7 +9,8 @@ from torch import nn
 from calib.errors import UserError
 from calib.inputs import Input, Inputs, join_inputs
 from calib.outputs import join_outputs
-from deploy.bridge.export import export_float, export_fp16
+from deploy.bridge import export
+from deploy.bridge.export import export_float, export_fp16, onnx_from_net
 from deploy.measure.onnx_runner import OnnxRunner, first
 
 INPUTS = Inputs((Input("x", "float32", (3, 4)), Input("ids", "int64", ()), Input("kept", "bool", (4,))))
@@ -48,10 +49,10 @@ def mixed():
     return net, rows, expected
 
 
-@pytest.mark.parametrize(("export", "kind", "tolerance"), [(export_float, 1, 1e-5), (export_fp16, 10, 1e-2)])
-def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, export, kind, tolerance):
+@pytest.mark.parametrize(("exported", "kind", "tolerance"), [(export_float, 1, 1e-5), (export_fp16, 10, 1e-2)])
+def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, exported, kind, tolerance):
     net, rows, expected = mixed
-    graph = export(net, rows[:2])
+    graph = exported(net, rows[:2])
     types = {each.name: each.type.tensor_type for each in graph.graph.input}
     assert {name: each.elem_type for name, each in types.items()} == {
         "x": kind, "ids": onnx.TensorProto.INT64, "kept": onnx.TensorProto.BOOL
@@ -63,6 +64,19 @@ def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, export, kind, 
         assert list(found) == ["y", "mean"]
         for name, value in found.items():
             np.testing.assert_allclose(value, expected[name][:count], atol=tolerance)
+
+
+def test_floating_inputs_are_given_to_a_network_of_fp16_in_its_type(mixed, monkeypatch):
+    net, rows, _ = mixed
+    seen = []
+
+    def traced(net, example, *others):
+        seen.append((next(net.parameters()).dtype, [value.dtype for value in example.values()]))
+        return onnx_from_net(net, example, *others)
+
+    monkeypatch.setattr(export, "onnx_from_net", traced)
+    export_fp16(net, rows[:2])
+    assert seen == [(torch.float16, [torch.float16, torch.int64, torch.bool])]
 
 
 def test_nodes_of_a_module_called_as_the_network_itself_have_names_of_their_own(mixed):
