@@ -204,8 +204,8 @@ def onnx_from_net(
 
     `rewrite`: what is done to the graph once constants are folded. `outputs`: names, in the order that `net` returns them.
 
-    Raises UserError for a quantizer that only a simulation can compute, whose name it says, for a fixed
-    number of samples, and NoExportError for what torch.onnx cannot export.
+    Raises UserError for a quantizer that only a simulation can compute, whose name it says, and for a forward pass that takes
+    one number of samples only, NoExportError for what torch.onnx cannot export.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
@@ -242,7 +242,7 @@ def onnx_from_net(
     return proto
 
 
-# (height, width) of images in pixels, or two or more samples of a network with named inputs, float32 (B, N)
+# (height, width) of images in pixels, or two or more rows of named inputs, float32 (B, N)
 Example = tuple[int, int] | Tensor
 
 
@@ -251,9 +251,9 @@ def _samples(example: Example) -> Tensor:
 
 
 def _halved(given: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-    """What is floating as FP16."""
+    """Return what is floating in FP16, and the rest as it is."""
     if isinstance(given, Tensor):
-        return given.half() if given.is_floating_point() else given
+        return given.half()
     return {name: value.half() if value.is_floating_point() else value for name, value in given.items()}
 
 

@@ -222,7 +222,7 @@ class CodeThatReadsALayer(Base):
         self.l, self.same = nn.Linear(W, W), nn.Conv2d(W, W, 2, padding="same")
 
     def body(self, x):
-        y = maps(self.l(tokens(x).reshape(len(x), -1, self.l.in_features)).to(self.l.weight.dtype))
+        y = maps(self.l(tokens(x).reshape(x.shape[0], -1, self.l.in_features)).to(self.l.weight.dtype))
         return self.same(y) * self.same.kernel_size[0]
 
 
