@@ -58,14 +58,14 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
         *_deciding(repair_stages(recipe)),  # the method that rounds weights, (attention), ...
         Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
-        Stage("export", BRIDGE, ("model", "calibration"), ("model", *EXPORTED), steps.export),
+        Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
-        Stage("build", ENGINE, ("fp16", "model", "calibration"), ("built", "plain", "kernels"), steps.build),
+        Stage("build", ENGINE, ("fp16", "model", "loaded", "golden"), ("built", "plain", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
         Stage("verify", ENGINE, JUDGED, ("reference", "verdict"), steps.verify),
         Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),
-        Stage("benchmark", ENGINE, ("float_model", "golden"), ("speed",), steps.benchmark),
+        Stage("benchmark", ENGINE, ("float_model", "loaded", "golden"), ("speed",), steps.benchmark),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip
 

@@ -204,8 +204,8 @@ def onnx_from_net(
 
     `rewrite`: what is done to the graph once constants are folded. `outputs`: names, in the order that `net` returns them.
 
-    Raises UserError for a quantizer that only a simulation can compute, whose name it says, and for a forward pass that takes
-    one number of samples only, NoExportError for what torch.onnx cannot export.
+    Raises UserError for a quantizer that only a simulation can compute, whose name it says, for a forward pass that takes
+    one number of samples only, and NoExportError for what torch.onnx cannot export.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
