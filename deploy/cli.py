@@ -72,7 +72,7 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--eval", dest="evaluation", help="ImageFolder, .npy or .npz; default: held-out images")
     engine.add_argument("--calib-images", type=count, default=512, help="images to calibrate on (default 512)")
     engine.add_argument("--recipe", default="int8", help="name of a recipe or a .toml file")
-    engine.add_argument("--target", default="auto", help="auto, tensorrt or tensorrt_rtx")
+    engine.add_argument("--target", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime (a CPU)")
     engine.add_argument("--sm", type=_sms, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")

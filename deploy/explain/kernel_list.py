@@ -23,10 +23,14 @@ class KernelLists:
     why_no_twin: str = ""
 
     def traffic(self, batch: int) -> dict[str, Any]:
-        """How many kernels there are, and the MB that they move at most per image of a `batch`; in FP16 too."""
+        """How many kernels there are, and the MB that they move at most per image of a `batch`; in FP16 too.
+
+        None where kernels do not tell what they read and write, as those of ONNX Runtime.
+        """
+        told = any(kernel.reads for kernel in self.int8)
         return {
             "batch": batch,
-            "mb_per_image": megabytes_per_image(self.int8, batch),
+            "mb_per_image": megabytes_per_image(self.int8, batch) if told else None,
             "fp16_kernels": None if self.fp16 is None else len(self.fp16),
             "fp16_mb_per_image": None if self.fp16 is None else megabytes_per_image(self.fp16, batch),
         }
@@ -56,7 +60,10 @@ def lists_to_json(lists: KernelLists) -> dict[str, Any]:
 
 
 def read_lists(folder: Path) -> KernelLists:
-    """The lists in the package at `folder`. Raises UserError if there is no package, or none with such a file."""
+    """The lists in the package at `folder`.
+
+    Raises UserError if there is no package, none with such a file, or if its kernels do not tell what they read and write.
+    """
     path = folder / KERNELS
     if not path.exists():
         raise UserError(
@@ -66,10 +73,16 @@ def read_lists(folder: Path) -> KernelLists:
     content = read_json(path)
     try:
         fp16 = content["fp16"]
-        return KernelLists(
+        found = KernelLists(
             tuple(_kernel(each) for each in content["int8"]),
             None if fp16 is None else tuple(_kernel(each) for each in fp16),
             content["why_no_twin"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is not a list of kernels ({error!r}): build the package again") from error
+    if not any(kernel.reads for kernel in found.int8):
+        raise UserError(
+            f"the kernels of the engine in '{folder}' do not tell what they read and write: expected an engine of "
+            f"TARGET=tensorrt or tensorrt_rtx; one of onnxruntime runs on a CPU and is measured by make engine"
+        )
+    return found
