@@ -289,8 +289,9 @@ def build(run: Run) -> Lines:
     if run.kernels.fp16 is not None:
         twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
     lines.append(twin)
-    if run.model.branches and run.backend.FP16:
-        without = export_fp16(quantized_net(replace(run.model, branches={})), size)
+    if run.model.branches:
+        net = quantized_net(replace(run.model, branches={}))
+        without = export_fp16(net, size) if run.backend.FP16 else export_pair(net, size)[1]
         run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
