@@ -119,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", default="random", help="as for `engine`; the structure needs none (default random)"
     )
     structure.add_argument("--json", action="store_true", help="print it as JSON")
+    verbs.add_parser(
+        "clean-cache", help="remove what is kept to be used again: states of stages, downloads, environments"
+    )
     recipe = verbs.add_parser("recipe", help="print a recipe with every option resolved")
     recipe.add_argument("recipe")
     explain = verbs.add_parser(
@@ -258,6 +261,14 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _clean_cache(_args: argparse.Namespace) -> int:
+    from calib.store.user_cache import clear
+
+    folder, size = clear()
+    print(f"removed {size / 1e6:.0f} MB from '{folder}'")
+    return 0
+
+
 VERBS = {
     "engine": _engine,
     "verify": _verify,
@@ -266,6 +277,7 @@ VERBS = {
     "structure": _structure,
     "recipe": _recipe,
     "explain": _explain,
+    "clean-cache": _clean_cache,
     **SERVE_VERBS,
 }
 
