@@ -13,6 +13,8 @@ from calib.errors import UserError
 from deploy.engine.kernels import Kernel, Tensor, megabytes_per_image
 from deploy.package import KERNELS, read_json
 
+LARGEST, AXES = 1 << 60, 16  # of an axis or the work of a kernel, and of axes: what is larger is no kernel of ours
+
 
 @dataclass(frozen=True)
 class KernelLists:
@@ -32,14 +34,26 @@ class KernelLists:
         }
 
 
-def _kernel(plain: Mapping[str, Any]) -> Kernel:
-    def tensors(name: str) -> tuple[Tensor, ...]:
-        return tuple(
-            Tensor(**{**each, "dims": None if each["dims"] is None else tuple(each["dims"])}) for each in plain[name]
-        )
+def _size(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= LARGEST
 
+
+def _tensor(plain: Mapping[str, Any]) -> Tensor:
+    tensor = Tensor(**{**plain, "dims": None if plain["dims"] is None else tuple(plain["dims"])})
+    dims = tensor.dims or ()
+    if not (isinstance(tensor.name, str) and isinstance(tensor.dtype, str) and len(dims) <= AXES and all(map(_size, dims))):
+        raise TypeError(f"a tensor {str(plain)[:80]}")
+    return tensor
+
+
+def _kernel(plain: Mapping[str, Any]) -> Kernel:
     lists = {name: tuple(plain[name]) for name in ("inputs", "outputs", "layers")}
-    return Kernel(**{**plain, **lists, "reads": tensors("reads"), "writes": tensors("writes")})
+    tensors = {name: tuple(_tensor(each) for each in plain[name]) for name in ("reads", "writes")}
+    kernel = Kernel(**{**plain, **lists, **tensors})
+    texts = (kernel.name, kernel.kind, *(text for texts in lists.values() for text in texts))
+    if not all(isinstance(text, str) for text in texts) or not (kernel.macs is None or _size(kernel.macs)):
+        raise TypeError(f"a kernel {str(plain)[:80]}")
+    return kernel
 
 
 def lists_to_json(lists: KernelLists) -> dict[str, Any]:
@@ -69,7 +83,7 @@ def read_lists(folder: Path) -> KernelLists:
         return KernelLists(
             tuple(_kernel(each) for each in content["int8"]),
             None if fp16 is None else tuple(_kernel(each) for each in fp16),
-            content["why_no_twin"],
+            str(content["why_no_twin"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is not a list of kernels ({error!r}): build the package again") from error

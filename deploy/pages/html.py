@@ -1,0 +1,30 @@
+"""report.html: the whole package on one page that needs nothing beside it."""
+
+from pathlib import Path
+
+from deploy.pages.contents import Contents
+from deploy.pages.sections import sections
+from deploy.pages.verdict import verdict
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def title(contents: Contents) -> str:
+    """What the package is called."""
+    return f"{contents.report.text('model')}, recipe {contents.report.text('recipe')}"
+
+
+def html_page(contents: Contents) -> str:
+    """The page as HTML; every text of the package is escaped. Raises UserError where a file does not hold what it needs."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html.jinja").render(
+        title=title(contents),
+        verdict=verdict(contents),
+        warnings=contents.report.texts("warnings"),
+        sections=sections(contents),
+        id=contents.id,
+    )
