@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     add_package(verify)
-    report = verbs.add_parser("report", help="write a finished package as one page and as a model card, beside its folder")
+    report = verbs.add_parser(
+        "report", help="write a finished package as one page and as a model card, beside its folder"
+    )
     add_package(report)
     add_serve_verbs(verbs)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
@@ -263,8 +265,8 @@ def _explain(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     folder = folder_from_options(args, args.folder)
     try:
-        import huggingface_hub
-        import jinja2
+        import huggingface_hub  # noqa: F401
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error}: use `make report`, or an environment with requirements-base.txt") from error

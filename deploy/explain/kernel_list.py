@@ -13,7 +13,7 @@ from calib.errors import UserError
 from deploy.engine.kernels import Kernel, Tensor, megabytes_per_image
 from deploy.package import KERNELS, read_json
 
-LARGEST, AXES = 1 << 60, 16  # of an axis or the work of a kernel, and of axes: what is larger is no kernel of ours
+LARGEST, AXES = 1 << 50, 16  # elements or multiply-adds, and axes: what has more is no kernel of ours
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def _size(number: Any) -> bool:
 
 def _tensor(plain: Mapping[str, Any]) -> Tensor:
     tensor = Tensor(**{**plain, "dims": None if plain["dims"] is None else tuple(plain["dims"])})
-    dims = tensor.dims or ()
-    if not (isinstance(tensor.name, str) and isinstance(tensor.dtype, str) and len(dims) <= AXES and all(map(_size, dims))):
+    sizes = (*(tensor.dims or ()), tensor.elements) if len(tensor.dims or ()) <= AXES else (-1,)
+    if not (isinstance(tensor.name, str) and isinstance(tensor.dtype, str) and all(map(_size, sizes))):
         raise TypeError(f"a tensor {str(plain)[:80]}")
     return tensor
 

@@ -1,7 +1,8 @@
 """MODEL_CARD.md: a card as the Hugging Face hub reads it, YAML at the top and Markdown below."""
 
+import functools
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
 from deploy.pages.contents import Contents
@@ -9,8 +10,10 @@ from deploy.pages.html import TEMPLATES, title
 from deploy.pages.measured import calibration_rows, fidelity_rows, parity_rows, speed_rows
 from deploy.pages.origin import command, files_table, identity_rows, interface_table
 from deploy.pages.parts import Row
-from deploy.pages.values import Values
 from deploy.pages.verdict import verdict
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _MARKS = re.compile(r"([\\`*_\[\]<>#|&~!$])")
 # our task -> the hub's pipeline tag; other tasks have none
@@ -74,27 +77,36 @@ def _fenced(code: str | None) -> str | None:
     return code
 
 
-def model_card(contents: Contents) -> str:
-    """The card as text. Raises UserError where a file of the package does not hold what it needs."""
-    import jinja2
+def _finalized(value: Any) -> Any:
+    """`value` as it goes into the card: escaped, unless it is marked as already fit for it."""
     from markupsafe import Markup
 
-    def escaped(value: Any) -> Any:
-        return value if isinstance(value, Markup) else markdown(value)
+    return value if isinstance(value, Markup) else markdown(value)
 
-    report: Values = contents.report
-    made = _fenced(command(report))
+
+@functools.cache
+def _template() -> "Template":
+    import jinja2
+
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), finalize=escaped, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(TEMPLATES), finalize=_finalized, undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template("model_card.md.jinja").render(
-        metadata=Markup(_metadata(contents)),  # the library has escaped it
+    return environment.get_template("model_card.md.jinja")
+
+
+def model_card(contents: Contents) -> str:
+    """The card as text. Raises UserError where a file of the package does not hold what it needs."""
+    from markupsafe import Markup
+
+    made = _fenced(command(contents.report))
+    return _template().render(
+        metadata=Markup(_metadata(contents)),  # YAML, which the library has escaped
         title=title(contents),
         verdict=verdict(contents),
-        warnings=report.texts("warnings"),
+        warnings=contents.report.texts("warnings"),
         tables=_tables(contents),
         interface=interface_table(contents),
         files=files_table(contents),
-        command=None if made is None else Markup(made),
+        command=None if made is None else Markup(made),  # inside a fence
     )

@@ -16,7 +16,7 @@ WIDTH, ROW = 4.4, 0.24  # inches: of a chart, and of one of its rows
 LONGEST = 30  # characters of a name
 INT8, FP16, TEXT = "#1f5fa8", "#a9b4c0", "#1a1a1a"
 GAIN, LOSS = "#2f7d4f", "#b23b3b"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # the same figures give the same file
     "text.parse_math": False,  # a name with dollar signs is no formula
@@ -37,7 +37,7 @@ Points = Sequence[tuple[str, float]]
 
 def _short(name: str) -> str:
     """The end of a long name, which tells layers apart."""
-    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST:]}"
+    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
 
 
 class _Chart:
@@ -73,8 +73,8 @@ class _Chart:
 def _ends(axes: "Axes", values: Sequence[float], spec: str) -> None:
     """Write each value at the end of its bar, with room for it."""
     for row, value in enumerate(values):
-        axes.annotate(f"{value:{spec}}", (value, row), xytext=(3, 0), textcoords="offset points", va="center")
-    axes.set_xlim(0, max(*values, 1e-12) * 1.22)
+        axes.annotate(f"{value:{spec}}", (max(value, 0), row), xytext=(3, 0), textcoords="offset points", va="center")
+    axes.set_xlim(min(0, *values), max(0, *values) * 1.22 or None)
 
 
 def bars_chart(points: Points, label: str, spec: str) -> str:
@@ -107,7 +107,9 @@ def steps_chart(steps: Sequence[tuple[str, float | None, float]], last: tuple[fl
                 axes.plot([before, after], [row, row], color=colour, linewidth=4, solid_capstyle="butt")
             axes.plot(after, row, "o", color=colour, markersize=5)
             text = f"{after:.1f}" if before is None else f"{after - before:+.2f}"
-            axes.annotate(text, (max(after, before or after), row), xytext=(6, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                text, (max(after, before or after), row), xytext=(6, 0), textcoords="offset points", va="center"
+            )
         if last:
             value, low, high = last
             axes.plot([low, high], [len(steps)] * 2, color=INT8, linewidth=1.5)
@@ -122,6 +124,8 @@ def errors_chart(blocks: Sequence[tuple[str, float, float | None]]) -> str:
     with _Chart([name for name, _, _ in blocks], "squared error per sample (logarithmic)") as chart:
         axes = chart.axes
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         rows = [row for row, (_, _, after) in enumerate(blocks) if after is not None]
         after = [each for _, _, each in blocks if each is not None]
         axes.plot([before for _, before, _ in blocks], range(len(blocks)), "o", color=FP16, label="INT8", markersize=6)

@@ -41,4 +41,6 @@ def read_contents(folder: Path) -> Contents:
     if not all(np.isfinite(array).all() for array in (images, *exact.values(), *simulated.values())):
         raise UserError(f"'{folder / GOLDEN}' holds NaN or Inf: build the package again")
     report, manifest = Values.of(folder / REPORT), Values.of(folder / MANIFEST)
-    return Contents(folder, file_sha256(folder / MANIFEST), report, manifest, read_lists(folder), images, exact, simulated)
+    return Contents(
+        folder, file_sha256(folder / MANIFEST), report, manifest, read_lists(folder), images, exact, simulated
+    )

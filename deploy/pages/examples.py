@@ -39,7 +39,7 @@ def _top1(logits: np.ndarray) -> Line:
     """The class with the largest of `logits` (C,), and its probability."""
     raised = np.exp(logits.astype(np.float64) - logits.max())
     best, probability = int(logits.argmax()), float(raised.max() / raised.sum())
-    return ("class ", Figure(f"{best}", best, GOLDEN), " (", Figure(f"{probability:.0%}", probability, GOLDEN), ")")
+    return ("class ", Figure(f"{best}", best, GOLDEN), " (", Figure(f"{probability:.1%}", probability, GOLDEN), ")")
 
 
 def _answers(contents: Contents, index: int) -> tuple[Line, ...]:

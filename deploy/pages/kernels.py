@@ -7,9 +7,9 @@ from deploy.explain.kernel_list import KernelLists
 from deploy.explain.page import GROUPS, group_of
 from deploy.package import KERNELS
 from deploy.pages.parts import Line, Table, listed
-from deploy.pages.values import Figure
+from deploy.pages.values import Figure, clipped
 
-LARGEST = 8  # kernels that are listed one by one
+LARGEST = 8  # names of kernels that are listed
 
 
 def _megabytes(kernels: Sequence[Kernel], batch: int) -> Figure:
@@ -42,10 +42,13 @@ def groups_table(lists: KernelLists, batch: int) -> Table:
 
 
 def largest_table(lists: KernelLists, batch: int) -> Table:
-    """The kernels that move most."""
-    largest = sorted(lists.int8, key=lambda kernel: -megabytes_per_image([kernel], batch))[:LARGEST]
-    rows = [
-        ((kernel.name[:120],), (listed([layer[:120] for layer in kernel.layers], 3),), (_megabytes([kernel], batch),))
-        for kernel in largest
-    ]
-    return Table(("kernel", "what it computes", "MB per image"), tuple(rows))
+    """The kernels that move most; those of one name are counted together."""
+    by_name: dict[str, list[Kernel]] = {}
+    for kernel in lists.int8:
+        by_name.setdefault(kernel.name, []).append(kernel)
+    largest = sorted(by_name.items(), key=lambda item: -megabytes_per_image(item[1], batch))[:LARGEST]
+    rows = []
+    for name, kernels in largest:
+        layers = [clipped(layer) for kernel in kernels for layer in kernel.layers]
+        rows.append(((clipped(name),), *_cells(kernels, batch), (listed(layers, 3),)))
+    return Table(("kernel", "how many", "MB per image", "what they compute"), tuple(rows))

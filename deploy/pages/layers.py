@@ -1,7 +1,7 @@
 """Layers and blocks: what stayed in FP16 and why, what INT8 costs where, and the branches."""
 
 from deploy.pages.parts import Line, Row, Table, listed
-from deploy.pages.values import Values
+from deploy.pages.values import Values, clipped
 
 SENSITIVE = 12  # layers that are listed
 
@@ -38,10 +38,11 @@ def _detail(report: Values, name: str) -> Values | None:
 
 def sensitive_layers(report: Values) -> Table:
     """What INT8 costs at the most sensitive layers, to first order; no rows where it was not recorded."""
-    found = _detail(report, "cost_db")
-    names = [] if found is None else sorted(found.content, key=lambda name: -found.number(name))
-    rows = [((name[:200],), (found.figure(name, spec=".2f"),)) for name in names[:SENSITIVE] if found is not None]
-    return Table(("layer", "cost of INT8, dB of the output"), tuple(rows))
+    head, found = ("layer", "cost of INT8, dB of the output"), _detail(report, "cost_db")
+    if found is None:
+        return Table(head, ())
+    names = sorted(found.names(), key=found.number, reverse=True)[:SENSITIVE]
+    return Table(head, tuple(((clipped(name),), (found.figure(name, spec=".2f"),)) for name in names))
 
 
 def _cells(branch: Values) -> tuple[Line, ...]:
@@ -51,7 +52,7 @@ def _cells(branch: Values) -> tuple[Line, ...]:
 
 
 def blocks_table(report: Values) -> Table:
-    """Every block that branches were tried at, with the error of INT8 and the branch beside it; no rows if none was tried."""
+    """Every block that branches were tried at: the error of INT8 and the branch beside it. No rows if none was tried."""
     head = ("block", "error", "branch", "error with it", "R2, fitted", "R2, held out", "kernels", "bytes")
     branches, tried = report.part("branches"), _detail(report, "tried")
     chosen = dict(branches.parts())

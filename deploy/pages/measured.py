@@ -1,7 +1,7 @@
 """What was measured: fidelity, speed, parity, and the images that it was measured with."""
 
 from deploy.pages.parts import Line, Row, Table
-from deploy.pages.values import Values
+from deploy.pages.values import Values, clipped
 from deploy.verify import SPEED_BATCH
 
 
@@ -43,8 +43,8 @@ def speed_ratio(speed: Values) -> Line:
     measured = speed.part("ort_cpu")
     low, high = measured.figure("low", spec=".2f"), measured.figure("high", spec=".2f")
     return (
-        measured.figure("ratio", spec=".2f", unit="x float"), " (95 %: ", low, " to ", high, ") in ONNX Runtime on a CPU with ",
-        speed.figure("threads"), " threads",
+        measured.figure("ratio", spec=".2f", unit="x float"), " (95 %: ", low, " to ", high,
+        ") in ONNX Runtime on a CPU with ", speed.figure("threads"), " threads",
     )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def fidelity_rows(report: Values) -> tuple[Row, ...]:
     if graph.holds("kl"):
         rows.append(("KL of class probabilities", (graph.figure("kl", spec=".2g", unit=" nats"),)))
     if graph.holds("outputs") and graph.count("outputs") > 1:
-        names = graph.part("outputs").content
-        rows += [(f"SQNR of output {name}", (graph.figure("outputs", name, spec=".1f", unit=" dB"),)) for name in names]
+        for name in graph.names("outputs"):
+            rows.append((f"SQNR of output {clipped(name)}", (graph.figure("outputs", name, spec=".1f", unit=" dB"),)))
     engine = report.part("engine")
     if engine.holds("executed") and engine.flag("executed"):
         rows.append((f"SQNR of the engine on {engine.text('gpu')}", sqnr(engine.part("fidelity"))))

@@ -2,6 +2,7 @@
 
 import json
 
+from calib.errors import UserError
 from deploy.package import MANIFEST
 from deploy.pages.contents import Contents
 from deploy.pages.parts import Line, Row, Table
@@ -17,27 +18,31 @@ def environment_rows(contents: Contents) -> tuple[Row, ...]:
         ("GPU", (f"{host.text('gpu')}, driver {host.text('driver')}" if host.holds("gpu") else "none",)),
         ("torch ran on", (report.text("device"),)),
         ("time", (report.figure("seconds", "total", spec=".0f", unit=" s"),)),
+        ("time by stage", seconds_line(report)),
         ("peak memory", (report.figure("peak_rss_mb", spec=".0f", unit=" MB"),)),
         ("Python", (host.text("python"),)),
     ]
     packages = host.part("packages")
-    known = [name for name in packages.content if packages.holds(name)]
+    known = [name for name in packages.names() if packages.holds(name)]
     return (*rows, ("packages", (", ".join(f"{clipped(name)} {packages.text(name)}" for name in known),)))
 
 
-def seconds_table(report: Values) -> Table:
+def seconds_line(report: Values) -> Line:
     """How long every stage took."""
     seconds = report.part("seconds")
-    names = [name for name in seconds.content if name != "total"]
-    return Table(("stage", "s"), tuple(((clipped(name),), (seconds.figure(name, spec=".1f"),)) for name in names))
+    names = [name for name in seconds.names() if name != "total"]
+    parts = [
+        (f"{', ' if place else ''}{clipped(name)} ", seconds.figure(name, spec=".1f", unit=" s"))
+        for place, name in enumerate(names)
+    ]
+    return tuple(part for pair in parts for part in pair)
 
 
 def identity_rows(contents: Contents) -> tuple[Row, ...]:
     """What decides the package, by sha256."""
     manifest = contents.manifest
     weights = manifest.text("weights", "sha256") if manifest.holds("weights", "sha256") else "not known"
-    images = [(f"{role} images", manifest.text("calibration", "sha256")) for role in ("calibration",)]
-    images.append(("evaluation images", contents.report.text("evaluation", "sha256")))
+    images = ((f"{role} images", contents.report.text(role, "sha256")) for role in ("calibration", "evaluation"))
     rows = (("weights", weights), *images, (f"{MANIFEST} of this package", contents.id))
     return tuple((name, (value,)) for name, value in rows)
 
@@ -66,12 +71,22 @@ def interface_table(contents: Contents) -> Table:
     return Table(("", "name", "type", "least", "usual", "largest"), tuple(rows))
 
 
-def settings_text(contents: Contents) -> str:
+def settings_rows(contents: Contents) -> tuple[Row, ...]:
     """Recipe, preprocessing and settings of the engine, as JSON."""
     manifest = contents.manifest
-    found = {name: manifest.part(name).content for name in ("recipe", "preprocessing")}
-    found["engine settings"] = manifest.part("engine", "settings").content
-    return json.dumps(found, indent=1)
+    recipe = manifest.part("recipe")
+    parts = {f"recipe: {name}": recipe.content[name] for name in recipe.names() if recipe.holds(name)}
+    parts["preprocessing"] = manifest.part("preprocessing").content
+    parts["engine"] = manifest.part("engine", "settings").content
+    return tuple((clipped(name), (clipped(json.dumps(value)),)) for name, value in parts.items())
+
+
+def usual_batch(manifest: Values) -> int:
+    """The batch size that the engine is tuned for. Raises UserError if it is less than 1."""
+    batch = int(manifest.number("io", "inputs", 0, "opt", 0))
+    if batch < 1:
+        raise UserError(f"'{manifest.file}' has a usual batch of {batch}: expected 1 or more; build the package again")
+    return batch
 
 
 def command(report: Values) -> str | None:

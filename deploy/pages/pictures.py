@@ -34,9 +34,11 @@ def waterfall_picture(report: Values, table: Table) -> Picture | None:
     steps = [(str(row[0][0]), _value(row[1]), _value(row[2]) or 0.0) for row in table.rows]
     fidelity, last = report.part("fidelity"), None
     if fidelity.holds("sqnr_interval_db"):
-        ends = (fidelity.number("sqnr_interval_db", end) for end in (0, 1))
-        last = (fidelity.number("sqnr_db"), *ends)
-    return Picture(steps_chart(steps, last), "SQNR before and after every stage, and of the whole on the evaluation images")
+        low, high = (fidelity.number("sqnr_interval_db", end) for end in (0, 1))
+        last = (fidelity.number("sqnr_db"), low, high)
+    return Picture(
+        steps_chart(steps, last), "SQNR before and after every stage, and of the whole on the evaluation images"
+    )
 
 
 def blocks_picture(table: Table) -> Picture | None:

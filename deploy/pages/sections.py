@@ -1,4 +1,4 @@
-"""The sections of the page, in order: each a heading, a sentence and blocks of rows, tables, charts, images and text."""
+"""The sections of the page, in order: each a heading, a sentence and blocks of rows, tables, charts, images and code."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,8 @@ from deploy.pages.origin import (
     files_table,
     identity_rows,
     interface_table,
-    seconds_table,
-    settings_text,
+    settings_rows,
+    usual_batch,
 )
 from deploy.pages.parts import Table
 from deploy.pages.pictures import (
@@ -33,8 +33,9 @@ from deploy.pages.pictures import (
     traffic_picture,
     waterfall_picture,
 )
+from deploy.pages.values import clipped
 
-ROWS, TABLE, PICTURE, EXAMPLES, TEXT, CODE = "rows", "table", "picture", "examples", "text", "code"
+ROWS, TABLE, PICTURE, EXAMPLES, CODE = "rows", "table", "picture", "examples", "code"
 Block = tuple[str, Any]  # one of these kinds, and what it holds
 
 
@@ -57,8 +58,8 @@ def _accuracy(contents: Contents) -> Section:
     return _section(
         "Accuracy",
         "SQNR is the signal-to-quantization-noise ratio at the network's output, against the float network. A stage is "
-        "measured on calibration images that it was not fitted on, with networks fitted on half of them: compare gains, as the "
-        "figure before a stage is not exactly the figure after the stage before it.",
+        "measured on calibration images that it was not fitted on, with networks fitted on half of them: compare gains, as "
+        "the figure before a stage is not exactly the figure after the stage before it.",
         (ROWS, fidelity_rows(contents.report)),
         (PICTURE, waterfall_picture(contents.report, table)),
         (TABLE, table),
@@ -75,27 +76,33 @@ def _examples(contents: Contents) -> Section:
     )
 
 
-def _blocks(contents: Contents) -> Section:
+def _blocks(contents: Contents) -> tuple[Section, ...]:
     table, sensitive = blocks_table(contents.report), sensitive_layers(contents.report)
-    return _section(
-        "Blocks and layers",
-        "The error is the squared difference to the float network's block, per sample. R2 is the share of it that a branch "
-        "explains. The cost of a layer is the SQNR that the output would gain were this layer alone in FP16, to first order.",
-        (PICTURE, blocks_picture(table)),
-        (PICTURE, sensitive_picture(sensitive)),
-        (TABLE, table),
-        (TABLE, sensitive),
+    return (
+        _section(
+            "Blocks and branches",
+            "The error is the squared difference to the float network's block, per sample. R2 is the share of it that a "
+            "branch explains.",
+            (PICTURE, blocks_picture(table)),
+            (TABLE, table),
+        ),
+        _section(
+            "The most sensitive layers",
+            "The cost of INT8 at a layer is the SQNR that the output would gain were that layer alone in float, to first "
+            "order, at the layers small enough to stay in FP16. It was measured before any of them did.",
+            (PICTURE, sensitive_picture(sensitive)),
+            (TABLE, sensitive),
+        ),
     )
 
 
 def _kernels(contents: Contents) -> Section:
-    batch = int(contents.manifest.number("io", "inputs", 0, "opt", 0))
-    lists = contents.kernels
-    missing = "" if lists.fp16 is not None else f" There is no FP16 twin to compare with: {lists.why_no_twin}"
+    batch, lists = usual_batch(contents.manifest), contents.kernels
+    missing = "" if lists.fp16 is not None else f" There is no FP16 twin to compare with: {clipped(lists.why_no_twin)}"
     return _section(
         "Kernels and memory",
-        f"What the kernels of the engine read and write at batch {batch}, if no cache held anything, beside the same network "
-        f"built in FP16. make explain estimates times from it.{missing}",
+        f"What the kernels of the engine read and write at batch {batch}, if no cache held anything, beside the same "
+        f"network built in FP16. make explain estimates times from it.{missing}",
         (PICTURE, traffic_picture(lists, batch)),
         (TABLE, groups_table(lists, batch)),
         (TABLE, largest_table(lists, batch)),
@@ -106,11 +113,9 @@ def _origin(contents: Contents) -> tuple[Section, ...]:
     made = command(contents.report)
     how = "This command makes the package again." if made else "A package of this version does not record the command."
     return (
-        _section("How to make it again", how, (CODE, made), (CODE, settings_text(contents))),
-        _section(
-            "Environment", "", (ROWS, environment_rows(contents)), (TABLE, seconds_table(contents.report)),
-            (ROWS, notes(contents.report)),
-        ),
+        _section("How to make it again", how, (CODE, made), (ROWS, settings_rows(contents))),
+        _section("What the stages said", "", (ROWS, notes(contents.report))),
+        _section("Environment", "", (ROWS, environment_rows(contents))),
         _section(
             "Manifest", "Digests detect accidents, not an attacker: nothing is signed.", (TABLE, interface_table(contents)),
             (ROWS, identity_rows(contents)), (TABLE, files_table(contents)),
@@ -124,7 +129,7 @@ def sections(contents: Contents) -> tuple[Section, ...]:
     found = (
         _accuracy(contents),
         _examples(contents),
-        _blocks(contents),
+        *_blocks(contents),
         _section(
             "Layers that stayed in FP16", "", (ROWS, float_rows(report)), (ROWS, attention_rows(report)),
         ),

@@ -1,6 +1,5 @@
 """Checked access to the JSON files of a package, which may be of any origin, and the figures that a page shows of them."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from calib.errors import UserError
 from deploy.package import read_json
 
 LONGEST = 500  # characters of a text that are shown
+REPLACED = "\N{REPLACEMENT CHARACTER}"
+LARGEST = 1e18  # no figure of ours is larger, and a chart can still draw it
 
 Key = str | int
 T = TypeVar("T")
@@ -32,8 +33,8 @@ class Figure:
 
 
 def clipped(text: str) -> str:
-    """`text` on one line, cut where it is too long to be shown."""
-    line = " ".join(text.split())
+    """`text` on one line, cut where it is too long to be shown, without characters that have no picture or turn others."""
+    line = "".join(each if each.isprintable() else REPLACED for each in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} [cut]"
 
 
@@ -80,31 +81,26 @@ class Values:
 
     def texts(self, *keys: Key) -> tuple[str, ...]:
         """The texts of a list."""
-        part = self.part(*keys)
-        return tuple(part.text(index) for index in range(len(self._of(keys, list, "list"))))
+        return tuple(self.text(*keys, index) for index in range(len(self._of(keys, list, "list"))))
 
     def flag(self, *keys: Key) -> bool:
         """True or false."""
         return self._of(keys, bool, "true or false")
 
     def number(self, *keys: Key) -> float:
-        """A finite number."""
+        """A number, no larger than LARGEST."""
         found = self._found(keys)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise self._wrong(keys, "number")
-        try:
-            finite = math.isfinite(found)
-        except OverflowError:  # a whole number of more than 300 digits
-            finite = False
-        if not finite:
-            raise self._wrong(keys, "finite number")
+        if not abs(found) <= LARGEST:  # of NaN too
+            raise self._wrong(keys, "number of a size that can be shown")
         return found
 
     def count(self, *keys: Key) -> int:
         """How many entries a list or an object has."""
         found = self._found(keys)
         if not isinstance(found, list | dict):
-            raise self._wrong(keys, "list")
+            raise self._wrong(keys, "list or object")
         return len(found)
 
     def part(self, *keys: Key) -> "Values":
@@ -118,15 +114,17 @@ class Values:
         every = part.content.keys() if isinstance(part.content, dict) else range(len(part.content))
         return ((clipped(str(key)), part.part(key)) for key in every)
 
+    def names(self, *keys: Key) -> tuple[str, ...]:
+        """The names in an object, as they are."""
+        return tuple(self._of(keys, dict, "object"))
+
     def reasons(self, *keys: Key) -> dict[str, str]:
         """The texts of an object, by name."""
-        part = self.part(*keys)
-        names = self._of(keys, dict, "object")
-        return {clipped(name): part.text(name) for name in names}
+        return {clipped(name): self.text(*keys, name) for name in self.names(*keys)}
 
     def figure(self, *keys: Key, spec: str = "", scale: float = 1.0, unit: str = "") -> Figure:
         """A number as it is shown: times `scale`, by the format `spec`, with its `unit` behind it."""
         value = self.number(*keys)
         pointer = "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in (*self.path, *keys))
         shown = value if scale == 1 else value * scale
-        return Figure(clipped(f"{shown:{spec}}{unit}"), value, f"{self.file.name}#{pointer}")
+        return Figure(clipped(f"{shown:{spec}}{unit}"), value, clipped(f"{self.file.name}#{pointer}"))

@@ -14,7 +14,7 @@ BAD, CARE, GOOD = "bad", "care", "good"
 
 @dataclass(frozen=True)
 class Verdict:
-    """`level`: one of BAD, CARE and GOOD. `headline`: one sentence. `points`: what is behind it. `limits`: what is not shown."""
+    """One sentence, the `headline`, what is behind it, and what is not shown. `level`: one of BAD, CARE and GOOD."""
 
     level: str
     headline: str
@@ -51,7 +51,8 @@ def int8_line(engine: Values) -> Line:
     line: Line = (Figure(f"{proven}", proven, source), " of ", engine.figure("planned"), " layers proven")
     if planned:
         line += (
-            ", ", Figure(f"{planned}", planned, source), " planned only: the kernels of its convolutions are chosen on the GPU",
+            ", ", Figure(f"{planned}", planned, source),
+            " planned only: the kernels of its convolutions are chosen on the GPU",
         )  # fmt: skip
     if lost := engine.count("lost"):
         line += (", ", Figure(f"{lost}", lost, source), " in no INT8 kernel")
@@ -99,8 +100,8 @@ def _limits(contents: Contents) -> tuple[str, ...]:
     found = []
     if not engine.holds("executed") or not engine.flag("executed"):
         found.append(
-            f"No figure here is of the engine's own outputs. Fidelity is that of {MODEL_FP32} in ONNX Runtime, which has the "
-            f"same integers; kernels of a GPU add in another order and round to FP16 at other places."
+            f"No figure here is of the engine's own outputs. Fidelity is that of {MODEL_FP32} in ONNX Runtime, which has "
+            f"the same integers; kernels of a GPU add in another order and round to FP16 at other places."
         )
     if _audit(engine)[1]:
         found.append(
@@ -114,8 +115,8 @@ def _limits(contents: Contents) -> tuple[str, ...]:
     if report.flag("evaluation", "sample"):
         found.append("The images that judged are crops of a few photographs: the figures are indicative.")
     found.append(
-        "Intervals are 95 % bootstrap intervals over source images, or for speed over rounds. They do not cover another kind "
-        "of images or another machine."
+        "Intervals are 95 % bootstrap intervals over source images, or for speed over rounds. They do not cover another "
+        "kind of images or another machine."
     )
     return tuple(found)
 

@@ -5,11 +5,11 @@ can trust every file of it. Both are views that can be made again from the packa
 its manifest; a package of an older version gets them too, and nothing that goes wrong here can cost an engine.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 from calib.errors import UserError
-from deploy.package import UNWRITABLE
 from deploy.pages.card import model_card
 from deploy.pages.contents import read_contents
 from deploy.pages.html import html_page
@@ -24,10 +24,9 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno not in UNWRITABLE:
-            raise
-        raise UserError(f"'{path}' cannot be written ({error.strerror}): free space, or copy the package elsewhere") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"'{path}' cannot be written ({error.strerror}): copy the package elsewhere") from error
 
 
 def write_pages(folder: Path) -> tuple[Path, Path]:
@@ -38,7 +37,9 @@ def write_pages(folder: Path) -> tuple[Path, Path]:
     contents = read_contents(folder)
     page, card = html_page(contents), model_card(contents)
     if (size := len(page.encode())) > MAX_BYTES:
-        raise UserError(f"'{folder}' gives a page of {size} bytes: expected {MAX_BYTES} at most; is it a package of this tool?")
+        raise UserError(
+            f"'{folder}' gives a page of {size} bytes: expected {MAX_BYTES} at most; is it a package of this tool?"
+        )
     whole = folder.resolve()  # "." has no name
     paths = tuple(whole.with_name(f"{whole.name}.{name}") for name in (PAGE, CARD))
     for path, text in zip(paths, (page, card), strict=True):
