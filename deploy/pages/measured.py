@@ -149,7 +149,11 @@ def outside_table(report: Values) -> Table:
     """The layers that clip most of what they read on evaluation images."""
     coverage = report.part("coverage")
     rows = [
-        ((each.text("layer"),), (each.figure("fraction", spec=".3%"),), (each.figure("largest", spec=".2f"),))
+        (
+            (each.text("layer"),),
+            (each.figure("fraction", spec=".2g", scale=100, unit="%"),),
+            (each.figure("largest", spec=".2f"),),
+        )
         for _, each in coverage.parts("outside")
     ]
     return Table(("layer", "clipped", "largest value / threshold"), tuple(rows))
