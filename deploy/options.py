@@ -51,7 +51,7 @@ class Options:
         return {f"--{name}": str(value) for name, value in found.items() if value is not None}
 
     def command(self) -> str:
-        """The command that makes the same package: the model, the recipe and what differs from the defaults."""
+        """The command that asks for the same package: the model, the recipe and what differs from the defaults."""
         usual = Options()._flags()
         model = [] if self.module else ["--model", self.model]
         given = [part for flag in self._flags().items() if flag not in usual.items() for part in flag]

@@ -111,7 +111,11 @@ def _kernels(contents: Contents) -> Section:
 
 def _origin(contents: Contents) -> tuple[Section, ...]:
     made = command(contents.report)
-    how = "This command makes the package again." if made else "A package of this version does not record the command."
+    how = (
+        "It was made with this command, at the commit and from the files named here."
+        if made
+        else "A package of this version does not record the command."
+    )
     return (
         _section("How to make it again", how, (CODE, made), (ROWS, settings_rows(contents))),
         _section("What the stages said", "", (ROWS, notes(contents.report))),
