@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     add_package(verify)
+    report = verbs.add_parser(
+        "report", help="write a finished package as one page and as a model card, beside its folder"
+    )
+    add_package(report)
     add_serve_verbs(verbs)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
@@ -257,7 +261,13 @@ def _explain(args: argparse.Namespace) -> int:
     from deploy.explain.page import print_page
 
     folder, gpu = folder_from_options(args, args.folder), gpu_from_name(args.gpu)
-    print_page(folder.as_posix(), read_lists(folder), gpu, args.batch)
+    lists = read_lists(folder)
+    if not lists.told:
+        raise UserError(
+            f"the kernels of the engine in '{folder}' do not tell what they read and write: expected an engine of "
+            f"TARGET=tensorrt or tensorrt_rtx; one of onnxruntime runs on a CPU and is measured by make engine"
+        )
+    print_page(folder.as_posix(), lists, gpu, args.batch)
     return 0
 
 
@@ -266,6 +276,21 @@ def _clean_cache(_args: argparse.Namespace) -> int:
 
     folder, size = clear()
     print(f"removed {size / 1e6:.0f} MB from '{folder}'")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    folder = folder_from_options(args, args.folder)
+    try:
+        import huggingface_hub  # noqa: F401
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error}: use `make report`, or an environment with requirements-base.txt") from error
+    from deploy.pages.write import write_pages
+
+    for path in write_pages(folder):
+        print(f"written to {path}")
     return 0
 
 
@@ -278,6 +303,7 @@ VERBS = {
     "recipe": _recipe,
     "explain": _explain,
     "clean-cache": _clean_cache,
+    "report": _report,
     **SERVE_VERBS,
 }
 

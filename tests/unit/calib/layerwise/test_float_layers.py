@@ -1,12 +1,13 @@
 """Which layers go back to FP16. Oracles: all subsets, and the network itself."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from calib.layerwise.float_layers import Config, candidates, in_float, in_order, shares
+from calib.layerwise.float_layers import Config, candidates, costs_db, in_float, in_order, shares
 from calib.network.qdq import QuantLinear, quantized_net
 from tests.tiny import calibrated, rounded, tiny_halves
 
@@ -29,6 +30,15 @@ def test_the_first_layer_is_the_best_of_those_that_fit(seed):
     for count in range(1, len(found) + 1):
         before, after = (error(terms, [index for index, _ in found[:number]]) for number in (count - 1, count))
         assert 10 * torch.log10(torch.tensor(before / after)) == pytest.approx(found[count - 1][1], abs=1e-3)
+
+
+def test_the_cost_of_a_layer_is_what_it_alone_would_gain():
+    terms = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = costs_db(terms)
+    for index, cost in enumerate(found):
+        ratio = error(terms, []) / error(terms, [index])
+        assert cost == pytest.approx(10 * math.log10(ratio))
+    assert len(found) == 3
 
 
 def test_layers_that_gain_too_little_are_none():
@@ -74,6 +84,8 @@ def test_a_layer_that_spoils_the_output_is_found(model):
     weight.data = grid.fake_quantize(weight + 6 * grid.scale[:, None] * torch.randn_like(weight))
     offer = candidates(spoilt, halves, Config(1.0, 1.0))
     assert list(offer.candidates[0].whole.kept_float) == ["blocks.1.mlp.fc2"]
+    costs = offer.details["cost_db"]
+    assert max(costs, key=costs.get) == "blocks.1.mlp.fc2"
     assert all(
         list(each.kept_float) == ["blocks.1.mlp.fc2"] for models in offer.candidates[0].trials for each in models
     )
