@@ -89,8 +89,8 @@ report: $(READY) ## Write a finished package as one page (report.html) and as a 
 doctor: $(READY) ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor
 
-structure: $(READY) ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT=)
-	@$(RUN) -m deploy structure "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE)
+structure: $(READY) ## What a network consists of, and what stays in float and why: MODEL= (or MODULE= INPUT= CALIB=)
+	@$(RUN) -m deploy structure "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) $(if $(CALIB),--calib "$(CALIB)")
 
 $(VENV_SERVE)/.ready: requirements-serve.txt
 	@$(PYTHON) -m venv $(VENV_SERVE)

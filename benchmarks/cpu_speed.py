@@ -56,7 +56,10 @@ def ratios(times: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 def measure(folder: Path, weights: str, rounds: int) -> list[dict[str, Any]]:
     """One row for each number of threads."""
-    images = np.ascontiguousarray(golden_arrays(folder / GOLDEN)[0].astype(np.float32))
+    golden = golden_arrays(folder / GOLDEN)[0]
+    if not isinstance(golden, np.ndarray):
+        raise UserError(f"'{folder}' takes named inputs: expected a package of a network of images")
+    images = np.ascontiguousarray(golden.astype(np.float32))
     manifest = read_json(folder / MANIFEST)
     integer, written = integer_graph(folder / MODEL_FP32)
     with tempfile.TemporaryDirectory() as scratch:

@@ -50,40 +50,38 @@ def named_outputs(returned: Any) -> dict[str, Tensor]:
     return found
 
 
-class JoinedOutputs(nn.Module):
-    """`net` with its outputs as one row (B, N) per image, in which every output counts alike.
+class _JoinOutputs:
+    """Hook behind a forward pass: the outputs become one row (B, N) per image, in which every output counts alike.
 
     Each output is divided by `sizes` (its root mean square) and flattened, so that squared differences of rows add up the
-    outputs' noise relative to their signals. Within `separate_outputs`, it returns its outputs by name instead.
+    outputs' noise relative to their signals. Unless `joined`, they are returned by name instead.
     """
 
-    def __init__(self, net: nn.Module, sizes: Mapping[str, float]) -> None:
-        super().__init__()
-        self.network, self.sizes, self.joined = net, dict(sizes), True
+    def __init__(self, sizes: Mapping[str, float]) -> None:
+        self.sizes, self.joined = dict(sizes), True
 
-    def forward(self, images: Tensor) -> Any:
-        """Return (B, N), or the outputs by name."""
-        outputs = named_outputs(self.network(images))
+    def __call__(self, _net: nn.Module, _args: tuple[Any, ...], returned: Any) -> Any:
+        outputs = named_outputs(returned)
         if not self.joined:
             return outputs
         return torch.cat([value.flatten(1) / self.sizes[name] for name, value in outputs.items()], 1)
 
 
+def _joining(net: nn.Module) -> _JoinOutputs | None:
+    return next((hook for hook in net._forward_hooks.values() if isinstance(hook, _JoinOutputs)), None)
+
+
 @contextmanager
 def separate_outputs(net: nn.Module) -> Iterator[nn.Module]:
     """Let a network with joined outputs return them by name; any other network is left as it is."""
-    if isinstance(net, JoinedOutputs):
-        net.joined = False
+    hook = _joining(net)
+    if hook:
+        hook.joined = False
     try:
         yield net
     finally:
-        if isinstance(net, JoinedOutputs):
-            net.joined = True
-
-
-def kind_of(net: nn.Module) -> str:
-    """Return the name of the network's class."""
-    return type(net.network if isinstance(net, JoinedOutputs) else net).__name__
+        if hook:
+            hook.joined = True
 
 
 def checked_outputs(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -91,7 +89,7 @@ def checked_outputs(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     Raises UserError unless all of them are floating-point tensors with one entry per image on their first axis.
     """
-    kind = kind_of(net)
+    kind = type(net).__name__
     with torch.no_grad(), separate_outputs(net):
         returned = net(images)
     found = named_outputs(returned)
@@ -129,14 +127,14 @@ def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> str:
     return CLASSIFIER if int(getattr(net, "num_classes", None) or 0) > 0 else FEATURES
 
 
-def joined(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return `net` with one row of values per image; itself if it has a single output (B, N) already.
+def join_outputs(net: nn.Module, images: Tensor) -> None:
+    """Let `net` and copies of it return one row of values per image, unless it has a single output (B, N) (edits `net`).
 
     The sizes of its outputs are those on `images` (B, 3, H, W).
     """
     with torch.no_grad():
         returned = net(images)
     if isinstance(returned, Tensor) and returned.ndim == 2:
-        return net
+        return
     sizes = {name: float(value.square().mean().sqrt()) or 1.0 for name, value in named_outputs(returned).items()}
-    return JoinedOutputs(net, sizes).eval()
+    net.register_forward_hook(_JoinOutputs(sizes))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from calib.device import CPU
 from calib.errors import UserError
 from calib.grids import Grid
-from calib.outputs import kind_of
 from calib.precision import INT8_ENGINE, LayerBits, Precision
 from calib.quantizer import QParams
 from calib.structure.moves import Moved
@@ -103,7 +102,7 @@ class QuantModel:
         cls, name: str, net: nn.Module, structure: Structure | None = None, precision: Precision = INT8_ENGINE
     ) -> "QuantModel":
         """Return the float network `net` of which nothing is quantized yet; without `structure`, folding reads it."""
-        return cls(name, net, net, net, structure or Structure(kind_of(net), {}), precision=precision)
+        return cls(name, net, net, net, structure or Structure(type(net).__name__, {}), precision=precision)
 
     @property
     def device(self) -> torch.device:

@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     structure.add_argument("model", nargs="?", default="", help="short name (see `list`) or any timm name")
     structure.add_argument("--module", help="as for `engine`")
     structure.add_argument("--input", type=input_size, help="as for `engine`")
+    structure.add_argument("--calib", help="of a network with other inputs than one image: as for `engine`")
     structure.add_argument(
         "--weights", default="random", help="as for `engine`; the structure needs none (default random)"
     )
@@ -236,13 +237,17 @@ def _structure(args: argparse.Namespace) -> int:
     from calib.quant_model import QuantModel
     from calib.weights.load import load_net
     from calib.weights.zoo import spec_of
+    from deploy.named_inputs import inputs_told_by, two_samples
     from deploy.report.structure import structure_json, structure_lines
 
     if not args.module and not args.model:
         raise UserError("structure: expected the name of a model, or --module")
-    spec = spec_of(args.model, args.module, args.input)
-    loaded = load_net(spec, args.weights)
-    example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    spec, calib = spec_of(args.model, args.module, args.input), expanded(args.calib or "", "CALIB").as_posix()
+    loaded = load_net(spec, args.weights, inputs=inputs_told_by(calib))
+    if loaded.inputs is not None:
+        example = two_samples(calib, loaded.inputs)[:1]
+    else:
+        example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
     structure = fold_affine(QuantModel.of(spec.name, loaded.net), example).structure
     print(json.dumps(structure_json(structure), indent=2) if args.json else "\n".join(structure_lines(structure)))
     return 0

@@ -11,7 +11,7 @@ from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.runner import EngineRunner
 from deploy.graph.names import INPUT
 from deploy.measure.accuracy import Fidelity, Outputs, joined_rows, sqnr_db
-from deploy.measure.onnx_runner import OnnxRunner
+from deploy.measure.onnx_runner import Given, OnnxRunner
 from deploy.package import GOLDEN, MODEL_FP32
 from deploy.verify import Reference, Verdict, least_fp16_db, outputs_over
 
@@ -82,10 +82,13 @@ def executed(engine: EngineRunner | GraphRunner, device: str, folder: Path, refe
 
     `device`: what it runs on. `folder`: of the package, whose FP32-typed graph runs on the golden images too.
     """
-    dtype = engine.tensors.inputs[INPUT].dtype
 
-    def computed(some: Iterable[np.ndarray], expected: Outputs) -> Outputs:
-        found = outputs_over(lambda images: engine({INPUT: images.astype(dtype)}), some)
+    def run(given: Given) -> Outputs:
+        arrays = {INPUT: given} if isinstance(given, np.ndarray) else given
+        return engine({name: array.astype(engine.tensors.inputs[name].dtype) for name, array in arrays.items()})
+
+    def computed(some: Iterable[Given], expected: Outputs) -> Outputs:
+        found = outputs_over(run, some)
         return {name: found[name] for name in expected}  # an engine may have its outputs in another order
 
     exact, golden, graph = reference.golden_outputs, [reference.golden], OnnxRunner(folder / MODEL_FP32).named_outputs

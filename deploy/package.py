@@ -20,7 +20,9 @@ from deploy.lock import HeldError, locked
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
 MANIFEST, REPORT, GOLDEN, KERNELS = "manifest.json", "report.json", "golden.npz", "kernels.json"
 LAYERS = "engine_layers.json"  # what the engine tells of its kernels, in its own words
-GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # what the names of outputs in golden.npz begin with
+GOLDEN_ONLY = "images"  # the name of the only input in golden.npz
+GOLDEN_INPUT = "input_"  # ... and what the names of several begin with
+GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # ... and those of outputs
 FILES = (MODEL, MODEL_FP32, ENGINE, LAYERS, MANIFEST, REPORT, GOLDEN, KERNELS)
 
 UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}

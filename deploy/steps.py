@@ -6,6 +6,8 @@ A stage is a function of the `Run`: it reads and writes fields of it, and return
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,14 @@ from calib.errors import UserError
 from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
+from calib.inputs import Inputs, arrays_from_rows
 from calib.network.fp16_range import fp16_range
 from calib.network.qdq import quantized_net
 from calib.outputs import (
     CLASSIFIER,
     Output,
     checked_outputs,
-    joined,
+    join_outputs,
     named_outputs,
     outputs_from,
     separate_outputs,
@@ -35,7 +38,7 @@ from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.weights.load import load_net
-from deploy.bridge.export import export_float, export_fp16, export_pair
+from deploy.bridge.export import Example, export_float, export_fp16, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.engine.isolated import build_apart
@@ -43,11 +46,15 @@ from deploy.errors import ContractError
 from deploy.execution import Execution, executed
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.graph.check import require_strongly_typed
+from deploy.measure.onnx_runner import Given
+from deploy.named_inputs import ids_in_embeddings, inputs_told_by, require_readable, require_used, two_samples
 from deploy.package import (
     ENGINE,
     FILES,
     GOLDEN,
     GOLDEN_FLOAT,
+    GOLDEN_INPUT,
+    GOLDEN_ONLY,
     GOLDEN_SIMULATED,
     KERNELS,
     LAYERS,
@@ -74,7 +81,7 @@ Lines = Sequence[str]  # what a stage tells
 
 
 class Batches:
-    """The images of a set as re-iterable arrays (B, 3, H, W), with a progress bar on each pass."""
+    """The images of a set as re-iterable arrays (B, 3, H, W) or rows (B, N), with a progress bar on each pass."""
 
     def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
         self.images, self.progress, self.convert = images, progress, convert
@@ -118,17 +125,30 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
     return found[0] if found else ""
 
 
-def _outputs(net: nn.Module, size: Sequence[int]) -> tuple[Output, ...]:
-    """Return the outputs that `net` computes from images; `size` is (3, H, W).
+def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, error: Exception) -> UserError:
+    said = (str(error).strip().splitlines() or [""])[0]
+    if inputs is None:
+        return UserError(
+            f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): set INPUT=, or for a network "
+            f"that takes other inputs than one image leave it out and give CALIB=, a .npz file with an array for each"
+        )
+    return UserError(
+        f"{kind} cannot read {inputs.described()} ({type(error).__name__}: {said}): expected in CALIB= what its forward "
+        f"pass takes, without the batch axis of a single sample"
+    )
 
-    Raises UserError unless it turns images (B, 3, H, W) into finite floating-point values.
+
+def _outputs(net: nn.Module, images: torch.Tensor, inputs: Inputs | None = None) -> tuple[Output, ...]:
+    """Return the outputs that `net` computes from two or more `images` (B, 3, H, W), or rows (B, N) of its `inputs`.
+
+    Raises UserError unless it turns them into finite floating-point values.
     """
-    images, kind = torch.zeros(2, *size), type(net).__name__
+    kind = type(net).__name__
     try:
-        found = checked_outputs(net, images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        shape = "x".join(map(str, size))
-        raise UserError(f"{kind} cannot read images of {shape} ({error}): set INPUT=".splitlines()[0]) from error
+        with ids_in_embeddings(net):
+            found = checked_outputs(net, images)
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        raise _cannot_read(kind, images, inputs, error) from error
     outputs, classes = outputs_from(found), getattr(net, "num_classes", None)
     if task_of(net, outputs) == CLASSIFIER and outputs[0].shape != (classes,):
         raise UserError(
@@ -154,24 +174,34 @@ def _check_labels(images: ImageSet, outputs: int) -> None:
 
 def load(run: Run) -> Lines:
     """The float network."""
-    run.loaded = load_net(run.spec, run.options.weights, run.options.seed)
-    net = run.loaded.net
-    run.outputs = _outputs(net, run.loaded.data_config["input_size"])
+    calib = run.options.calib
+    run.loaded = load_net(run.spec, run.options.weights, run.options.seed, inputs_told_by(calib))
+    net, inputs = run.loaded.net, run.loaded.inputs
+    if calib is not None and inputs is not None:
+        samples = two_samples(calib, inputs)
+        run.outputs = _outputs(net, samples, inputs)
+        require_used(net, inputs, samples[:1])
+    else:
+        run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]))
     run.task = task_of(net, run.outputs)
     return (run.loaded.source,)
 
 
 def read_images(run: Run) -> Lines:
     """Images to calibrate on and to judge on; with the weights they are what every later state depends on."""
-    options, preprocessing = run.options, preprocessing_from_config(run.loaded.data_config)
+    options, inputs = run.options, run.loaded.inputs
+    preprocessing = inputs or preprocessing_from_config(run.loaded.data_config)
     run.calibration, run.evaluation = image_sets(
         options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
     )
     if run.task == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
-    net = joined(run.loaded.net, torch.from_numpy(run.golden))
-    run.model = QuantModel.of(run.name, net, precision=run.recipe.precision)
+    if inputs is not None:
+        every = (Batches(each, run.progress, torch.from_numpy) for each in (run.calibration, run.evaluation))
+        require_readable(run.loaded.net, inputs, chain.from_iterable(every))
+    join_outputs(run.loaded.net, torch.from_numpy(run.golden))
+    run.model = QuantModel.of(run.name, run.loaded.net, precision=run.recipe.precision)
     halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, _to(run.device)))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
     run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch, run.device)
@@ -231,16 +261,24 @@ def covers(run: Run) -> Lines:
 # The bridge.
 
 
+def _example(run: Run) -> Example:
+    """What an export is traced with: the size of images, or two samples of named inputs."""
+    if run.loaded.inputs is not None:
+        return torch.from_numpy(run.golden[[0, -1]])
+    _, height, width = run.golden.shape[1:]
+    return height, width
+
+
 def export(run: Run) -> Lines:
     """The rounded network as ONNX, with FP16 and with FP32 types, and the float network."""
     run.model = run.model.to(CPU)
     run.simulation = quantized_net(run.model)
-    size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
-    run.fp16, run.fp32 = export_pair(run.simulation, size)
+    example = _example(run)
+    run.fp16, run.fp32 = export_pair(run.simulation, example)
     run.float_model = run.scratch / "float.onnx"
     onnx.save(run.fp16, run.folder / MODEL)
     onnx.save(run.fp32, run.folder / MODEL_FP32)
-    onnx.save(export_float(run.model.float_net, size), run.float_model)
+    onnx.save(export_float(run.model.float_net, example), run.float_model)
     mb, float_mb = (path.stat().st_size / 1e6 for path in (run.folder / MODEL, run.float_model))
     return (f"{MODEL} {mb:.1f} MB, float {float_mb:.1f} MB",)
 
@@ -263,12 +301,12 @@ def check(run: Run) -> Lines:
     return (f"strongly typed FP16; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",)
 
 
-def _kernel_lists(run: Run, size: tuple[int, int]) -> KernelLists:
+def _kernel_lists(run: Run, example: Example) -> KernelLists:
     """The kernels of the engine, and of the same build of the float network with FP16 types, if it fits them."""
     if not run.backend.FP16:
         return KernelLists(run.built.kernels, None, f"{run.backend.NAME} has no FP16 kernels on a CPU")
     try:
-        model = export_fp16(run.model.float_net, size)
+        model = export_fp16(run.model.float_net, example)
         twin = build_apart(run.backend, model, run.options.profile, run.options.sms)
     except UserError as error:
         return KernelLists(run.built.kernels, None, str(error))
@@ -283,15 +321,15 @@ def build(run: Run) -> Lines:
     (run.folder / ENGINE).write_bytes(run.built.plan)
     write_json(run.folder / LAYERS, run.built.layers_json())
     lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
-    size = (run.calibration.preprocessing.height, run.calibration.preprocessing.width)
-    run.kernels = _kernel_lists(run, size)
+    example = _example(run)
+    run.kernels = _kernel_lists(run, example)
     twin = f"no FP16 engine to compare with: {run.kernels.why_no_twin}"
     if run.kernels.fp16 is not None:
         twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
     lines.append(twin)
     if run.model.branches:
         net = quantized_net(replace(run.model, branches={}))
-        without = export_fp16(net, size) if run.backend.FP16 else export_pair(net, size)[1]
+        without = export_fp16(net, example) if run.backend.FP16 else export_pair(net, example)[1]
         run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
@@ -313,13 +351,26 @@ def prove(run: Run) -> Lines:
 def verify(run: Run) -> Lines:
     """How near the graphs come to the float network on images that did not calibrate; ContractError if FP16 overflows."""
     labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
-    images = Batches(run.evaluation, run.progress, np.asarray)
-    run.reference = Reference(run.float_model, images, run.golden, run.task, labels, run.evaluation.sources)
+    images = Batches(run.evaluation, run.progress, partial(arrays_from_rows, run.loaded.inputs))
+    run.reference = Reference(run.float_model, images, _golden(run), run.task, labels, run.evaluation.sources)
     run.verdict = verify_fidelity(run.folder, run.reference)
     _hold(run.verdict)
     if not run.loaded.random and (reason := run.verdict.no_longer_the_network()):
         raise ContractError(reason)
     return (f"{run.verdict.fidelity.sqnr_db:.1f} dB SQNR on {run.verdict.fidelity.count} images",)
+
+
+def _golden(run: Run) -> Given:
+    """The golden images as a graph takes them."""
+    return arrays_from_rows(run.loaded.inputs, run.golden)
+
+
+def _golden_inputs(run: Run) -> dict[str, np.ndarray]:
+    """The golden images, for their file."""
+    given = _golden(run)
+    if isinstance(given, np.ndarray):
+        return {GOLDEN_ONLY: given}
+    return {f"{GOLDEN_INPUT}{name}": array for name, array in given.items()}
 
 
 def _execution(run: Run) -> Execution:
@@ -344,14 +395,14 @@ def execute(run: Run) -> Lines:
 
 def benchmark(run: Run) -> Lines:
     """The speed of both in ONNX Runtime."""
-    run.speed = cpu_speed(run.folder, run.float_model, run.golden)
+    run.speed = cpu_speed(run.folder, run.float_model, _golden(run))
     return (f"{run.speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU",)
 
 
 def package(run: Run) -> Lines:
     """What ships beside the engine: golden images with their outputs, report and manifest."""
     arrays = {
-        "images": run.golden,
+        **_golden_inputs(run),
         **_named(GOLDEN_FLOAT, run.model.float_net, run.golden),
         **_named(GOLDEN_SIMULATED, run.simulation, run.golden),
     }

@@ -4,7 +4,7 @@ import functools
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,19 @@ from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
-from deploy.measure.onnx_runner import OnnxRunner
-from deploy.package import FILES, GOLDEN, GOLDEN_FLOAT, GOLDEN_SIMULATED, MANIFEST, MODEL, MODEL_FP32, read_json
+from deploy.measure.onnx_runner import Given, OnnxRunner, first
+from deploy.package import (
+    FILES,
+    GOLDEN,
+    GOLDEN_FLOAT,
+    GOLDEN_INPUT,
+    GOLDEN_ONLY,
+    GOLDEN_SIMULATED,
+    MANIFEST,
+    MODEL,
+    MODEL_FP32,
+    read_json,
+)
 
 # FP16 moves values across rounding boundaries, as another processor does: that changed the SQNR of the few golden images
 # by -2.1 to +2.7 dB. An overflow costs tens of dB.
@@ -76,13 +87,13 @@ class Verdict:
         )
 
 
-def outputs_over(compute: Callable[[np.ndarray], Outputs], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """All outputs (N, ...) that `compute` returns for `batches` (B, 3, H, W), by name, as float32."""
+def outputs_over(compute: Callable[[Given], Outputs], batches: Iterable[Given]) -> dict[str, np.ndarray]:
+    """All outputs (N, ...) that `compute` returns for `batches`, by name, as float32."""
     found = [compute(batch) for batch in batches]
     return {name: np.concatenate([each[name] for each in found]).astype(np.float32) for name in found[0]}
 
 
-def _golden_db(reference: Outputs, model: Path, golden: np.ndarray, fused: bool = True) -> float:
+def _golden_db(reference: Outputs, model: Path, golden: Given, fused: bool = True) -> float:
     """The SQNR (dB, mean over images) of the graph `model` on the `golden` images."""
     found = outputs_over(OnnxRunner(model, fused=fused).named_outputs, [golden])
     return mean_sqnr_db(joined_rows(reference), joined_rows(found, reference))
@@ -92,19 +103,19 @@ def _golden_db(reference: Outputs, model: Path, golden: np.ndarray, fused: bool 
 class Reference:
     """The images that judge, and what the float network, the graph `float_model`, computes of them in ONNX Runtime.
 
-    `batches`: re-iterable, float32 (B, 3, H, W). `golden`: float32 (N, 3, H, W). `task`: what the outputs are. `labels`:
-    (images,) class indices of a classifier. `sources`: the number of each image's source image.
+    `batches`: re-iterable, images float32 (B, 3, H, W) or named inputs (B, ...). `golden`: a few of them. `task`: what the
+    outputs are. `labels`: (images,) class indices of a classifier. `sources`: the number of each image's source image.
     """
 
     float_model: Path
-    batches: Iterable[np.ndarray]
-    golden: np.ndarray
+    batches: Iterable[Given]
+    golden: Given
     task: str
     labels: np.ndarray | None = None
     sources: Sequence[int] | None = None
 
     @functools.cached_property
-    def _compute(self) -> Callable[[np.ndarray], Outputs]:
+    def _compute(self) -> Callable[[Given], Outputs]:
         return OnnxRunner(self.float_model).named_outputs
 
     @functools.cached_property
@@ -158,12 +169,12 @@ class CpuSpeed:
         ]
 
 
-def cpu_speed(folder: Path, float_model: Path, images: np.ndarray) -> CpuSpeed:
+def cpu_speed(folder: Path, float_model: Path, given: Given) -> CpuSpeed:
     """Time the float graph and the INT8 graph with integer kernels in turn, in ONNX Runtime with 2 threads.
 
-    The batch is the first SPEED_BATCH of `images` (N, 3, H, W) float32.
+    The batch is the first SPEED_BATCH of `given`.
     """
-    batch = images[:SPEED_BATCH]
+    batch = first(given, SPEED_BATCH)
     from deploy.measure.integer_graph import integer_graph, integer_layers  # needs onnx, which a server has not
 
     graph, written = integer_graph(folder / MODEL_FP32)
@@ -208,19 +219,35 @@ def recorded_sha256(manifest: Path) -> dict[str, str]:
     return found
 
 
-def golden_arrays(path: Path) -> tuple[np.ndarray, Outputs, Outputs]:
-    """(images (N, 3, H, W), outputs (N, ...) of the float network and of the simulation by name), all floating point.
+def _under(prefix: str, arrays: Outputs) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _sound(given: Given, reference: Outputs, simulated: Outputs) -> bool:
+    """Whether these are inputs with the outputs of float network and simulation, floating point."""
+    inputs = [given] if isinstance(given, np.ndarray) else [*given.values()]
+    outputs = [*reference.values(), *simulated.values()]
+    return (
+        all(array.ndim and array.dtype.kind in "fib" for array in inputs)
+        and (isinstance(given, Mapping) or (given.ndim == 4 and given.dtype.kind == "f"))
+        and reference.keys() == simulated.keys() != set()
+        and all(array.dtype.kind == "f" and array.size and array.ndim >= 2 for array in outputs)
+        and all(array.shape == simulated[name].shape for name, array in reference.items())
+        and len({len(array) for array in (*inputs, *outputs)}) == 1
+    )
+
+
+def golden_arrays(path: Path) -> tuple[Given, Outputs, Outputs]:
+    """(images (N, 3, H, W) or named inputs (N, ...), outputs (N, ...) of the float network and of the simulation by name).
 
     Raises UserError if the file is not an archive of such arrays.
     """
     try:
         with np.load(path, allow_pickle=False) as golden:
             arrays = {name: golden[name] for name in golden.files}
-        images = arrays["images"]
-        reference, simulated = (
-            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            for prefix in (GOLDEN_FLOAT, GOLDEN_SIMULATED)
-        )
+        given = _under(GOLDEN_INPUT, arrays) or arrays[GOLDEN_ONLY]
+        reference, simulated = (_under(prefix, arrays) for prefix in (GOLDEN_FLOAT, GOLDEN_SIMULATED))
     # np.load also returns a bare array, which is no context manager: TypeError
     except (
         OSError,
@@ -233,19 +260,13 @@ def golden_arrays(path: Path) -> tuple[np.ndarray, Outputs, Outputs]:
         zlib.error,
     ) as error:
         raise UserError(f"'{path}' holds no golden images and outputs ({error}): build the package again") from error
-    sound = (
-        all(np.issubdtype(array.dtype, np.floating) and array.size and array.ndim >= 2 for array in arrays.values())
-        and images.ndim == 4
-        and reference.keys() == simulated.keys() != set()
-        and all(array.shape == simulated[name].shape and len(array) == len(images) for name, array in reference.items())
-    )
-    if not sound:
+    if not _sound(given, reference, simulated):
         found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         raise UserError(
-            f"'{path}' holds {found}: expected float images (N, 3, H, W), and {GOLDEN_FLOAT}... and {GOLDEN_SIMULATED}... "
-            f"(N, ...) of the same names; build the package again"
+            f"'{path}' holds {found}: expected float images (N, 3, H, W) or {GOLDEN_INPUT}... (N, ...), and "
+            f"{GOLDEN_FLOAT}... and {GOLDEN_SIMULATED}... (N, ...) of the same names; build the package again"
         )
-    return images, reference, simulated
+    return given, reference, simulated
 
 
 def file_faults(folder: Path) -> list[str]:
@@ -274,9 +295,9 @@ def verify_package(folder: Path) -> list[str]:
     """
     if wrong := file_faults(folder):
         return wrong
-    images, reference, simulated = golden_arrays(folder / GOLDEN)
+    given, reference, simulated = golden_arrays(folder / GOLDEN)
     recorded_db = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))
-    found = _golden_db(reference, folder / MODEL_FP32, images)
+    found = _golden_db(reference, folder / MODEL_FP32, given)
     if not found >= recorded_db - MAX_DRIFT_DB:
         wrong.append(
             f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built"

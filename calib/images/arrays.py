@@ -43,7 +43,8 @@ def _only_array(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     if len(wanted) != 1:
         raise UserError(
             f"array file '{path}' holds the arrays {', '.join(names) or '(none)'}: expected a single array "
-            f"or one named images or input; save it with np.savez(path, images=...)"
+            f"or one named images or input; save it with np.savez(path, images=...), or for a network that takes these "
+            f"arrays give no INPUT="
         )
     return arrays[wanted[0]]
 

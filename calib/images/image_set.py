@@ -20,16 +20,22 @@ from calib.images.folder import Listing, file_candidates, labels_from_names, lis
 from calib.images.picture import THREADS, Chosen, ImageCandidate, Picture, choose_pictures, in_random_order
 from calib.images.preprocess import Preprocessing
 from calib.images.sample_photos import CALIBRATION_PHOTOS, EVALUATION_PHOTOS, random_crops
+from calib.images.samples import sample_candidates, samples_from_file
+from calib.inputs import Inputs
 
+Reading = Preprocessing | Inputs  # how images are prepared, or which named arrays a sample consists of
 HELD_OUT = 128  # images kept for evaluation when no number is asked for
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in a fixed order. They are read again at each iteration and are never all in memory."""
+    """Images in a fixed order. They are read again at each iteration and are never all in memory.
+
+    Where `preprocessing` is the `Inputs` of a network, they are samples of named arrays, each as one row of values.
+    """
 
     source: str  # where the images come from, for the report
-    preprocessing: Preprocessing
+    preprocessing: Reading
     pictures: tuple[Picture, ...]
     sample: bool = False  # True: crops of the built-in sample images, not for production
     skipped: tuple[str, ...] = ()  # unreadable files found while choosing (none in a held-out set)
@@ -42,6 +48,11 @@ class ImageSet:
     def count(self) -> int:
         """The number of images."""
         return len(self.pictures)
+
+    @property
+    def kind(self) -> str:
+        """What they are, in one word."""
+        return "samples" if isinstance(self.preprocessing, Inputs) else "images"
 
     def left_out(self) -> list[str]:
         """Sentences on files that are not in the set though they may have been meant to be."""
@@ -64,7 +75,9 @@ class ImageSet:
         return digest.hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yield batches float32 (batch_size, 3, H, W) in the order of the set; the last one may be smaller.
+        """Yield batches float32 (batch_size, 3, H, W) in the order of the set, of samples (batch_size, N).
+
+        The last one may be smaller.
 
         Raises `UserError` for a batch size below 1, and for a file that vanished or changed since it was chosen.
         """
@@ -156,7 +169,22 @@ class _Found:
     other_pictures: tuple[str, ...] = ()
 
 
-def _found(path: Path, role: str, preprocessing: Preprocessing) -> _Found:
+def _found_samples(path: Path, role: str, inputs: Inputs) -> _Found:
+    if path.suffix.lower() != ".npz":
+        raise UserError(
+            f"{role} path '{path}': expected a .npz file with an array for every input ({inputs.described()})"
+        )
+    arrays = samples_from_file(path, inputs)
+    count = len(next(iter(arrays.values())))
+    labels = labels_from_file(path, count) if role == "evaluation" else None
+    groups = groups_from_file(path, count)
+    kinds = "each taken for a source of its own" if groups is None else f"{len(set(groups))} groups"
+    return _Found(sample_candidates(arrays, groups), f"{count} samples, {kinds}", labels)
+
+
+def _found(path: Path, role: str, preprocessing: Reading) -> _Found:
+    if isinstance(preprocessing, Inputs):
+        return _found_samples(path, role, preprocessing)
     if path.is_dir():
         listing = _listed(path, role)
         names = listing.images
@@ -180,7 +208,7 @@ def _check_any_readable(path: Path, role: str, chosen: Chosen) -> None:
 
 
 def _calibration_set(
-    calib: str, preprocessing: Preprocessing, count: int, held_out: int, seed: int
+    calib: str, preprocessing: Reading, count: int, held_out: int, seed: int
 ) -> tuple[ImageSet, ImageSet]:
     """(calibration set, held-out set) of one folder or array; the second is empty if `held_out` is 0."""
     path = _located(calib, "calibration")
@@ -222,7 +250,7 @@ def _split(pictures: tuple[Picture, ...], first: int) -> tuple[tuple[Picture, ..
 
 
 def _evaluation_set(
-    evaluation: str, preprocessing: Preprocessing, wanted: int | None, seed: int, calibration: ImageSet
+    evaluation: str, preprocessing: Reading, wanted: int | None, seed: int, calibration: ImageSet
 ) -> ImageSet:
     """The images of `evaluation` (all, or `wanted` of them) that are not in `calibration`, with labels."""
     path = _located(evaluation, "evaluation")
@@ -259,14 +287,15 @@ def _sample_set(
 def image_sets(
     calib: str | None,
     evaluation: str | None,
-    preprocessing: Preprocessing,
+    preprocessing: Reading,
     count: int = 512,
     eval_count: int | None = None,
     seed: int = 0,
 ) -> tuple[ImageSet, ImageSet]:
     """(calibration set, evaluation set), which share no source image (or group) and hold no duplicates.
 
-    calib: a folder (searched recursively), a .npy/.npz file, or None for crops of the built-in sample images.
+    calib: a folder (searched recursively), a .npy/.npz file, or None for crops of the built-in sample images; of a network
+    with named inputs a .npz file.
     evaluation: a folder (subfolders are classes), a .npy/.npz file, or None to hold out images of `calib`.
     count, eval_count: the largest number of images in each set; None holds out 128, or takes all of `evaluation`.
     seed: decides which images are chosen, and their order.
@@ -279,6 +308,8 @@ def image_sets(
     _check_at_least(1, "evaluation image count", held_out)
     _check_at_least(0, "seed", seed)
     if calib is None:
+        if isinstance(preprocessing, Inputs):
+            raise UserError(f"expected CALIB=, a .npz file with an array for every input ({preprocessing.described()})")
         calibration = _sample_set("calibration", CALIBRATION_PHOTOS, preprocessing, count, seed)
         if evaluation is None:
             return calibration, _sample_set("evaluation", EVALUATION_PHOTOS, preprocessing, held_out, seed)

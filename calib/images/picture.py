@@ -3,10 +3,9 @@
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-
-from calib.images.preprocess import Preprocessing
 
 THREADS = 2  # Pillow releases the interpreter lock while it decodes
 CHUNK = 32  # candidates that are read together: choosing may read up to this many files more than it needs
@@ -18,7 +17,9 @@ class Picture:
 
     name: str  # path inside its folder, or row of its array
     content: str  # sha256 of the bytes of the file or row: equal content means the same source image
-    read: Callable[[Preprocessing], np.ndarray]  # -> (3, height, width) float32
+    read: Callable[
+        [Any], np.ndarray
+    ]  # of the set's preprocessing: (3, height, width) float32; of a sample's inputs: (N,)
     window: str = ""  # the part of the source image that is used, if it is not the whole
     group: str = ""  # what pictures of one source have in common, where the user says so
 

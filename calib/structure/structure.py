@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from calib.outputs import kind_of
 from calib.structure.blocks import Block, blocks_of
 from calib.structure.channels import PASSED_ON, source_of
 from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
@@ -168,7 +167,7 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
     attentions = _attentions(trace, plain, places)
     attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
     return Structure(
-        kind_of(net),
+        type(net).__name__,
         layers,
         not_plain(trace, plain),
         places,

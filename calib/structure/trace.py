@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.errors import UserError
-from calib.outputs import kind_of, separate_outputs
+from calib.inputs import separate_inputs
+from calib.outputs import separate_outputs
 
 aten = torch.ops.aten
 CONVOLUTIONS = (
@@ -66,7 +67,7 @@ def _read_what_was_edited(graph: fx.Graph) -> None:
 
 
 class Trace:
-    """The graph of `net` on an `example` (1, 3, H, W), in order of execution.
+    """The graph of `net` on an `example`, (1, 3, H, W) or a row of named inputs (1, N), in order of execution.
 
     Raises UserError if `torch.export` cannot trace the network; the message holds the first line of its reason.
     """
@@ -75,11 +76,13 @@ class Trace:
         try:
             with torch.no_grad(), warnings.catch_warnings(), separate_outputs(net):
                 warnings.simplefilter("ignore")  # of tables that a network keeps between runs
-                program = torch.export.export(net, (example,), strict=False)
+                given = separate_inputs(net, example)
+                args, named = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
+                program = torch.export.export(net, args, named, strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced
             reason = str(error).strip().splitlines() or [""]
             raise UserError(
-                f"{kind_of(net)} cannot be traced by torch.export ({type(error).__name__}: {reason[0][:200]}): "
+                f"{type(net).__name__} cannot be traced by torch.export ({type(error).__name__}: {reason[0][:200]}): "
                 f"expected a forward pass without branches that depend on values"
             ) from error
         self.net, self.graph = net, program.graph

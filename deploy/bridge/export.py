@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from calib.errors import UserError
 from calib.grids import why_not_int8
+from calib.inputs import separate_inputs
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
-from calib.outputs import OUTPUT, kind_of, outputs_of, separate_outputs
+from calib.outputs import OUTPUT, outputs_of, separate_outputs
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.requantize import read_the_same_integers
@@ -114,12 +115,12 @@ def _module_of(node: ir.Node) -> str:
 
 def name_nodes(model: ir.Model) -> None:
     """Name every node and its outputs after its torch module, as deploy/graph/names.py says (edits `model`)."""
-    seen: Counter[tuple[str, str]] = Counter()
+    seen: Counter[str] = Counter()  # by name: a module may be called as the network itself is here
     outputs = set(model.graph.outputs)
     for node in model.graph:
-        key = _module_of(node), node.op_type
-        node.name = node_name(*key, repeat=seen[key])
-        seen[key] += 1
+        layer, operator = _module_of(node), node.op_type
+        node.name = node_name(layer, operator, repeat=seen[node_name(layer, operator)])
+        seen[node_name(layer, operator)] += 1
         for index, value in enumerate(node.outputs):
             if value not in outputs:
                 value.name = value_name(node.name, index)
@@ -130,7 +131,17 @@ def _require_own_names(model: ir.Model, outputs: Sequence[str]) -> None:
     taken = {value.name for value in model.graph.inputs} | {*model.graph.initializers}
     for name in outputs:
         if name in taken:
-            raise UserError(f"the output '{name}' has the name of the input or of a weight: expected another name")
+            raise UserError(f"the output '{name}' has the name of an input or of a weight: expected another name")
+
+
+def _require_any_number(model: ir.Model, kind: str) -> None:
+    """Raise UserError if the graph takes one number of samples only."""
+    for value in model.graph.inputs:
+        if value.shape is None or value.shape.is_static(0):
+            raise UserError(
+                f"{kind} fixes the number of samples of '{value.name}' when it is traced: expected a forward pass for any "
+                f"number; write x.shape[0] where it says len(x), int(x.shape[0]) or a number"
+            )
 
 
 def fold_constants(model: ir.Model) -> None:
@@ -184,16 +195,17 @@ def _quiet():
 
 def onnx_from_net(
     net: nn.Module,
-    example: Tensor,
+    example: Tensor | Mapping[str, Tensor],
     rewrite: Callable[[ir.Model], None] | None = None,
     outputs: Sequence[str] = (OUTPUT,),
 ) -> onnx.ModelProto:
-    """`net` as ONNX with a dynamic batch size; `example` (B >= 2, 3, H, W) determines shape and dtype.
+    """`net` as ONNX with a dynamic batch size; `example` determines shapes and types: images (B >= 2, 3, H, W), or the named
+    inputs (B >= 2, ...) in the order of the forward pass, whose names the graph has.
 
     `rewrite`: what is done to the graph once constants are folded. `outputs`: names, in the order that `net` returns them.
 
-    Raises UserError for a quantizer that only a simulation can compute, whose name it says, and NoExportError for what
-    torch.onnx cannot export.
+    Raises UserError for a quantizer that only a simulation can compute, whose name it says, for a fixed
+    number of samples, and NoExportError for what torch.onnx cannot export.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
@@ -201,19 +213,23 @@ def onnx_from_net(
                 f"quantizer '{module.quantizer}' has {why_not_int8(module.grid)}: it is simulated only, no INT8 kernel "
                 f"of TensorRT reads it"
             )
-    with _quiet(), torch.no_grad(), _said_in_one_line(kind_of(net)), separate_outputs(net):
+    named = None if isinstance(example, Tensor) else dict(example)
+    each = {0: torch.export.Dim("batch")}
+    with _quiet(), torch.no_grad(), _said_in_one_line(type(net).__name__), separate_outputs(net):
         program = torch.onnx.export(
             net,
-            (example,),
+            (example,) if named is None else (),
+            kwargs=named,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[INPUT],
+            input_names=[INPUT] if named is None else list(named),
             output_names=list(outputs),
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=(each,) if named is None else dict.fromkeys(named, each),
             custom_translation_table=TRANSLATION,
             verbose=False,
         )
     assert program is not None
+    _require_any_number(program.model, type(net).__name__)
     fold_constants(program.model)
     read_the_same_integers(program.model)
     if rewrite:
@@ -226,30 +242,46 @@ def onnx_from_net(
     return proto
 
 
-def export_pair(net: nn.Module, size: tuple[int, int]) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network; `size` is (height, width) of its input in pixels.
+# (height, width) of images in pixels, or two or more samples of a network with named inputs, float32 (B, N)
+Example = tuple[int, int] | Tensor
+
+
+def _samples(example: Example) -> Tensor:
+    return example if isinstance(example, Tensor) else torch.zeros(2, 3, *example)
+
+
+def _halved(given: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """What is floating as FP16."""
+    if isinstance(given, Tensor):
+        return given.half() if given.is_floating_point() else given
+    return {name: value.half() if value.is_floating_point() else value for name, value in given.items()}
+
+
+def export_pair(net: nn.Module, example: Example) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network.
 
     Raises UserError if a weight or scale does not fit FP16.
     """
-    return export_fp16(net, size), with_zero_points(separate_biases(export_float(net, size)))
+    return export_fp16(net, example), with_zero_points(separate_biases(export_float(net, example)))
 
 
-def export_fp16(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
-    """`net` as ONNX with FP16 types, for an engine; `net` itself is not changed.
+def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
+    """`net` as ONNX with FP16 types, for an engine; `net` itself is not changed. Inputs of integers or truths stay so.
 
     Raises UserError if a weight or scale does not fit FP16.
     """
     require_fp16_weights(net)
-    images = torch.zeros(2, 3, *size)
-    names = [output.name for output in outputs_of(net, images)]
+    samples = _samples(example)
+    given, names = separate_inputs(net, samples), [output.name for output in outputs_of(net, samples)]
     try:
-        model = onnx_from_net(copy.deepcopy(net).half(), images.half(), no_fp32, names)
+        model = onnx_from_net(copy.deepcopy(net).half(), _halved(given), no_fp32, names)
     except NoExportError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
-        model = onnx_from_net(net, images, no_fp32, names)
+        model = onnx_from_net(net, given, no_fp32, names)
     return separate_biases(model)
 
 
-def export_float(net: nn.Module, size: tuple[int, int]) -> onnx.ModelProto:
+def export_float(net: nn.Module, example: Example) -> onnx.ModelProto:
     """`net` as ONNX with FP32 types, for ONNX Runtime. That of the float network is the reference of fidelity and speed."""
-    images = torch.zeros(2, 3, *size)
-    return onnx_from_net(net, images, outputs=[output.name for output in outputs_of(net, images)])
+    samples = _samples(example)
+    names = [output.name for output in outputs_of(net, samples)]
+    return onnx_from_net(net, separate_inputs(net, samples), outputs=names)

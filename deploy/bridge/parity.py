@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
+from calib.inputs import arrays_from_rows, inputs_of
 from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
 from calib.outputs import named_outputs, separate_outputs
 from calib.quantizer import QParams, quantize
@@ -117,15 +118,16 @@ def _forced_run(net: nn.Module, images: Tensor, integers: dict[str, Tensor]) -> 
 
 
 def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray) -> Parity:
-    """Compare the simulation `net` with its FP32-typed graph `model` on `images`, float32 (B, 3, H, W)."""
+    """Compare the simulation `net` with its FP32-typed graph `model` on `images`, float32 (B, 3, H, W) or rows (B, N)."""
     layers = [name for name, module in net.named_modules() if isinstance(module, QuantLinear | QuantConv2d | Quantizer)]
     probe, integers = with_integer_outputs(model, layers)
-    outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(images)
-    given = {layer: torch.from_numpy(outputs[name]) for layer, name in integers.items()}
+    given = arrays_from_rows(inputs_of(net), images)
+    outputs = OnnxRunner(probe.SerializeToString(), fused=False).named_outputs(given)
+    forced_integers = {layer: torch.from_numpy(outputs[name]) for layer, name in integers.items()}
     tensor = torch.from_numpy(images)
     with torch.inference_mode(), separate_outputs(net):
         alone = named_outputs(net(tensor))
-        forced, deviations = _forced_run(net, tensor, given)
+        forced, deviations = _forced_run(net, tensor, forced_integers)
 
     def apart_by(own: Mapping[str, Tensor]) -> float:
         return max(relative_l2(outputs[name], value.numpy()) for name, value in own.items())

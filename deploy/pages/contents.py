@@ -9,6 +9,7 @@ from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.explain.kernel_list import KernelLists, read_lists
 from deploy.measure.accuracy import Outputs
+from deploy.measure.onnx_runner import Given
 from deploy.package import GOLDEN, MANIFEST, REPORT
 from deploy.pages.values import Values
 from deploy.verify import file_faults, golden_arrays
@@ -19,7 +20,7 @@ class Contents:
     """A package as it was read.
 
     `id`: sha256 (hex) of its manifest, which itself holds that of every other file. `images` (N, 3, H, W): the golden
-    images, with the outputs (N, ...) by name of the float network and of the simulation.
+    images, or arrays (N, ...) by name, with the outputs (N, ...) by name of the float network and of the simulation.
     """
 
     folder: Path
@@ -27,7 +28,7 @@ class Contents:
     report: Values
     manifest: Values
     kernels: KernelLists
-    images: np.ndarray
+    images: Given
     exact: Outputs
     simulated: Outputs
 
@@ -38,7 +39,8 @@ def read_contents(folder: Path) -> Contents:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(f"'{folder}' is not as it was built: {wrong[0]}{more}; build the package again")
     images, exact, simulated = golden_arrays(folder / GOLDEN)
-    if not all(np.isfinite(array).all() for array in (images, *exact.values(), *simulated.values())):
+    given = [images] if isinstance(images, np.ndarray) else [*images.values()]
+    if not all(np.isfinite(array).all() for array in (*given, *exact.values(), *simulated.values())):
         raise UserError(f"'{folder / GOLDEN}' holds NaN or Inf: build the package again")
     report, manifest = Values.of(folder / REPORT), Values.of(folder / MANIFEST)
     return Contents(

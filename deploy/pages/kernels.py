@@ -33,8 +33,8 @@ def groups(lists: KernelLists) -> dict[str, list[Sequence[Kernel]]]:
 
 def counts_table(lists: KernelLists) -> Table:
     """The number of kernels by group, and their sum, where they do not tell what they read and write."""
-    every = [*groups(lists).items(), ("all", [lists.int8])]
-    rows = [((name,), (Figure(f"{len(own)}", len(own), KERNELS),)) for name, (own, *_) in every]
+    every = {name: own for name, (own, *_) in groups(lists).items()} | {"all": lists.int8}
+    rows = [((name,), (Figure(f"{len(own)}", len(own), KERNELS),)) for name, own in every.items()]
     return Table(("kernels of", "how many"), tuple(rows))
 
 

@@ -76,7 +76,8 @@ def settings_rows(contents: Contents) -> tuple[Row, ...]:
     manifest = contents.manifest
     recipe = manifest.part("recipe")
     parts = {f"recipe: {name}": recipe.content[name] for name in recipe.names() if recipe.holds(name)}
-    parts["preprocessing"] = manifest.part("preprocessing").content
+    if manifest.holds("preprocessing"):  # named inputs have none
+        parts["preprocessing"] = manifest.part("preprocessing").content
     parts["engine"] = manifest.part("engine", "settings").content
     return tuple((clipped(name), (clipped(json.dumps(value)),)) for name, value in parts.items())
 

@@ -28,7 +28,7 @@ def warnings(run: "Run") -> list[str]:
     if run.calibration.sample:
         found.append(SAMPLE_WARNING)
     elif run.calibration.count < FEW_IMAGES:
-        found.append(f"only {run.calibration.count} calibration images: expected {FEW_IMAGES} or more")
+        found.append(f"only {run.calibration.count} calibration {run.calibration.kind}: expected {FEW_IMAGES} or more")
     if (sources := len(set(run.calibration.sources))) < PARTS:
         found.append(
             f"the calibration images show {sources} source images only: expected {PARTS} or more, so that images that judge "
@@ -94,6 +94,7 @@ def images_json(images: "ImageSet") -> dict[str, Any]:
     """Return where a set of images comes from, as plain values."""
     return {
         "source": images.source,
+        "kind": images.kind,
         "count": images.count,
         "sources": len(set(images.sources)),
         "sha256": images.sha256,

@@ -1,6 +1,7 @@
 """manifest.json: provenance, what a loader must compare before it trusts the engine."""
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,23 @@ from deploy.report.evidence import images_json, tool_commit, warnings
 if TYPE_CHECKING:
     from deploy.run import Run
 
+HALF = "float16"  # the type of all floating tensors of an engine
+
 
 def _io_json(run: "Run") -> dict[str, Any]:
     """Inputs and outputs of the engine: names, types, and shapes for the least, the usual and the largest batch."""
-    image, profile = run.loaded.data_config["input_size"], run.options.profile
+    profile, named = run.options.profile, run.loaded.inputs
     batches = {"min": 1, "opt": profile.opt, "max": profile.maximum}
-    tensors = (("inputs", [(INPUT, image)]), ("outputs", [(each.name, each.shape) for each in run.outputs]))
+    inputs: list[tuple[str, str, Sequence[int]]] = [(INPUT, HALF, run.loaded.data_config.get("input_size", ()))]
+    if named is not None:
+        inputs = [(each.name, HALF if each.dtype == "float32" else each.dtype, each.shape) for each in named.each]
+    outputs = [(each.name, HALF, each.shape) for each in run.outputs]
     return {
         kind: [
-            {"name": name, "dtype": "float16", **{which: [batch, *shape] for which, batch in batches.items()}}
-            for name, shape in named
+            {"name": name, "dtype": dtype, **{which: [batch, *shape] for which, batch in batches.items()}}
+            for name, dtype, shape in tensors
         ]
-        for kind, named in tensors
+        for kind, tensors in (("inputs", inputs), ("outputs", outputs))
     }
 
 
@@ -47,7 +53,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
             "module": run.loaded.module,
         },
         "calibration": images_json(run.calibration),
-        "preprocessing": run.calibration.preprocessing.to_json(),
+        "preprocessing": None if run.loaded.inputs else run.calibration.preprocessing.to_json(),
         "recipe": run.recipe.to_json(),
         "calibration_cache": run.taken.get("calibrate"),
         "planned_int8_layers": list(run.planned),

@@ -68,12 +68,17 @@ def _traffic(engine: dict[str, Any]) -> str:
     return f"{own}; in FP16 {found['fp16_kernels']} and {found['fp16_mb_per_image']:.1f} MB (batch {found['batch']})"
 
 
+def _kind(report: dict[str, Any]) -> str:
+    """What was calibrated on: images, or samples of named inputs."""
+    return report["calibration"].get("kind", "images")  # which a report of an older version lacks
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
     rows = [
         ("weights", report["weights_source"]),
-        ("calibrated on", f"{report['calibration']['count']} images: {report['calibration']['source']}"),
-        ("judged on", f"{fidelity['count']} images: {report['evaluation']['source']}"),
+        ("calibrated on", f"{report['calibration']['count']} {_kind(report)}: {report['calibration']['source']}"),
+        ("judged on", f"{fidelity['count']} {_kind(report)}: {report['evaluation']['source']}"),
         (
             "fidelity to float",
             f"SQNR {fidelity['sqnr_db']:.1f} dB{_interval(fidelity)}, cosine {fidelity['cosine']:.4f}",

@@ -133,6 +133,7 @@ def golden_fault(folder: Path, answer: Callable[[np.ndarray], Outputs], engine: 
     `answer`: images float32 (N, 3, H, W) -> outputs by name. `engine`: they come from the engine, whose types are FP16.
     """
     images, reference, simulated = golden_arrays(folder / GOLDEN)
+    assert isinstance(images, np.ndarray)  # other packages are refused when their manifest is read
     recorded = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))
     least = least_fp16_db(recorded) if engine else recorded - MAX_DRIFT_DB
     answers = {name: value.astype(np.float32) for name, value in answer(images).items()}

@@ -143,6 +143,11 @@ def shipped_from_package(folder: Path) -> Shipped:
     """
     require_package(folder)
     manifest = _Manifest(folder / MANIFEST)
+    if manifest.values.get("preprocessing", "") is None:
+        raise UserError(
+            f"'{folder}' takes named inputs, and only packages of networks that take one image can be served: run "
+            f"{ENGINE} with deploy.engine.runner"
+        )
     inputs, batches = _tensors(manifest, "inputs")
     outputs, of_outputs = _tensors(manifest, "outputs")
     preprocessing = _preprocessing(manifest)

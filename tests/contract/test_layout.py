@@ -18,7 +18,7 @@ ALLOWED = {
 # Inside calib: a file imports from its own folder or from rows above its own.
 ORDER = (
     ("errors", "precision", "quantizer", "tensor_scale"),
-    ("device", "grids", "outputs", "hooks", "modules", "store"),
+    ("device", "grids", "inputs", "outputs", "hooks", "modules", "store"),
     ("images", "weights", "statistics"),
     ("structure",),
     ("quant_model",),

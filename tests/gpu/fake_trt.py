@@ -18,7 +18,8 @@ from tests.gpu.host_device import at
 
 DTYPES = {
     onnx.TensorProto.FLOAT: ("FLOAT", np.float32), onnx.TensorProto.FLOAT16: ("HALF", np.float16),
-    onnx.TensorProto.INT64: ("INT64", np.int64), onnx.TensorProto.BFLOAT16: ("BF16", None),
+    onnx.TensorProto.INT64: ("INT64", np.int64), onnx.TensorProto.BOOL: ("BOOL", np.bool_),
+    onnx.TensorProto.BFLOAT16: ("BF16", None),
 }  # fmt: skip
 
 

@@ -59,6 +59,27 @@ def test_the_network_of_transformers_becomes_an_engine(transformers_file, tmp_pa
     assert cli.main(["verify", *same, "--out", str(tmp_path / "out")]) == 0
 
 
+def test_the_sentence_encoder_becomes_an_engine(tmp_path, capsys):
+    tiny = "vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128"
+    text = (EXAMPLES / "text_network.py").read_text().replace("BertConfig()", f"BertConfig({tiny})")
+    (tmp_path / "text_network.py").write_text(text)
+    random = np.random.default_rng(0)
+    mask = (np.arange(12) < random.integers(4, 13, 24)[:, None]).astype(np.int64)
+    np.savez(tmp_path / "data.npz", input_ids=random.integers(1, 50, (24, 12)) * mask, attention_mask=mask)
+    argv = [
+        "engine", "--module", f"{tmp_path}/text_network.py:Sentence", "--weights", "random", "--recipe", "int8_plain",
+        "--target", "tensorrt_rtx", "--sm", "89", "--calib-images", "16", "--batch", "1", "--max-batch", "4",
+        "--calib", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out"), "--cache", "off", "--json",
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["engine"]["int8_gemms"] >= 8
+    assert report["fidelity"]["sqnr_db"] > 30
+    (manifest,) = (tmp_path / "out").rglob("manifest.json")
+    inputs = json.loads(manifest.read_text())["io"]["inputs"]
+    assert [(each["name"], each["dtype"]) for each in inputs] == [("input_ids", "int64"), ("attention_mask", "int64")]
+
+
 def test_an_object_with_the_logits_inside_is_a_named_output(transformers_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     transformers_file.write_text(transformers_file.read_text().replace(".logits", ""))

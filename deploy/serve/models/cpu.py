@@ -36,7 +36,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the images of all requests as one batch."""
-        images = [pb_utils.get_input_tensor_by_name(each, self.runner.input.name).as_numpy() for each in requests]
+        images = [pb_utils.get_input_tensor_by_name(each, self.runner.inputs[0].name).as_numpy() for each in requests]
         found = self.runner.named_outputs(np.concatenate(images))
         ends = np.cumsum([len(each) for each in images])[:-1]
         rows = {name: np.split(found[name].astype(np.float32), ends) for name in self.outputs}

@@ -1,5 +1,6 @@
 """Outputs by name, and joined to one row per image."""
 
+import copy
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.outputs import OUTPUT, JoinedOutputs, joined, kind_of, named_outputs, outputs_of, separate_outputs, task_of
+from calib.outputs import OUTPUT, join_outputs, named_outputs, outputs_of, separate_outputs, task_of
+from calib.structure.trace import Trace
 
 Pair = namedtuple("Pair", "boxes scores")
 
@@ -87,15 +89,14 @@ def test_tasks():
 
 def test_a_network_with_one_row_per_image_stays_as_it_is():
     net = Returning(lambda x: x.flatten(1))
-    assert joined(net, IMAGES) is net
+    join_outputs(net, IMAGES)
     with separate_outputs(net):
         assert net(IMAGES).shape == (2, 48)
 
 
 def test_several_outputs_are_joined_by_their_sizes():
-    net = joined(Returning(lambda x: {"big": 1000 * x, "small": x[:, 0], "nothing": 0 * x[:, :1]}), IMAGES)
-    assert isinstance(net, JoinedOutputs)
-    assert kind_of(net) == "Returning"
+    net = Returning(lambda x: {"big": 1000 * x, "small": x[:, 0], "nothing": 0 * x[:, :1]})
+    join_outputs(net, IMAGES)
     rows = net(IMAGES)
     assert rows.shape == (2, 48 + 16 + 16)
     for part in (rows[:, :48], rows[:, 48:64]):
@@ -104,3 +105,18 @@ def test_several_outputs_are_joined_by_their_sizes():
     with separate_outputs(net):
         assert list(net(IMAGES)) == ["big", "small", "nothing"]
     assert net(IMAGES).shape == rows.shape
+
+
+def test_a_copy_joins_and_separates_by_itself():
+    net = Returning(lambda x: (x, x[:, 0]))
+    join_outputs(net, IMAGES)
+    copied = copy.deepcopy(net)
+    with separate_outputs(copied):
+        assert isinstance(copied(IMAGES), dict)
+        assert net(IMAGES).shape == (2, 48 + 16)
+
+
+def test_modules_keep_their_names():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1))
+    join_outputs(net, IMAGES)
+    assert [name for name, _ in Trace(net, IMAGES[:1]).net.named_modules()] == ["", "0"]

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
+from calib.inputs import Input, Inputs, arrays_from_rows, join_inputs
 from calib.network.qdq import quantized_net
-from deploy.bridge.export import export_float, export_pair
+from deploy.bridge.export import export_float, export_fp16, export_pair
 from deploy.engine.backends import tensorrt
-from deploy.engine.build import Profile
+from deploy.engine.build import Profile, serialize_network
 from deploy.engine.runner import EngineRunner
 from deploy.execution import Execution, executed
 from deploy.measure.accuracy import Fidelity
@@ -72,6 +75,35 @@ WRONG = {
 def test_an_engine_that_computes_something_else_does_not_hold(package, api_of, monkeypatch, case):
     found = ran(package, gpu_host(monkeypatch, api_of("11.4"), outputs=WRONG[case]))
     assert "dB on the golden images where model.fp32.onnx reaches" in found.failure(package[-1])
+
+
+class Captioned(nn.Module):
+    """A picture and ids in."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, picture, ids, kept):
+        return self.layer(picture.mean((2, 3)).repeat(1, 2) + (self.words(ids) * kept[:, :, None]).mean(1))
+
+
+def test_an_engine_with_named_inputs_is_given_them_in_its_types(api_of, monkeypatch, tmp_path):
+    inputs = Inputs((Input("picture", "float32", (3, 4, 4)), Input("ids", "int64", (5,)), Input("kept", "bool", (5,))))
+    torch.manual_seed(0)
+    net, rows = Captioned().eval(), torch.cat([torch.randn(6, 48), torch.randint(0, 9, (6, 5)), torch.ones(6, 5)], 1)
+    rows[:, -2:] = 0
+    join_inputs(net, inputs)
+    onnx.save(export_float(net, rows[:2]), tmp_path / MODEL_FP32)
+    trt = gpu_host(monkeypatch, api_of("11.4"))
+    plan = serialize_network(trt, export_fp16(net, rows[:2]).SerializeToString(), Profile(2, 3), lambda _config: None)[
+        0
+    ]
+    given = arrays_from_rows(inputs, rows.numpy())
+    with EngineRunner(plan, trt) as run:
+        found = executed(run, tmp_path, Reference(tmp_path / MODEL_FP32, [given], given, "features"))
+    assert found.fidelity.count == 6
+    assert min(found.golden_db) > 50
 
 
 def result(golden, held_out):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 from calib.errors import UserError
@@ -27,7 +28,7 @@ def test_a_network_that_computes_nan_is_refused_with_its_first_module():
     net = timm.create_model("test_resnet").eval()
     net.layer1[0].bn1.running_var[0] = -1e-3
     with pytest.raises(UserError, match=r"computes NaN or Inf, first in 'layer1\.0\.bn1'"):
-        _outputs(net, (3, 64, 64))
+        _outputs(net, torch.zeros(2, 3, 64, 64))
 
 
 def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeypatch):

@@ -16,6 +16,7 @@ from deploy.verify import (
     CpuSpeed,
     Verdict,
     cpu_speed,
+    golden_arrays,
     least_fp16_db,
     verify_package,
 )
@@ -112,6 +113,14 @@ GOLDENS = {
     "integers": {"images": IMAGES.astype(int), "float_output": OUTPUT, "simulated_output": OUTPUT},
     "scalars": {"images": IMAGES, "float_output": np.float32(0), "simulated_output": np.float32(0)},
     "no outputs": {"images": IMAGES},
+    "named inputs of other counts": {
+        "input_a": IMAGES,
+        "input_b": IMAGES[:1],
+        "float_o": OUTPUT,
+        "simulated_o": OUTPUT,
+    },
+    "a named input without samples": {"input_a": np.int64(1), "float_output": OUTPUT, "simulated_output": OUTPUT},
+    "named inputs of texts": {"input_a": np.array(["a", "b"]), "float_output": OUTPUT, "simulated_output": OUTPUT},
     "other names": {"images": IMAGES, "float_boxes": OUTPUT, "simulated_scores": OUTPUT},
     "objects": {"images": np.array([{}], object), "float_output": OUTPUT, "simulated_output": OUTPUT},
 }
@@ -123,6 +132,16 @@ def test_golden_arrays_that_are_none_are_refused_in_one_line(tmp_path, case):
     with pytest.raises(UserError, match=GOLDEN) as caught:
         verify_package(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_named_inputs_are_read_with_their_types(tmp_path):
+    ids, kept = np.arange(2), np.zeros((2, 3), bool)
+    np.savez(tmp_path / GOLDEN, input_ids=ids, input_kept=kept, float_output=OUTPUT, simulated_output=OUTPUT)
+    given, reference, _ = golden_arrays(tmp_path / GOLDEN)
+    assert {name: (array.dtype, array.shape) for name, array in given.items()} == {
+        "ids": (ids.dtype, (2,)), "kept": (kept.dtype, (2, 3))
+    }  # fmt: skip
+    assert list(reference) == ["output"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_default_kernels_are_exact_on_a_processor_with_vnni():
 @pytest.mark.parametrize("name", ["o\udcc3\udcbc.onnx", "lat\udce9.onnx"], ids=["UTF-8 in an ASCII locale", "Latin-1"])
 def test_a_path_that_python_cannot_encode_is_read(tmp_path, product, name):
     (tmp_path / name).write_bytes(product[0].read_bytes())
-    assert OnnxRunner(tmp_path / name).input.name
+    assert OnnxRunner(tmp_path / name).inputs[0].name
     assert integer_layers(tmp_path / name) >= 0
 
 

@@ -44,6 +44,15 @@ def test_a_manifest_is_read(tmp_path):
     assert len(found.id) == 64
 
 
+def test_a_package_with_named_inputs_is_refused_in_one_line(tmp_path):
+    ids = {"name": "ids", "dtype": "int64", "min": [1, 12], "opt": [8, 12], "max": [32, 12]}
+    with pytest.raises(
+        UserError, match=r"takes named inputs, and only packages of networks that take one image"
+    ) as caught:
+        read(tmp_path, lambda manifest: manifest.update(preprocessing=None, io={**manifest["io"], "inputs": [ids]}))
+    assert "\n" not in str(caught.value)
+
+
 def executed(value):
     return lambda manifest: manifest["engine"].update(executed=value)
 

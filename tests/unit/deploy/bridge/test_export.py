@@ -1,0 +1,100 @@
+"""Graphs of networks with named inputs; what they compute is compared in tests/contract and tests/pipeline."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from calib.errors import UserError
+from calib.inputs import Input, Inputs, join_inputs
+from calib.outputs import join_outputs
+from deploy.bridge import export
+from deploy.bridge.export import export_float, export_fp16, onnx_from_net
+from deploy.measure.onnx_runner import OnnxRunner, first
+
+INPUTS = Inputs((Input("x", "float32", (3, 4)), Input("ids", "int64", ()), Input("kept", "bool", (4,))))
+
+
+class Mixed(nn.Module):
+    """Both the network and its module `net` write a Mul and an Add."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.words = Inner(), nn.Embedding(5, 4)
+
+    def forward(self, x, ids, kept):
+        y = self.net(x * 2.0 + self.words(ids)[:, None])
+        return {"y": y, "mean": (y * kept[:, None]).mean(1)}
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) * 3.0 + x
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """(network, four rows, what it computes of them by name)."""
+    torch.manual_seed(0)
+    net = Mixed().eval()
+    rows = torch.cat([torch.randn(4, 12), torch.tensor([[0.0], [4], [2], [1]]), torch.rand(4, 4).round()], 1)
+    expected = {name: value.detach().numpy() for name, value in net(**INPUTS.separate(rows)).items()}
+    join_inputs(net, INPUTS)
+    join_outputs(net, rows)
+    return net, rows, expected
+
+
+@pytest.mark.parametrize(("exported", "kind", "tolerance"), [(export_float, 1, 1e-5), (export_fp16, 10, 1e-2)])
+def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, exported, kind, tolerance):
+    net, rows, expected = mixed
+    graph = exported(net, rows[:2])
+    types = {each.name: each.type.tensor_type for each in graph.graph.input}
+    assert {name: each.elem_type for name, each in types.items()} == {
+        "x": kind, "ids": onnx.TensorProto.INT64, "kept": onnx.TensorProto.BOOL
+    }  # fmt: skip
+    assert all(each.shape.dim[0].dim_param for each in types.values())
+    given = {name: value.numpy() for name, value in INPUTS.separate(rows).items()}
+    for count in (4, 1):
+        found = OnnxRunner(graph.SerializeToString(), fused=False).named_outputs(first(given, count))
+        assert list(found) == ["y", "mean"]
+        for name, value in found.items():
+            np.testing.assert_allclose(value, expected[name][:count], atol=tolerance)
+
+
+def test_floating_inputs_are_given_to_a_network_of_fp16_in_its_type(mixed, monkeypatch):
+    net, rows, _ = mixed
+    seen = []
+
+    def traced(net, example, *others):
+        seen.append((next(net.parameters()).dtype, [value.dtype for value in example.values()]))
+        return onnx_from_net(net, example, *others)
+
+    monkeypatch.setattr(export, "onnx_from_net", traced)
+    export_fp16(net, rows[:2])
+    assert seen == [(torch.float16, [torch.float16, torch.int64, torch.bool])]
+
+
+def test_nodes_of_a_module_called_as_the_network_itself_have_names_of_their_own(mixed):
+    net, rows, _ = mixed
+    names = [node.name for node in export_float(net, rows[:2]).graph.node]
+    assert len({*names}) == len(names)
+    assert {"net/Mul", "net/Mul_1"} <= {*names}
+
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)[:, :4]).reshape(len(x), 4)
+
+
+def test_a_forward_pass_for_one_number_of_samples_is_refused():
+    with pytest.raises(UserError, match=r"Fixed fixes the number of samples of 'input'.* x\.shape\[0\]"):
+        export_float(Fixed().eval(), (2, 2))
