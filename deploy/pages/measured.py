@@ -120,7 +120,8 @@ def speed_rows(report: Values) -> tuple[Row, ...]:
 
 def _images(report: Values, role: str) -> Line:
     images = report.part(role)
-    return (images.figure("count"), " images of ", images.figure("sources"), f" sources: {images.text('source')}")
+    kind = images.text("kind") if images.holds("kind") else "images"  # which a report of an older version lacks
+    return (images.figure("count"), f" {kind} of ", images.figure("sources"), f" sources: {images.text('source')}")
 
 
 def calibration_rows(report: Values) -> tuple[Row, ...]:
