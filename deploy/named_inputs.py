@@ -22,7 +22,7 @@ def inputs_told_by(calib: str | None) -> Callable[[], Inputs] | None:
 
 def two_samples(calib: str, inputs: Inputs) -> Tensor:
     """Return two rows of the file `calib`, float32 (2, N). Raises UserError for values that cannot be computed with."""
-    return torch.from_numpy(first_samples(samples_from_file(Path(calib), inputs), inputs, 2))
+    return torch.from_numpy(first_samples(samples_from_file(Path(calib), inputs), 2))
 
 
 def require_used(net: nn.Module, inputs: Inputs, sample: Tensor) -> None:

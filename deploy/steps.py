@@ -20,7 +20,8 @@ from calib.errors import UserError
 from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
-from calib.inputs import Inputs, arrays_from_rows
+from calib.input_rows import arrays_from_rows
+from calib.inputs import Inputs
 from calib.network.fp16_range import fp16_range
 from calib.network.qdq import quantized_net
 from calib.outputs import (

@@ -16,8 +16,9 @@ import numpy as np
 from calib.errors import UserError
 from calib.images.arrays import BESIDE
 from calib.images.picture import ImageCandidate, Picture
-from calib.inputs import DTYPES, LARGEST_WHOLE, Input, Inputs
+from calib.inputs import DTYPES, Input, Inputs
 
+LARGEST_WHOLE = 1 << 24  # a row is float32, which holds every whole number up to here
 LARGEST_FLOAT = 65504  # FP16's: engines read floating inputs in it
 
 
@@ -95,7 +96,7 @@ def samples_from_file(path: Path, inputs: Inputs) -> dict[str, np.ndarray]:
     return {name: arrays[name] for name in inputs.names}
 
 
-def _row(arrays: Mapping[str, np.ndarray], row: int, _inputs: Inputs) -> np.ndarray:
+def _row(arrays: Mapping[str, np.ndarray], row: int) -> np.ndarray:
     """One sample as float32 (N,): its arrays one behind the other, flattened."""
     return np.concatenate([array[row].reshape(-1).astype(np.float32) for array in arrays.values()])
 
@@ -104,7 +105,7 @@ def _examined(arrays: Mapping[str, np.ndarray], row: int, group: str) -> Picture
     digest = hashlib.sha256()
     for name, array in arrays.items():
         digest.update(f"{name}\n".encode() + np.ascontiguousarray(array[row]).tobytes())
-    return Picture(f"row {row}", digest.hexdigest(), functools.partial(_row, arrays, row), group=group)
+    return Picture(f"row {row}", digest.hexdigest(), lambda _inputs: _row(arrays, row), group=group)
 
 
 def sample_candidates(arrays: Mapping[str, np.ndarray], groups: Sequence[str] | None = None) -> list[ImageCandidate]:
@@ -113,7 +114,7 @@ def sample_candidates(arrays: Mapping[str, np.ndarray], groups: Sequence[str] | 
     return [functools.partial(_examined, arrays, row, "" if groups is None else groups[row]) for row in range(count)]
 
 
-def first_samples(arrays: Mapping[str, np.ndarray], inputs: Inputs, count: int) -> np.ndarray:
+def first_samples(arrays: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     """Return the first `count` samples as rows float32 (count, N); of a file with fewer, some of them again."""
     have = len(next(iter(arrays.values())))
-    return np.stack([_row(arrays, row % have, inputs) for row in range(count)])
+    return np.stack([_row(arrays, row % have) for row in range(count)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.errors import UserError
-from calib.inputs import separate_inputs
+from calib.input_rows import separate_inputs
 from calib.outputs import separate_outputs
 
 aten = torch.ops.aten

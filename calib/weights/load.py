@@ -301,7 +301,7 @@ def load_net(
             path of a checkpoint: safetensors, what torch.save wrote, or .npz in JAX's layout.
         seed: the seed of random weights; the global generator keeps its state.
         inputs: tells what a network of the user's own takes if neither it nor INPUT= says that it takes images. It is
-            asked then only, and the network takes rows of these inputs (calib/inputs.py).
+            asked then only, and the network takes rows of these inputs (calib/input_rows.py).
 
     Raises:
         UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite; or `inputs` are not those
@@ -342,7 +342,7 @@ def load_net(
 
 def _joined(net: "nn.Module", inputs: "Inputs") -> "Inputs":
     """Let `net` take rows of `inputs`; returns them in the order of a row."""
-    from calib.inputs import in_order, join_inputs
+    from calib.input_rows import in_order, join_inputs
 
     ordered = in_order(net, inputs)
     join_inputs(net, ordered)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from calib.errors import UserError
 from calib.grids import why_not_int8
-from calib.inputs import separate_inputs
+from calib.input_rows import separate_inputs
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
 from calib.outputs import OUTPUT, outputs_of, separate_outputs

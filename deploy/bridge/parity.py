@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks
-from calib.inputs import arrays_from_rows, inputs_of
+from calib.input_rows import arrays_from_rows, inputs_of
 from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
 from calib.outputs import named_outputs, separate_outputs
 from calib.quantizer import QParams, quantize

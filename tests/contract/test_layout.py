@@ -17,8 +17,8 @@ ALLOWED = {
 }
 # Inside calib: a file imports from its own folder or from rows above its own.
 ORDER = (
-    ("errors", "precision", "quantizer", "tensor_scale"),
-    ("device", "grids", "inputs", "outputs", "hooks", "modules", "store"),
+    ("errors", "inputs", "precision", "quantizer", "tensor_scale"),
+    ("device", "grids", "input_rows", "outputs", "hooks", "modules", "store"),
     ("images", "weights", "statistics"),
     ("structure",),
     ("quant_model",),

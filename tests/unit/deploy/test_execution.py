@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from calib.inputs import Input, Inputs, arrays_from_rows, join_inputs
+from calib.input_rows import arrays_from_rows, join_inputs
+from calib.inputs import Input, Inputs
 from calib.network.qdq import quantized_net
 from deploy.bridge.export import export_float, export_fp16, export_pair
 from deploy.engine.backends import tensorrt

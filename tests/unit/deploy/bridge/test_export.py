@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.inputs import Input, Inputs, join_inputs
+from calib.input_rows import join_inputs, separated
+from calib.inputs import Input, Inputs
 from calib.outputs import join_outputs
 from deploy.bridge import export
 from deploy.bridge.export import export_float, export_fp16, onnx_from_net
@@ -43,7 +44,7 @@ def mixed():
     torch.manual_seed(0)
     net = Mixed().eval()
     rows = torch.cat([torch.randn(4, 12), torch.tensor([[0.0], [4], [2], [1]]), torch.rand(4, 4).round()], 1)
-    expected = {name: value.detach().numpy() for name, value in net(**INPUTS.separate(rows)).items()}
+    expected = {name: value.detach().numpy() for name, value in net(**separated(INPUTS, rows)).items()}
     join_inputs(net, INPUTS)
     join_outputs(net, rows)
     return net, rows, expected
@@ -58,7 +59,7 @@ def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, exported, kind
         "x": kind, "ids": onnx.TensorProto.INT64, "kept": onnx.TensorProto.BOOL
     }  # fmt: skip
     assert all(each.shape.dim[0].dim_param for each in types.values())
-    given = {name: value.numpy() for name, value in INPUTS.separate(rows).items()}
+    given = {name: value.numpy() for name, value in separated(INPUTS, rows).items()}
     for count in (4, 1):
         found = OnnxRunner(graph.SerializeToString(), fused=False).named_outputs(first(given, count))
         assert list(found) == ["y", "mean"]

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.inputs import LARGEST_WHOLE, Input, Inputs, in_order, inputs_of, join_inputs, separate_inputs
+from calib.images.samples import LARGEST_WHOLE
+from calib.input_rows import in_order, inputs_of, join_inputs, separate_inputs, separated
+from calib.inputs import Input, Inputs
 from calib.structure.trace import Trace
 
 INPUTS = Inputs(
@@ -47,14 +49,14 @@ def joined():
 
 
 def test_a_row_is_cut_into_the_arrays_it_was_made_of():
-    for name, value in INPUTS.separate(ROWS).items():
+    for name, value in separated(INPUTS, ROWS).items():
         assert value.numpy().dtype == ARRAYS[name].dtype
         np.testing.assert_array_equal(value.numpy(), ARRAYS[name])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_floating_inputs_keep_the_type_of_the_rows_and_whole_numbers_their_own(kind):
-    found = INPUTS.separate(ROWS.to(kind))
+    found = separated(INPUTS, ROWS.to(kind))
     assert [value.dtype for value in found.values()] == [kind, torch.int64, torch.int32, torch.bool]
     np.testing.assert_array_equal(found["ids"].numpy(), ARRAYS["ids"])
 
