@@ -142,7 +142,11 @@ def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx
 
 
 def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
-    """Return all layers by name, in order of definition; `plain` is from `plain_calls`."""
+    """Return all layers by name, in order of definition; `plain` is from `plain_calls`.
+
+    A layer that is called several times has one scale for what it reads in all calls; a reason to stay in float in one of
+    them is a reason for all.
+    """
     calls_of: dict[str, list[fx.Node]] = {}
     for node, name in plain.items():
         calls_of.setdefault(name, []).append(node)
@@ -150,10 +154,7 @@ def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
     for name, module in trace.net.named_modules(remove_duplicate=False):
         if name not in calls_of:
             continue
-        node, *others = calls_of[name]
-        if others:
-            found[name] = Layer(name, f"it is called {len(others) + 1} times in one run: not quantized yet", False)
-            continue
-        why, roundable = _why_float(trace, node, module, plain)
-        found[name] = Layer(name, why, roundable)
+        reasons = [_why_float(trace, node, module, plain) for node in calls_of[name]]
+        why = next((why for why, _ in reasons if why is not None), None)
+        found[name] = Layer(name, why, all(roundable for _, roundable in reasons))
     return found

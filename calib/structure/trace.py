@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.errors import UserError
+from calib.modules import first_names, without_call
 from calib.outputs import kind_of, separate_outputs
 
 aten = torch.ops.aten
@@ -87,13 +88,19 @@ class Trace:
         _read_what_was_edited(self.graph)
         self.nodes = list(self.graph.nodes)
         signature = program.graph_signature
-        self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}  # placeholder -> name
-        given = signature.inputs_to_lifted_tensor_constants
+        self._first = first_names(net)
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.parameters = {each: self._first_name(name) for each, name in named.items()}  # placeholder -> name
         self._given = {**program.state_dict, **program.constants}
-        self._names = {**self.parameters, **given}
+        self._names = {**named, **signature.inputs_to_lifted_tensor_constants}
         self._values: dict[fx.Node, Any] = {}
         self.constants = self._constants()
         self.last = next(node for node in reversed(self.nodes) if node.op == "output")
+
+    def _first_name(self, parameter: str) -> str:
+        """Return the name of `parameter` in the first place where its module lies."""
+        module, _, own = parameter.rpartition(".")
+        return f"{self._first.get(module, module)}.{own}" if module else parameter
 
     def _constants(self) -> set[fx.Node]:
         """Nodes whose value does not depend on the input."""
@@ -126,9 +133,13 @@ class Trace:
         return self._values[node]
 
     def owner(self, node: fx.Node) -> str:
-        """Return the name of the innermost module that computes `node`; empty for the network itself."""
+        """Return the name of the innermost module that computes `node`; empty for the network itself.
+
+        Of a module that lies at several places it is the first name.
+        """
         names = modules_of(node)
-        return re.sub(r"@\d+", "", names[-1]) if names else ""
+        own = without_call(names[-1]) if names else ""
+        return self._first.get(own, own)
 
     @functools.cached_property
     def within(self) -> dict[str, set[fx.Node]]:
@@ -167,7 +178,12 @@ class Trace:
 
 def modules_of(node: fx.Node) -> list[str]:
     """Return the names of the modules that `node` lies in, the outermost first; those of a second call end in '@1'."""
-    return [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
+    names = []
+    for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
+        call = re.search(r"@\d+$", key)  # torch.export tells the call here, and by some paths in the name as well
+        if name:
+            names.append(f"{name}{call[0]}" if call and "@" not in name else name)
+    return names
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from calib.network.fold import fold_affine
 from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
 from calib.outputs import OUTPUT
+from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config, calibrate
 from deploy.bridge.export import export_float, export_pair
 from deploy.bridge.parity import compare_with_onnx
@@ -67,6 +68,29 @@ def test_a_wrong_scale_in_the_graph_is_found_and_named(family):
     ]
     assert found.suspect in alike  # layers that share the tensor share its QuantizeLinear
     assert found.suspect in found.failure()
+
+
+def test_a_wrong_scale_in_one_of_several_calls_is_found_and_named():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.twice, self.last = (torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x.flatten(1).unflatten(1, (-1, 16)))
+            return self.last(self.twice(self.twice(x).tanh()))
+
+    torch.manual_seed(0)
+    halves = tiny_halves(2)
+    model = fold_affine(QuantModel.of("twice", Twice().eval()), tiny_batches(1)[0][:1])
+    net = quantized_net(rounded(calibrate(model, halves, Config("max")), halves))
+    _, fp32 = export_pair(net, (SIZE, SIZE))
+    images = tiny_batches(1)[0].numpy()
+    assert compare_with_onnx(net, fp32, images).failure() is None
+    second = next(node for node in fp32.graph.node if node.name == "twice/QuantizeLinear_1")
+    fp32.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "wrong"))
+    second.input[1] = "wrong"
+    assert "layer 'twice, call 2' gets other integers" in str(compare_with_onnx(net, fp32, images).failure())
 
 
 def test_the_fp16_graph_is_strongly_typed_and_both_hold_the_same_integers(family):
