@@ -111,7 +111,25 @@ class Pyramid(nn.Module):
         return self.head(F.gelu(self.second(F.relu(self.first(torch.cat(tokens, 1))))).mean(1))
 
 
-OWN = {"own module": OwnNetwork, "chain": Chain, "pyramid": Pyramid}
+class OddLayers(nn.Module):
+    """Convolutions of sequences, transposed ones with a stride and without, a border that mirrors, a fixed filter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mirrored = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 24, 3, padding=1, padding_mode="reflect")
+        self.blur = nn.Buffer(torch.ones(24, 1, 2, 2) / 4)
+        self.turned, self.up = nn.ConvTranspose2d(24, 16, 3, 1, 1, groups=2), nn.ConvTranspose2d(16, 16, 2, 2)
+        self.mix, self.along = nn.Conv1d(16, 24, 1), nn.Conv1d(24, 16, 3, padding="same", dilation=2)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mirrored(F.relu(self.stem(x))))
+        x = F.relu(self.turned(F.conv2d(x, self.blur, stride=2, groups=24)))
+        x = F.relu(self.up(x)).flatten(2)
+        return self.head(F.gelu(self.along(F.relu(self.mix(x)))).mean(2))
+
+
+OWN = {"own module": OwnNetwork, "chain": Chain, "pyramid": Pyramid, "odd layers": OddLayers}
 FAMILIES = (*TIMM, *OWN)
 
 
@@ -125,7 +143,7 @@ def family_net(family: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
         name, options, size = TIMM[family]
         net = timm.create_model(name, num_classes=10, **options)
     for module in net.modules():
-        if family in OWN and isinstance(module, nn.Linear | nn.Conv2d):
+        if family in OWN and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             module.weight.mul_(3)  # as drawn, biases would drown what the image says
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.2)

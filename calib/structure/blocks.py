@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.structure.channels import SUMS
+from calib.structure.plain_layers import SequenceConv
 from calib.structure.trace import Trace, calls, shape
 
 
@@ -51,10 +52,10 @@ def _pattern(name: str) -> str:
 
 
 def _repeated(trace: Trace, layers: Collection[str]) -> set[str]:
-    """Return the modules with layers inside whose class occurs more than once, without containers."""
+    """Return the modules with layers inside whose class occurs more than once, without what only holds others."""
     found: dict[type, list[str]] = {}
     for name, module in trace.net.named_modules():
-        if name and _inside(layers, name) and not isinstance(module, nn.Sequential | nn.ModuleList):
+        if name and _inside(layers, name) and not isinstance(module, nn.Sequential | nn.ModuleList | SequenceConv):
             found.setdefault(type(module), []).append(name)
     return {name for names in found.values() if len(names) > 1 for name in names}
 

@@ -16,9 +16,10 @@ from calib.modules import first_names, without_call
 from calib.outputs import kind_of, separate_outputs
 
 aten = torch.ops.aten
+CONV1D = (aten.conv1d.default, aten.conv1d.padding)
+CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    *CONV1D, *CONV2D, aten.conv3d.default, aten.conv3d.padding,
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
 LAYER_OPERATORS = (aten.linear.default, *CONVOLUTIONS)
@@ -90,6 +91,7 @@ class Trace:
         signature = program.graph_signature
         self._first = first_names(net)
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._learned = {*signature.inputs_to_parameters}
         self.parameters = {each: self._first_name(name) for each, name in named.items()}  # placeholder -> name
         self._given = {**program.state_dict, **program.constants}
         self._names = {**named, **signature.inputs_to_lifted_tensor_constants}
@@ -162,6 +164,10 @@ class Trace:
     def parameter(self, node: object) -> str | None:
         """Return the name of the parameter that `node` is, or None."""
         return self.parameters.get(node.name) if isinstance(node, fx.Node) else None
+
+    def learned(self, node: fx.Node) -> bool:
+        """Whether the value of `node` comes from a parameter; that of a fixed filter, in a buffer, does not."""
+        return any(each.name in self._learned for each in {node, *ancestors(node)})
 
     @functools.cached_property
     def position(self) -> dict[fx.Node, int]:

@@ -50,6 +50,7 @@ EXPECTED = {
     "own module": (8, 2, (2, 3, 0), 0),
     "chain": (3, 3, (0, 3, 0), 0),
     "pyramid": (6, 4, (0, 1, 0), 0),
+    "odd layers": (4, 4, (0, 2, 0), 0),
 }
 
 
@@ -239,7 +240,7 @@ def test_layers_that_cannot_be_rounded_alone_stay_in_float_with_the_reason():
     reasons = {name: reason.split(":")[0] for name, reason in found.float_layers.items()}
     assert reasons == {
         "first": "the first layer",
-        "up": "layers of kind ConvTranspose2d are not quantized yet",
+        "up": "a transposed convolution",
         "last": "the last layer",
         "table": "it reads constants only",
         "": "its weight is computed in the forward pass",
