@@ -120,14 +120,13 @@ def blocks_of(
 ) -> dict[str, Block]:
     """Return the blocks by name, none inside another, in order of definition.
 
-    They are the modules that add a shortcut. Where there are none, or none reads and returns one tensor, they are the
-    outermost modules of a repeated class that do; in a plain chain of layers they are the layers to be quantized.
+    They are the outermost modules that add a shortcut, read one tensor and return one. Where there are none, they are such
+    modules of a repeated class; in a plain chain of layers they are the layers to be quantized.
     `plain`: calls of layers by name; `quantized`: names of those to be quantized.
     """
     layers = {*plain.values()}
-    if found := _usable(trace, plain, _alike(trace, layers, {*_summing(trace, plain)}), example):
-        return found
-    repeated = _usable(trace, plain, sorted(_repeated(trace, layers)), example)
-    if found := _usable(trace, plain, _alike(trace, layers, repeated), example):
-        return found
+    for names in ({*_summing(trace, plain)}, _repeated(trace, layers)):
+        usable = _usable(trace, plain, sorted(names), example)
+        if found := _usable(trace, plain, _alike(trace, layers, usable), example):
+            return found
     return _usable(trace, plain, quantized, example)
