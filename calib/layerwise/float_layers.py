@@ -41,10 +41,10 @@ class Config:
 
 def shares(net: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, float]:
     """Return the share of the multiplications of `layers` that each of them does for `example` (1, 3, H, W)."""
-    work: dict[str, int] = {}
+    work = dict.fromkeys(layers, 0)
 
     def count(name: str, y: Tensor) -> None:
-        work[name] = y.numel() * net.get_submodule(name).get_parameter("weight")[0].numel()
+        work[name] += y.numel() * net.get_submodule(name).get_parameter("weight")[0].numel()
 
     with output_hooks(net, layers, count), torch.no_grad():
         net(example)

@@ -57,6 +57,15 @@ def test_the_shares_are_those_of_the_multiplications():
     }
 
 
+def test_all_calls_of_a_layer_are_its_share():
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    net = nn.Sequential(layer, nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 3, 1), nn.MaxPool2d(2), layer)
+    work = {"0": 27 * 3 * (64 + 16), "1": 27 * 6 * 64, "2": 6 * 3 * 64}
+    assert shares(net, [*work], torch.zeros(1, 3, 8, 8)) == {
+        name: pytest.approx(each / sum(work.values())) for name, each in work.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def model():
     halves = tiny_halves()
