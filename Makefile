@@ -41,7 +41,7 @@ REQUIREMENTS := $(if $(CUDA),$(if $(filter 12,$(CUDA)),requirements-gpu-cuda12.t
 READY := $(VENV)/.ready-$(basename $(REQUIREMENTS))
 HEADERS := $(VENV)/cuda-headers
 
-.PHONY: help setup setup-pycuda engine verify explain doctor structure serve-repo serve test test-fast lint bench coverage photographs table clean
+.PHONY: help setup setup-pycuda engine verify explain report doctor structure serve-repo serve test test-fast lint bench coverage photographs table clean clean-cache
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -82,6 +82,9 @@ verify: $(READY) ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS=
 explain: $(READY) ## Where the time of a package's engine goes, and why INT8 is hardly faster: GPU= BATCH=, and as for verify
 	@$(RUN) -m deploy explain --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)" \
 	  --gpu "$(GPU)" --batch "$(BATCH)"
+
+report: $(READY) ## Write a finished package as one page (report.html) and as a model card, beside its folder: as for verify
+	@$(RUN) -m deploy report --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"
 
 doctor: $(READY) ## What is installed, which backends build and run, what is missing
 	@$(RUN) -m deploy doctor
@@ -133,5 +136,8 @@ table: $(READY) ## A paper's table beside this tool's simulation: PAPER= IMAGENE
 	  --models "$(MODELS)" --cache "$(CACHE)" \
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") $(if $(EVAL_IMAGES),--eval-images "$(EVAL_IMAGES)")
 
-clean: ## Remove the virtual environment, artifacts and caches
+clean-cache: $(READY) ## Remove what is kept in the user's cache: states of stages, downloads, environments of tests
+	@$(RUN) -m deploy clean-cache
+
+clean: ## Remove the virtual environments, artifacts and the caches of this checkout
 	rm -rf $(VENV) $(VENV_SERVE) $(VENV_TRITON) artifacts .pytest_cache .mypy_cache .ruff_cache

@@ -15,12 +15,12 @@ from typing import Any
 from benchmarks.tables.table import cell
 from deploy.package import read_json
 from deploy.recipe import recipe_names
+from deploy.report.proof import proven_and_planned
 from deploy.report.terminal import print_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 SHOWN = "dinov2_s.int8.json"  # the report of the README's first command
-PLANNED_ONLY = "tensorrt_rtx"  # the backend whose convolutions are planned INT8 and no more (deploy/engine/backends)
 
 Reports = Mapping[str, dict[str, Any]]  # by the name of the file
 
@@ -75,8 +75,9 @@ def int8_layers(engine: dict[str, Any], kept_float: Collection[str] = ()) -> str
 
     `kept_float`: layers that could have been, and stay in FP16.
     """
-    planned_only = engine["int8_convs"] if engine["backend"] == PLANNED_ONLY else 0
-    proven = engine["planned"] - len(engine["lost"]) - planned_only
+    proven, planned_only = proven_and_planned(
+        engine["backend"], engine["planned"], len(engine["lost"]), engine["int8_convs"]
+    )
     planned = f", {planned_only} planned" if planned_only else ""
     return f"{proven} of {engine['planned']} proven{planned}" + (
         f", {len(kept_float)} kept in FP16" if kept_float else ""

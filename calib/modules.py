@@ -1,9 +1,29 @@
-"""Replacement of a module inside a network by name."""
+"""Modules inside a network by name: their replacement, and the one name of a module that lies at several places."""
+
+import re
 
 from torch import nn
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule `name` of `net` (edits `net`)."""
-    parent, _, child = name.rpartition(".")
-    setattr(net.get_submodule(parent), child, module)
+    """Put `module` in the place of the submodule `name` of `net`, at every place where it lies (edits `net`).
+
+    `module` may contain the one that it replaces.
+    """
+    replaced = net.get_submodule(name)
+    places = [
+        (parent, child) for parent in net.modules() for child, each in parent._modules.items() if each is replaced
+    ]
+    for parent, child in places:
+        setattr(parent, child, module)
+
+
+def first_names(net: nn.Module) -> dict[str, str]:
+    """Return, for every name of a module of `net`, the first one of the same module: that of `net.named_modules()`."""
+    first = {id(module): name for name, module in net.named_modules()}
+    return {name: first[id(module)] for name, module in net.named_modules(remove_duplicate=False)}
+
+
+def without_call(name: str) -> str:
+    """Return the name of a module without the number that torch.export gives to its second and later calls."""
+    return re.sub(r"@\d+", "", name)

@@ -72,7 +72,7 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--eval", dest="evaluation", help="ImageFolder, .npy or .npz; default: held-out images")
     engine.add_argument("--calib-images", type=count, default=512, help="images to calibrate on (default 512)")
     engine.add_argument("--recipe", default="int8", help="name of a recipe or a .toml file")
-    engine.add_argument("--target", default="auto", help="auto, tensorrt or tensorrt_rtx")
+    engine.add_argument("--target", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime (a CPU)")
     engine.add_argument("--sm", type=_sms, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")
@@ -106,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
     verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
     add_package(verify)
+    report = verbs.add_parser(
+        "report", help="write a finished package as one page and as a model card, beside its folder"
+    )
+    add_package(report)
     add_serve_verbs(verbs)
     verbs.add_parser("doctor", help="what is installed, which backends build and run, what is missing")
     verbs.add_parser("list", help="models, recipes, methods, backends and stages")
@@ -120,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", default="random", help="as for `engine`; the structure needs none (default random)"
     )
     structure.add_argument("--json", action="store_true", help="print it as JSON")
+    verbs.add_parser(
+        "clean-cache", help="remove what is kept to be used again: states of stages, downloads, environments"
+    )
     recipe = verbs.add_parser("recipe", help="print a recipe with every option resolved")
     recipe.add_argument("recipe")
     explain = verbs.add_parser(
@@ -259,7 +266,36 @@ def _explain(args: argparse.Namespace) -> int:
     from deploy.explain.page import print_page
 
     folder, gpu = folder_from_options(args, args.folder), gpu_from_name(args.gpu)
-    print_page(folder.as_posix(), read_lists(folder), gpu, args.batch)
+    lists = read_lists(folder)
+    if not lists.told:
+        raise UserError(
+            f"the kernels of the engine in '{folder}' do not tell what they read and write: expected an engine of "
+            f"TARGET=tensorrt or tensorrt_rtx; one of onnxruntime runs on a CPU and is measured by make engine"
+        )
+    print_page(folder.as_posix(), lists, gpu, args.batch)
+    return 0
+
+
+def _clean_cache(_args: argparse.Namespace) -> int:
+    from calib.store.user_cache import clear
+
+    folder, size = clear()
+    print(f"removed {size / 1e6:.0f} MB from '{folder}'")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    folder = folder_from_options(args, args.folder)
+    try:
+        import huggingface_hub  # noqa: F401
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error}: use `make report`, or an environment with requirements-base.txt") from error
+    from deploy.pages.write import write_pages
+
+    for path in write_pages(folder):
+        print(f"written to {path}")
     return 0
 
 
@@ -271,6 +307,8 @@ VERBS = {
     "structure": _structure,
     "recipe": _recipe,
     "explain": _explain,
+    "clean-cache": _clean_cache,
+    "report": _report,
     **SERVE_VERBS,
 }
 

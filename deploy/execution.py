@@ -1,4 +1,4 @@
-"""What a built engine computes on this machine's GPU, beside what its graph computes in ONNX Runtime. No torch."""
+"""What a built engine computes on this machine, beside what its graph computes in ONNX Runtime. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.runner import EngineRunner
-from deploy.gpu import gpu
 from deploy.graph.names import INPUT
 from deploy.measure.accuracy import Fidelity, Outputs, joined_rows, sqnr_db
 from deploy.measure.onnx_runner import Given, OnnxRunner
@@ -20,12 +20,12 @@ from deploy.verify import Reference, Verdict, least_fp16_db, outputs_over
 class Execution:
     """The engine's outputs, judged against the float network; `reason` tells why it was not run, None if it was.
 
-    `fidelity`: on the evaluation images. `golden_db`, `graph_db`: SQNR (dB) of every golden image, of the engine and of the
-    FP32-typed graph in ONNX Runtime.
+    `device`: the name of the GPU or processor that it ran on. `fidelity`: on the evaluation images. `golden_db`, `graph_db`:
+    SQNR (dB) of every golden image, of the engine and of the FP32-typed graph in ONNX Runtime.
     """
 
     reason: str | None = None
-    gpu: str | None = None
+    device: str | None = None
     fidelity: Fidelity | None = None
     golden_db: tuple[float, ...] = ()
     graph_db: tuple[float, ...] = ()
@@ -58,7 +58,7 @@ class Execution:
         """The result in one line."""
         if self.fidelity is None:
             return f"not run: {self.reason}"
-        return f"{self.fidelity.sqnr_db:.1f} dB SQNR on {self.fidelity.count} images, on {self.gpu}"
+        return f"{self.fidelity.sqnr_db:.1f} dB SQNR on {self.fidelity.count} images, on {self.device}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for report and manifest."""
@@ -66,7 +66,7 @@ class Execution:
             return {"executed": False, "not_executed": self.reason}
         return {
             "executed": True,
-            "gpu": self.gpu,
+            "device": self.device,
             "fidelity": self.fidelity.to_json(),
             "golden_sqnr_db": list(self.golden_db),
         }
@@ -77,10 +77,10 @@ def _image_db(reference: Outputs, output: Outputs) -> tuple[float, ...]:
     return tuple(sqnr_db(*rows) for rows in zip(joined_rows(reference), joined_rows(output, reference), strict=True))
 
 
-def executed(engine: EngineRunner, folder: Path, reference: Reference) -> Execution:
+def executed(engine: EngineRunner | GraphRunner, device: str, folder: Path, reference: Reference) -> Execution:
     """Run an open `engine` on the images of `reference`, and compare it with the float network.
 
-    `folder`: of the package, whose FP32-typed graph runs on the golden images too.
+    `device`: what it runs on. `folder`: of the package, whose FP32-typed graph runs on the golden images too.
     """
 
     def run(given: Given) -> Outputs:
@@ -93,7 +93,7 @@ def executed(engine: EngineRunner, folder: Path, reference: Reference) -> Execut
 
     exact, golden, graph = reference.golden_outputs, [reference.golden], OnnxRunner(folder / MODEL_FP32).named_outputs
     return Execution(
-        gpu=gpu().name,
+        device=device,
         fidelity=reference.fidelity(computed(reference.batches, reference.outputs)),
         golden_db=_image_db(exact, computed(golden, exact)),
         graph_db=_image_db(exact, outputs_over(graph, golden)),

@@ -7,9 +7,11 @@ network that the stage changed. Replayed on the network before the stage they gi
 that is damaged, or was made from something else than its name says, is not used.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,11 +27,13 @@ from calib.quantizer import QParams, dequantize, quantize
 from calib.scales.equalise import apply_moves
 from calib.store.checkpoint import UnusableError, read_state, write_state
 from calib.store.provenance import ROOT, made_by
+from calib.store.user_cache import trim
 from calib.structure.moves import Moved
 from compensation.branch import ConvBranch, DenseBranch, SharedBranch
 
 # What decides a state beside calib/, and what writes it.
 CODE = (ROOT / "compensation", ROOT / "deploy/stages.py", Path(__file__))
+MOST_BYTES = 10_000_000_000  # of all states; those that were used longest ago go first
 # Beside tensors and plain values a file may hold these and nothing else.
 CLASSES = (
     QParams, LogSqrt2, TwinUniform, Unrounded, Moved, Precision, StageRecord,
@@ -180,6 +184,8 @@ class KeptStates:
                 raise UnusableError("made from other inputs than its name says")
         except UnusableError as reason:
             return None, f"{path} is {reason}: not used"
+        with contextlib.suppress(OSError):  # of another user, say
+            os.utime(path)
         return replayed(before, state, f"taken from cache {key[:12]}"), ""
 
     def save(self, before: QuantModel, after: QuantModel, stage: str, key: str) -> str:
@@ -192,6 +198,7 @@ class KeptStates:
             return ""
         try:
             write_state(path, {"key": key, **decisions(before, after)})
+            trim(path.parent, MOST_BYTES)
         except _NoDecisionsError as reason:
             return f"not kept: {reason}"
         except OSError as error:

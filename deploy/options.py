@@ -1,5 +1,6 @@
 """What `make engine` was asked for."""
 
+import shlex
 from dataclasses import dataclass, field
 
 from deploy.engine.build import Profile
@@ -28,3 +29,30 @@ class Options:
     cache: bool = True  # take states kept for exactly the same input, and keep new ones; keep unfinished training
     begin: str | None = None  # stage to run anew from; what comes before is taken from kept states. None: what is kept
     until: str | None = None  # stage to stop after. None: the last
+
+    def _flags(self) -> dict[str, str]:
+        """What the command line calls the options that decide a package, and their values; None has no flag."""
+        found = {
+            "module": self.module,
+            "input": "x".join(map(str, self.input_size)) if self.input_size else None,
+            "weights": self.weights,
+            "calib": self.calib,
+            "eval": self.evaluation,
+            "calib-images": self.calib_images,
+            "target": self.target,
+            "sm": ",".join(map(str, self.sms)) if self.sms else None,
+            "batch": self.profile.opt,
+            "max-batch": self.profile.maximum,
+            "device": self.device,
+            "seed": self.seed,
+            "max-extra-kernels": self.max_extra_kernels,
+            "max-extra-bytes": self.max_extra_bytes,
+        }
+        return {f"--{name}": str(value) for name, value in found.items() if value is not None}
+
+    def command(self) -> str:
+        """The command that asks for the same package: the model, the recipe and what differs from the defaults."""
+        usual = Options()._flags()
+        model = [] if self.module else ["--model", self.model]
+        given = [part for flag in self._flags().items() if flag not in usual.items() for part in flag]
+        return shlex.join(["python", "-m", "deploy", "engine", *model, "--recipe", self.recipe, *given])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from itertools import chain
 from typing import Any
 
@@ -44,7 +43,6 @@ from deploy.bridge.export import Example, export_float, export_fp16, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.engine.isolated import build_apart
-from deploy.engine.runner import EngineRunner
 from deploy.errors import ContractError
 from deploy.execution import Execution, executed
 from deploy.explain.kernel_list import KernelLists, lists_to_json
@@ -306,6 +304,8 @@ def check(run: Run) -> Lines:
 
 def _kernel_lists(run: Run, example: Example) -> KernelLists:
     """The kernels of the engine, and of the same build of the float network with FP16 types, if it fits them."""
+    if not run.backend.FP16:
+        return KernelLists(run.built.kernels, None, f"{run.backend.NAME} has no FP16 kernels on a CPU")
     try:
         model = export_fp16(run.model.float_net, example)
         twin = build_apart(run.backend, model, run.options.profile, run.options.sms)
@@ -317,7 +317,8 @@ def _kernel_lists(run: Run, example: Example) -> KernelLists:
 def build(run: Run) -> Lines:
     """The engine; to tell what INT8 and branches cost, one in FP16 and one without branches."""
     profile, sms = run.options.profile, run.options.sms
-    run.built, run.plain = build_apart(run.backend, run.fp16, profile, sms), None
+    graph = run.fp16 if run.backend.FP16 else run.fp32
+    run.built, run.plain = build_apart(run.backend, graph, profile, sms), None
     (run.folder / ENGINE).write_bytes(run.built.plan)
     write_json(run.folder / LAYERS, run.built.layers_json())
     lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
@@ -328,17 +329,18 @@ def build(run: Run) -> Lines:
         twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
     lines.append(twin)
     if run.model.branches:
-        without = export_fp16(quantized_net(replace(run.model, branches={})), example)
+        net = quantized_net(replace(run.model, branches={}))
+        without = export_fp16(net, example) if run.backend.FP16 else export_pair(net, example)[1]
         run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
 
 
 def prove(run: Run) -> Lines:
-    """Every planned layer runs in an INT8 kernel, or ContractError."""
+    """Every planned layer runs in an INT8 kernel, or ContractError; on a CPU some may lack one, which is a warning."""
     run.audit, beside = audit(run.built.kernels, run.planned, run.planned_attention), layers_beside(run.final)
     try:
-        require_int8(run.audit)
+        require_int8(run.audit, every=run.backend.FP16)
     except ContractError as fault:
         beside.parent.mkdir(parents=True, exist_ok=True)
         write_json(beside, run.built.layers_json())
@@ -378,10 +380,10 @@ def _execution(run: Run) -> Execution:
         return Execution(reason)
     with ExitStack() as opened:
         try:
-            engine = opened.enter_context(EngineRunner(run.built.plan, import_module(run.backend.NAME)))
+            engine = opened.enter_context(run.backend.runner(run.built.plan))
         except UserError as error:
             return Execution(str(error))
-        return executed(engine, run.folder, run.reference)
+        return executed(engine, run.backend.device_name(), run.folder, run.reference)
 
 
 def execute(run: Run) -> Lines:

@@ -71,19 +71,80 @@ class OwnNetwork(nn.Module):
         return self.head(x.mean(1))
 
 
-FAMILIES = (*TIMM, "own module")
+class Chain(nn.Module):
+    """A network without residual sums and without a module that repeats, as VGG is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.hidden, self.head = nn.Linear(24, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).flatten(2).transpose(1, 2)
+        return self.head(F.relu(self.hidden(x)).mean(1))
+
+
+class Pyramid(nn.Module):
+    """Maps of two sizes that one head reads, as detectors do; a linear layer lies at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16)
+        self.down, self.up = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 1)
+        self.tower = nn.Conv2d(16, 24, 3, padding=1)
+        mixed = nn.Linear(24, 24)
+        self.mix = nn.ModuleList([mixed, mixed])
+        self.first, self.second = nn.Linear(24, 32), nn.Linear(32, 24)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = F.relu(self.norm(self.stem(x)))
+        coarse = F.relu(self.down(fine))
+        fine = fine + F.interpolate(self.up(coarse), scale_factor=2)
+        tokens = [
+            mix(F.relu(self.tower(maps)).flatten(2).transpose(1, 2))
+            for mix, maps in zip(self.mix, (fine, coarse), strict=True)
+        ]
+        return self.head(F.gelu(self.second(F.relu(self.first(torch.cat(tokens, 1))))).mean(1))
+
+
+class OddLayers(nn.Module):
+    """Convolutions of sequences, transposed ones with a stride and without, a border that mirrors, a fixed filter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mirrored = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 24, 3, padding=1, padding_mode="reflect")
+        self.blur = nn.Buffer(torch.ones(24, 1, 2, 2) / 4)
+        self.turned, self.up = nn.ConvTranspose2d(24, 16, 3, 1, 1, groups=2), nn.ConvTranspose2d(16, 16, 2, 2)
+        self.mix, self.along = nn.Conv1d(16, 24, 1), nn.Conv1d(24, 16, 3, padding="same", dilation=2)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mirrored(F.relu(self.stem(x))))
+        x = F.relu(self.turned(F.conv2d(x, self.blur, stride=2, groups=24)))
+        x = F.relu(self.up(x)).flatten(2)
+        return self.head(F.gelu(self.along(F.relu(self.mix(x)))).mean(2))
+
+
+OWN = {"own module": OwnNetwork, "chain": Chain, "pyramid": Pyramid, "odd layers": OddLayers}
+FAMILIES = (*TIMM, *OWN)
 
 
 @torch.no_grad()
 def family_net(family: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
     """(a network in eval mode, float32, an example (2, 3, H, W)): random, with uneven norms and running statistics."""
     torch.manual_seed(seed)
-    if family == "own module":
-        net, size = OwnNetwork(), 32
+    if family in OWN:
+        net, size = OWN[family](), 32
     else:
         name, options, size = TIMM[family]
         net = timm.create_model(name, num_classes=10, **options)
     for module in net.modules():
+        if family in OWN and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            module.weight.mul_(3)  # as drawn, biases would drown what the image says
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2.0)

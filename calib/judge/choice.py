@@ -28,25 +28,31 @@ def output_terms(
 ) -> Tensor:
     """(B K, 1 + L): r.(y_exact - y), then -g_l . d_l of the L `modules` of `net`, for each image and each r."""
     read: dict[str, Tensor] = {}
-    changes: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    changes: dict[str, list[Tensor]] = {name: [] for name in modules}  # one per call
+    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def keep_input(name: str, _module: nn.Module, x: Tensor) -> None:
         read[name] = x.detach()
 
     def keep_output(name: str, y: Tensor) -> Tensor:
-        changes[name] = change(name, read.pop(name), y.detach()).detach()
-        outputs[name] = leaf(y)
-        return outputs[name].clone()  # an activation in place may follow: gradients are wanted before it
+        changes[name].append(change(name, read.pop(name), y.detach()).detach())
+        outputs[name].append(leaf(y))
+        return outputs[name][-1].clone()  # an activation in place may follow: gradients are wanted before it
 
     with torch.enable_grad(), input_hooks(net, modules, keep_input), output_hooks(net, modules, keep_output):
         y = net(images)
-    wanted, d = [outputs[name] for name in modules], [-changes[name] for name in modules]
+    wanted = [y for name in modules for y in outputs[name]]
     difference, found = exact(images).detach() - y.detach(), []
+
+    def by_images(one: Tensor, other: Tensor) -> Tensor:
+        return by_image((one * other).detach(), len(images)).sum(1)
+
     for vector in projections(y, generator):
-        gradients = torch.autograd.grad(y, wanted, vector, retain_graph=True) if wanted else ()
-        pairs = [(vector, difference), *zip(gradients, d, strict=True)]
-        found.append(torch.stack([by_image((one * other).detach(), len(images)).sum(1) for one, other in pairs], 1))
+        gradients = iter(torch.autograd.grad(y, wanted, vector, retain_graph=True) if wanted else ())
+        terms = [by_images(vector, difference)]
+        for name in modules:
+            terms.append(-torch.stack([by_images(next(gradients), d) for d in changes[name]]).sum(0))
+        found.append(torch.stack(terms, 1))
     return torch.cat(found).double()
 
 

@@ -25,6 +25,7 @@ BATCH = 2  # images at a time: every layer's input and its gradients are in memo
 class Seen(NamedTuple):
     """Of a few images, by layer: `inputs` x (B, ...), `gradients` g (K, B, ...) there, and what weights do if asked for.
 
+    Of a layer that is called several times, all calls are one tensor x (images, P, C), or (images, C, P, 1) for maps.
     `weights`: sum over the K vectors r of (dr.y / dW)^2, in the shape of W, where W reads x less its mean. `images`: how
     many they are; a layer that reads windows of them has more than one first index per image.
     """
@@ -45,6 +46,18 @@ def by_image(x: Tensor, images: int) -> Tensor:
     if x.ndim > 1 and x.shape[1] == images:
         return x.transpose(0, 1).flatten(1)
     raise ValueError(f"no axis of a tensor {tuple(x.shape)} is that of {images} images")
+
+
+def _as_one(calls: Sequence[Tensor], axis: int, images: int) -> Tensor:
+    """Return the tensors of all `calls` of a layer as one, as `Seen` says; one call as it is.
+
+    `axis` of the channels: -1 or 1.
+    """
+    if len(calls) == 1:
+        return calls[0]
+    channels = calls[0].shape[axis]
+    rows = torch.cat([by_image(x.movedim(axis, -1), images).reshape(images, -1, channels) for x in calls], 1)
+    return rows if axis == -1 else rows.transpose(1, 2).unsqueeze(3)
 
 
 def noise_by_image(gradients: Tensor, error: Tensor, images: int) -> Tensor:
@@ -85,6 +98,25 @@ def _around(layer: nn.Module, mean: Tensor, of_weight: Tensor, of_output: Tensor
     return of_weight - along_inputs(layer, mean) * of_output.reshape(-1, *[1] * (of_weight.ndim - 1))
 
 
+def _seen(
+    net: nn.Module,
+    inputs: Mapping[str, Sequence[Tensor]],
+    gradients: Sequence[Sequence[Tensor]],
+    weights: dict[str, Tensor],
+    images: int,
+) -> Seen:
+    """Return what was seen; `inputs`: those of each call, by layer; `gradients`: by r, of all calls in the same order."""
+    x: dict[str, Tensor] = {}
+    g: dict[str, Tensor] = {}
+    start = 0
+    for name, calls in inputs.items():
+        axis, end = channel_axis(net.get_submodule(name)), start + len(calls)
+        x[name] = _as_one(calls, axis, images)
+        g[name] = torch.stack([_as_one(of_vector[start:end], axis, images) for of_vector in gradients])
+        start = end
+    return Seen(x, g, weights, images)
+
+
 def output_gradients(
     net: nn.Module,
     layers: Sequence[str],
@@ -100,16 +132,16 @@ def output_gradients(
     means = weights_around or {}
     modules = {name: net.get_submodule(name) for name in means}
     weights = [module.get_parameter("weight") for module in modules.values()]
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}  # one per call
     probes: dict[str, Tensor] = {}  # zeros added to outputs: their gradients are those of biases
 
     def keep(name: str, _layer: nn.Module, x: Tensor) -> Tensor:
-        inputs[name] = leaf(x)
-        return inputs[name]
+        inputs.setdefault(name, []).append(leaf(x))
+        return inputs[name][-1]
 
     def probe(name: str, y: Tensor) -> Tensor:
         axis = channel_axis(modules[name]) % y.ndim
-        probes[name] = y.new_zeros(y.shape[axis], requires_grad=True)
+        probes.setdefault(name, y.new_zeros(y.shape[axis], requires_grad=True))
         return y + probes[name].reshape(-1, *[1] * (y.ndim - 1 - axis))
 
     for batch in images.split(1 if means else BATCH):
@@ -118,7 +150,7 @@ def output_gradients(
         with _with_gradients(weights), torch.enable_grad():
             with input_hooks(net, layers, keep), output_hooks(net, modules, probe):
                 output = net(batch)
-            read = [inputs[name] for name in layers]
+            read = [x for name in layers for x in inputs[name]]
             asked = [*read, *weights, *(probes[name] for name in modules)]
             for vector in projections(output, generator):
                 found = torch.autograd.grad(output, asked, vector, retain_graph=True)
@@ -126,9 +158,8 @@ def output_gradients(
                 of_weights, of_outputs = found[len(read) : len(read) + len(weights)], found[len(read) + len(weights) :]
                 for (name, module), *pair in zip(modules.items(), of_weights, of_outputs, strict=True):
                     squares[name] += _around(module, means[name], *pair).detach().square()
-        x = {name: one.detach() for name, one in inputs.items()}
+        seen = {name: [x.detach() for x in inputs[name]] for name in layers}
         del output, read, asked, found  # the last that hold the graph
         inputs.clear()
         probes.clear()
-        g = {name: torch.stack(parts) for name, parts in zip(layers, zip(*gradients, strict=True), strict=True)}
-        yield Seen(x, g, squares, len(batch))
+        yield _seen(net, seen, gradients, squares, len(batch))

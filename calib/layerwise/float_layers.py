@@ -6,6 +6,7 @@ taken one by one, the one that gains most first, while each gains `min_gain_db` 
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,10 +41,10 @@ class Config:
 
 def shares(net: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, float]:
     """Return the share of the multiplications of `layers` that each of them does for `example` (1, 3, H, W)."""
-    work: dict[str, int] = {}
+    work = dict.fromkeys(layers, 0)
 
     def count(name: str, y: Tensor) -> None:
-        work[name] = y.numel() * net.get_submodule(name).get_parameter("weight")[0].numel()
+        work[name] += y.numel() * net.get_submodule(name).get_parameter("weight")[0].numel()
 
     with output_hooks(net, layers, count), torch.no_grad():
         net(example)
@@ -67,6 +68,16 @@ def in_order(terms: Tensor, share: Sequence[float], config: Config) -> list[tupl
             return found
         found.append((best, gain))
         missing, now, left = missing + gains[:, best], errors[best], left - share[best]
+
+
+def costs_db(terms: Tensor) -> list[float]:
+    """Return what INT8 costs the output (dB SQNR) at each of L layers: what that layer alone in float would gain.
+
+    `terms` (S, 1 + L) as of `output_terms`.
+    """
+    missing, gains = terms[:, :1], terms[:, 1:]
+    now = float(missing.square().sum())
+    return [decibels(now, left) for left in (missing + gains).square().sum(0).tolist()]
 
 
 def in_float(model: QuantModel, reasons: Mapping[str, str]) -> QuantModel:
@@ -104,7 +115,9 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
         terms.append(torch.cat([_terms(model, layers, each, generator) for each in images]))
     works = [share[name] for name in layers]
     by_rotation = [in_order(of_rotation, works, config) for of_rotation in terms]
-    found = in_order(torch.cat(terms), works, config)
+    together = torch.cat(terms)
+    found = in_order(together, works, config)
+    costs = {name: cost for name, cost in zip(layers, costs_db(together), strict=True) if math.isfinite(cost)}
 
     def kept(order: Sequence[tuple[int, float]], count: int) -> QuantModel:
         return in_float(
@@ -133,4 +146,4 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
         offered.append(Candidate(f"in FP16: {names}", trials, whole))
     works_of_found = sum(works[index] for index, _ in found)
     notes = (f"{len(found)} of {len(layers)} small layers would be worth FP16, with {works_of_found:.2%} of the work",)
-    return Offer(offered, notes)
+    return Offer(offered, notes, {"cost_db": costs})

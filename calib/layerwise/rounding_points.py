@@ -42,18 +42,18 @@ class Config:
 def reach(net: nn.Module, points: Points, half: Half) -> tuple[dict[str, float], dict[str, int]]:
     """Return (largest |value|, values per image) at each point, on all images of `half`."""
     names, largest = {module: name for name, module in points.items()}, dict.fromkeys(points, 0.0)
-    sizes: dict[str, int] = {}
+    values, images = dict.fromkeys(points, 0), 0
 
     def look(module: str, _module: nn.Module, x: Tensor) -> None:
         name = names[module]
         largest[name] = max(largest[name], float(x.abs().max()))
-        sizes[name] = x.numel() // images
+        values[name] += x.numel()
 
     with input_hooks(net, names, look), torch.inference_mode():
         for batch in half:
-            images = len(batch)
+            images += len(batch)
             net(batch)
-    return largest, sizes
+    return largest, {name: count // images for name, count in values.items()}
 
 
 def noise_of(net: nn.Module, points: Points, largest: Mapping[str, float], images: Tensor) -> dict[str, list[float]]:

@@ -127,20 +127,21 @@ def look_at_inputs(net: nn.Module, layers: Iterable[str], batches: Iterable[Tens
 def input_rows(
     net: nn.Module, layers: Iterable[str], batches: Iterable[Tensor], count: int, seed: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield, for every batch that `net` runs on, layer name -> up to `count` rows (T, G, K) of the layer's input.
+    """Yield, for every batch that `net` runs on, layer name -> rows (T, G, K) of the layer's input, up to `count` a call.
 
     The same seed selects the same rows, also in another network with layers of the same shapes.
     """
     generators = {name: torch.Generator().manual_seed(seed) for name in layers}
-    rows: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
 
     def take(name: str, layer: nn.Module, x: Tensor) -> None:
-        rows[name] = rows_of(layer, x, count, generators[name])
+        rows.setdefault(name, []).append(rows_of(layer, x, count, generators[name]))
 
     for batch in batches:
         with input_hooks(net, generators, take), torch.inference_mode():
             net(batch)
-        yield dict(rows)
+        yield {name: torch.cat(calls) for name, calls in rows.items()}
+        rows.clear()
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

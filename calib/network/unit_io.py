@@ -31,7 +31,10 @@ class UnitIO:
 
 @torch.no_grad()
 def unit_io(net: nn.Module, unit: str, batches: Iterable[Tensor]) -> UnitIO:
-    """The inputs and outputs of `unit` when `net` runs on `batches`; nothing behind the unit is computed."""
+    """The inputs and outputs of `unit` when `net` runs on `batches`; nothing behind the unit is computed.
+
+    Of a unit that is called several times, those of its first call.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Tensor] = []
 
@@ -56,14 +59,14 @@ def readers_and_sizes(
     net: nn.Module, layers: Sequence[str], run: Callable[[], object]
 ) -> tuple[list[list[str]], dict[str, float]]:
     """(groups of layers that read the same tensor, layer -> standard deviation of its output), observed while `run` runs."""
-    read: dict[str, Tensor] = {}
+    read: dict[str, list[Tensor]] = {}  # one tensor per call
     sizes: dict[str, float] = {}
     with (
-        input_hooks(net, layers, lambda name, _layer, x: read.update({name: x})),
+        input_hooks(net, layers, lambda name, _layer, x: read.setdefault(name, []).append(x)),
         output_hooks(net, layers, lambda name, y: sizes.update({name: float(y.std())})),
     ):
         run()
-    groups: dict[int, list[str]] = {}  # by identity, which is unique because `read` keeps the tensors alive
-    for name, x in read.items():
-        groups.setdefault(id(x), []).append(name)
+    groups: dict[tuple[int, ...], list[str]] = {}  # by identity, which is unique because `read` keeps the tensors alive
+    for name, calls in read.items():
+        groups.setdefault(tuple(map(id, calls)), []).append(name)
     return list(groups.values()), sizes

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.structure.channels import SUMS
+from calib.structure.plain_layers import SequenceConv
 from calib.structure.trace import Trace, calls, shape
 
 
@@ -51,32 +52,32 @@ def _pattern(name: str) -> str:
 
 
 def _repeated(trace: Trace, layers: Collection[str]) -> set[str]:
-    """Return the modules with layers inside whose class occurs more than once, without containers."""
+    """Return the modules with layers inside whose class occurs more than once, without what only holds others."""
     found: dict[type, list[str]] = {}
     for name, module in trace.net.named_modules():
-        if name and _inside(layers, name) and not isinstance(module, nn.Sequential | nn.ModuleList):
+        if name and _inside(layers, name) and not isinstance(module, nn.Sequential | nn.ModuleList | SequenceConv):
             found.setdefault(type(module), []).append(name)
     return {name for names in found.values() if len(names) > 1 for name in names}
 
 
-def _named(trace: Trace, plain: Mapping[fx.Node, str]) -> list[str]:
-    """Return the names of the blocks, none inside another: what adds, and modules of the same place in the network.
+def _outermost(names: Collection[str]) -> set[str]:
+    return {name for name in names if not any(name.startswith(f"{other}.") for other in names)}
 
-    Without any residual sum: the modules that repeat.
-    """
-    layers = {*plain.values()}
-    summing = {*_summing(trace, plain)} or _repeated(trace, layers)
-    outermost = {name for name in summing if not any(name.startswith(f"{other}.") for other in summing)}
+
+def _alike(trace: Trace, layers: Collection[str], names: Collection[str]) -> list[str]:
+    """Return the outermost of `names` and the modules of the same place in the network, in order of definition."""
+    outermost = _outermost(names)
     patterns = {_pattern(name) for name in outermost if re.search(r"\d", name)}
     alike = [
         name
         for name, _ in trace.net.named_modules()
         if name in outermost or (any(re.fullmatch(each, name) for each in patterns) and _inside(layers, name))
     ]
-    return [name for name in alike if not any(name.startswith(f"{other}.") for other in alike)]
+    kept = _outermost(alike)
+    return [name for name in alike if name in kept]
 
 
-def _shapes(net: nn.Module, names: Collection[str], example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+def _shapes(net: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
     """Return the shapes (input, output) of the modules that are called once, with a tensor first, and return one."""
     found: dict[str, tuple[torch.Size, torch.Size]] = {}
     count: Counter[str] = Counter()
@@ -99,13 +100,12 @@ def _shapes(net: nn.Module, names: Collection[str], example: Tensor) -> dict[str
     return {name: shapes for name, shapes in found.items() if count[name] == 1}
 
 
-def blocks_of(trace: Trace, plain: Mapping[fx.Node, str], example: Tensor) -> dict[str, Block]:
-    """Return the blocks by name, in order of definition; `plain`: calls of layers by name."""
-    first: dict[str, str] = {}  # block -> the first layer that runs in it
-    names = _named(trace, plain)
+def _usable(trace: Trace, plain: Mapping[fx.Node, str], names: Sequence[str], example: Tensor) -> dict[str, Block]:
+    """Return those of `names` that a branch can stand beside, in the same order."""
+    first: dict[str, str] = {}  # block -> the first layer that runs in it, which may be itself
     for layer in plain.values():
         for name in names:
-            if layer.startswith(f"{name}."):
+            if f"{layer}.".startswith(f"{name}."):
                 first.setdefault(name, layer)
     found = {}
     for name, (given, returned) in _shapes(trace.net, names, example).items():
@@ -113,3 +113,20 @@ def blocks_of(trace: Trace, plain: Mapping[fx.Node, str], example: Tensor) -> di
         if len(given) == len(returned) and len(given) >= 2:
             found[name] = Block(name, not maps)
     return {name: found[name] for name in names if name in found}
+
+
+def blocks_of(
+    trace: Trace, plain: Mapping[fx.Node, str], quantized: Sequence[str], example: Tensor
+) -> dict[str, Block]:
+    """Return the blocks by name, none inside another, in order of definition.
+
+    They are the outermost modules that add a shortcut, read one tensor and return one. Where there are none, they are such
+    modules of a repeated class; in a plain chain of layers they are the layers to be quantized.
+    `plain`: calls of layers by name; `quantized`: names of those to be quantized.
+    """
+    layers = {*plain.values()}
+    for names in ({*_summing(trace, plain)}, _repeated(trace, layers)):
+        usable = _usable(trace, plain, sorted(names), example)
+        if found := _usable(trace, plain, _alike(trace, layers, usable), example):
+            return found
+    return _usable(trace, plain, quantized, example)

@@ -59,12 +59,15 @@ def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
     for node in trace.nodes:
         if node.op == "call_function" and node.target in LAYER_OPERATORS and node not in plain:
             weight, name = node.args[1], trace.owner(node)
+            read = trace.parameter(weight)
             if node in trace.constants:
                 why = "it reads constants only: it can be computed before the network runs"
-            elif trace.parameter(weight) == f"{name}.weight":
+            elif weight in trace.constants and not trace.learned(weight):
+                why = "its weight is a fixed filter that nothing has learned"
+            elif read and read.rpartition(".")[0] == name:
                 why = "its module computes more than the layer itself"
-            elif trace.parameter(weight):
-                why = f"the weight '{trace.parameter(weight)}' is read outside its own module"
+            elif read:
+                why = f"the weight '{read}' is read outside its own module"
             elif weight in trace.constants:
                 why = "its weight is computed in the forward pass"
             else:
@@ -116,33 +119,44 @@ def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
     return False
 
 
+def _why_unwritten(module: nn.Module) -> str | None:
+    """Return why a graph has no INT8 form of a layer of this kind, or None."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "a transposed convolution: TensorRT-RTX runs it in FP16 even where its input and its weight are INT8"
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return f"the tool writes INT8 for Linear and Conv2d, not for {type(module).__name__}"
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        return f"the tool writes INT8 for a padding in numbers, not for '{module.padding}'"
+    return None
+
+
 def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx.Node, str]) -> tuple[str | None, bool]:
     """Return (why the layer stays in float or None, whether it could be quantized)."""
-    kind = type(module).__name__
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        return f"layers of kind {kind} are not quantized yet", False
-    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
-        return f"padding '{module.padding}' is not quantized yet", False
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"padding mode '{module.padding_mode}' is not quantized yet", False
-    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    unwritten = _why_unwritten(module)
+    inputs, outputs = (
+        (module.in_features, module.out_features)
+        if isinstance(module, nn.Linear)
+        else (int(module.in_channels), int(module.out_channels))  # type: ignore[arg-type]
+    )
     first = not any(each in plain for each in ancestors(node))
+    why = unwritten
     if first and inputs <= FEWEST_FIRST:
-        return (
-            f"the first layer: {inputs} input channels are too few for INT8, and its error reaches every layer"
-        ), True
-    if trace.last in _behind(node):
-        return "the last layer: its error goes straight into the output", True
-    if _pooled(node, plain):
-        return "it computes one position per image, behind pooling: INT8 saves no time", True
-    if min(inputs, outputs) < FEWEST:
-        return f"{inputs} channels in and {outputs} out are too few for an INT8 kernel", True
-    return None, True
+        why = f"the first layer: {inputs} input channels are too few for INT8, and its error reaches every layer"
+    elif trace.last in _behind(node):
+        why = "the last layer: its error goes straight into the output"
+    elif _pooled(node, plain):
+        why = "it computes one position per image, behind pooling: INT8 saves no time"
+    elif min(inputs, outputs) < FEWEST:
+        why = f"{inputs} channels in and {outputs} out are too few for an INT8 kernel"
+    return why, unwritten is None
 
 
 def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
-    """Return all layers by name, in order of definition; `plain` is from `plain_calls`."""
+    """Return all layers by name, in order of definition; `plain` is from `plain_calls`.
+
+    A layer that is called several times has one scale for what it reads in all calls; a reason to stay in float in one of
+    them is a reason for all.
+    """
     calls_of: dict[str, list[fx.Node]] = {}
     for node, name in plain.items():
         calls_of.setdefault(name, []).append(node)
@@ -150,10 +164,7 @@ def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
     for name, module in trace.net.named_modules(remove_duplicate=False):
         if name not in calls_of:
             continue
-        node, *others = calls_of[name]
-        if others:
-            found[name] = Layer(name, f"it is called {len(others) + 1} times in one run: not quantized yet", False)
-            continue
-        why, roundable = _why_float(trace, node, module, plain)
-        found[name] = Layer(name, why, roundable)
+        reasons = [_why_float(trace, node, module, plain) for node in calls_of[name]]
+        why = next((why for why, _ in reasons if why is not None), None)
+        found[name] = Layer(name, why, all(roundable for _, roundable in reasons))
     return found

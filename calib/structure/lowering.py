@@ -1,6 +1,7 @@
 """Lowering at intake: what computes like a layer becomes a plain Linear or Conv2d, with the same output.
 
-    a convolution that pads its input itself ("same" padding)      zero padding, then a convolution without or with padding
+    a convolution that pads its input itself ("same", reflected)   padding, then a convolution without or with padding
+    a Conv1d; a ConvTranspose2d with a stride of 1                 a Conv2d (calib/structure/plain_layers.py)
     a weight that is computed in the forward pass (standardised)   the weight as it comes out
     a weight that is read outside its module, with a bias of       the module with that bias, called as it is where the
     query and value alone (BEiT, EVA, Swin v2)                     bias is absent
@@ -13,84 +14,84 @@ Every replacement is proved by the network's output; one that changes it is take
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
+import torch
 from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
 
 from calib.modules import replace_module
-from calib.structure.layers import plain_calls
+from calib.structure.layers import FEWEST, plain_calls
+from calib.structure.plain_layers import BORDERS, is_turned, plain_conv, plain_linear, turned_conv
 from calib.structure.proof import MAX_REL_L2, difference, output_of, preserving
 from calib.structure.self_attention import SelfAttention
-from calib.structure.trace import LAYER_OPERATORS, PADS, Trace, aten, calls, padding_of
+from calib.structure.trace import CONV1D, CONV2D, LAYER_OPERATORS, PADS, Trace, aten, calls, padding_of
 
-CONV = (aten.conv2d.default, aten.conv2d.padding)
 Edit = tuple[str, Callable[[nn.Module], None]]  # name of the module, what to do to a copy of the network
 
 
-def _pair(value: object) -> tuple[int, int]:
-    first, second = value if isinstance(value, list | tuple) else (value, value)
-    return int(first), int(second)
-
-
-def _zero_pad(node: fx.Node) -> list[int] | None:
-    """Return (left, right, top, bottom) of a padding with zeros; None for anything else."""
+def _border(node: fx.Node) -> tuple[list[int], str] | None:
+    """Return ((left, right, top, bottom), mode) of a padding around maps or sequences; None for anything else."""
     pads, mode, value = padding_of(node)
-    return pads if mode == "constant" and not value and len(pads) == 4 and min(pads) >= 0 else None
+    if mode not in BORDERS or value or min(pads) < 0 or len(pads) not in (2, 4):
+        return None
+    return [0, 0, *pads][-4:], mode  # the positions of a sequence are the height of a map
 
 
-def _same(size: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Return (left, right, top, bottom) of torch's padding 'same'."""
-    total = [step * (length - 1) for length, step in zip(size, dilation, strict=True)]
-    (top, bottom), (left, right) = ((each // 2, each - each // 2) for each in total)
-    return [left, right, top, bottom]
+@dataclass(frozen=True)
+class _Own:
+    """One call of a module that computes a layer and nothing else: `node`, behind a padding by `pads`; weight and bias."""
+
+    node: fx.Node
+    pads: list[int]
+    mode: str
+    weight: Tensor
+    bias: Tensor | None
+
+    def like(self, other: "_Own") -> bool:
+        """Whether two calls do the same."""
+        values = zip((self.weight, self.bias), (other.weight, other.bias), strict=True)
+        same, others = ((each.node.target, each.node.args[3:], each.pads, each.mode) for each in (self, other))
+        return same == others and all(one is two or torch.equal(one, two) for one, two in values)  # type: ignore[arg-type]
+
+    def plain(self) -> nn.Module | None:
+        """Return the plain layer that computes it, or None."""
+        if self.node.target in (*CONV1D, *CONV2D):
+            return plain_conv(self.weight, self.bias, self.node, self.pads, self.mode)
+        if any(self.pads):
+            return None
+        if self.node.target is aten.linear.default:
+            return plain_linear(self.weight, self.bias)
+        return turned_conv(self.weight, self.bias, self.node) if is_turned(self.node) else None
 
 
-def _plain_conv(weight: Tensor, bias: Tensor | None, node: fx.Node, pads: Sequence[int]) -> nn.Module:
-    """Return a Conv2d like the call `node`, whose input is padded by `pads` (left, right, top, bottom) first."""
-    args: Any = [*node.args[3:], *[None] * 4][:4]
-    stride, padding, dilation = _pair(args[0] or 1), args[1] or 0, _pair(args[2] or 1)
-    groups = int(args[3] or 1)
-    if isinstance(padding, str):
-        pads, padding = (_same(weight.shape[2:], dilation) if padding == "same" else pads), 0
-    left, right, top, bottom = pads
-    height, width = _pair(padding)
-    if left == right and top == bottom and (not any(pads) or not (height or width)):
-        height, width, pads = height + top, width + left, (0, 0, 0, 0)
-    conv = nn.Conv2d(
-        weight.shape[1] * groups, len(weight), _pair(weight.shape[2:]), stride, (height, width), dilation, groups,
-        bias is not None,
-    )  # fmt: skip
-    conv.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return nn.Sequential(nn.ZeroPad2d(tuple(pads)), conv) if any(pads) else conv  # type: ignore[arg-type]
-
-
-def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return linear
-
-
-def _own_layer(trace: Trace, name: str, nodes: Sequence[fx.Node]) -> Edit | None:
-    """The module `name` computes one convolution or linear, at most with zero padding before it, and nothing else."""
+def _own_call(trace: Trace, nodes: Sequence[fx.Node]) -> _Own | None:
+    """Return the call that `nodes` are: a layer with constant weights that were learned, at most behind a padding."""
     *before, node = nodes
     if len(before) > 1 or any(each.target not in PADS or node.args[0] is not each for each in before):
         return None
-    args: Any = node.args
-    weight, bias = args[1], args[2] if len(args) > 2 else None
+    weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
     if weight not in trace.constants or (bias is not None and bias not in trace.constants):
         return None
-    pads = _zero_pad(before[0]) if before else [0, 0, 0, 0]
-    values = trace.constant(weight), None if bias is None else trace.constant(bias)
-    if node.target is aten.linear.default and not before:
-        return name, lambda net: replace_module(net, name, _plain_linear(*values))
-    if node.target in CONV and pads is not None:
-        return name, lambda net: replace_module(net, name, _plain_conv(*values, node, pads))
-    return None
+    border = _border(before[0]) if before else ([0, 0, 0, 0], "constant")
+    if border is None or not trace.learned(weight):  # type: ignore[arg-type]
+        return None
+    values = trace.constant(weight), None if bias is None else trace.constant(bias)  # type: ignore[arg-type]
+    return _Own(node, *border, *values)
+
+
+def _own_layer(trace: Trace, name: str, nodes: Sequence[fx.Node]) -> Edit | None:
+    """The module `name` computes the same layer in every call, and nothing else but a padding before it."""
+    ends = [index + 1 for index, node in enumerate(nodes) if node.target in LAYER_OPERATORS]
+    if ends[-1] != len(nodes):
+        return None
+    calls_of = [_own_call(trace, nodes[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    first = calls_of[0]
+    if first is None or any(each is None or not first.like(each) for each in calls_of):
+        return None
+    if first.plain() is None:
+        return None
+    return name, lambda net: replace_module(net, name, first.plain())  # type: ignore[arg-type]
 
 
 def _split_bias(trace: Trace, node: fx.Node) -> Edit | None:
@@ -124,20 +125,25 @@ def _self_attention(trace: Trace, node: fx.Node) -> Edit | None:
     return name, edit
 
 
+def _is_lowered(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a plain call `node` of `module` is one that becomes a Conv2d."""
+    if isinstance(getattr(module, "padding", None), str) or is_turned(node):
+        return True
+    return isinstance(module, nn.Conv1d) and min(module.in_channels, module.out_channels) >= FEWEST
+
+
 def _edits(trace: Trace) -> list[Edit]:
     plain, owned = plain_calls(trace), trace.owned
-    found: list[Edit] = []
+    found: dict[str, Edit] = {}
     for node in calls(trace.nodes, *LAYER_OPERATORS):
         name = trace.owner(node)
-        module = trace.net.get_submodule(name)
-        if node in trace.constants or (node in plain and not isinstance(getattr(module, "padding", None), str)):
+        if node in trace.constants or (node in plain and not _is_lowered(node, trace.net.get_submodule(name))):
             continue
-        once = sum(each.target in LAYER_OPERATORS for each in owned[name]) == 1
-        edit = _own_layer(trace, name, owned[name]) if once and name else None
+        edit = _own_layer(trace, name, owned[name]) if name and name not in found else None
         edit = edit or _split_bias(trace, node) or _self_attention(trace, node)
         if edit:
-            found.append(edit)
-    return found
+            found.setdefault(edit[0], edit)
+    return list(found.values())
 
 
 def merged_branches(net: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str, ...]]:

@@ -122,12 +122,13 @@ def _attentions(trace: Trace, plain: Mapping[fx.Node, str], places: tuple[Place,
 
 
 def _behind_gelu(plain: Mapping[fx.Node, str]) -> frozenset[str]:
-    found = set()
+    """Return the layers that read what a GELU returns, in all their calls."""
+    others = set()
     for node, name in plain.items():
         before = source_of(node.args[0], PASSED_ON)
-        if before is not None and before.target is aten.gelu.default:
-            found.add(name)
-    return frozenset(found)
+        if before is None or before.target is not aten.gelu.default:
+            others.add(name)
+    return frozenset(plain.values()) - others
 
 
 def _shared(
@@ -163,7 +164,8 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
         place for place in places_of(trace, plain) if any(layers[name].why_float is None for name in place.readers)
     ]
     places, refused = preserving(net, useful, move_by_chance, example)
-    blocks = blocks_of(trace, plain, example)
+    quantized = [name for name, layer in layers.items() if layer.why_float is None]
+    blocks = blocks_of(trace, plain, quantized, example)
     attentions = _attentions(trace, plain, places)
     attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
     return Structure(

@@ -13,12 +13,14 @@ from torch import Tensor, fx, nn
 
 from calib.errors import UserError
 from calib.input_rows import separate_inputs
+from calib.modules import first_names, without_call
 from calib.outputs import separate_outputs
 
 aten = torch.ops.aten
+CONV1D = (aten.conv1d.default, aten.conv1d.padding)
+CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    *CONV1D, *CONV2D, aten.conv3d.default, aten.conv3d.padding,
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
 LAYER_OPERATORS = (aten.linear.default, *CONVOLUTIONS)
@@ -77,8 +79,8 @@ class Trace:
             with torch.no_grad(), warnings.catch_warnings(), separate_outputs(net):
                 warnings.simplefilter("ignore")  # of tables that a network keeps between runs
                 given = separate_inputs(net, example)
-                args, named = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
-                program = torch.export.export(net, args, named, strict=False)
+                args, by_name = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
+                program = torch.export.export(net, args, by_name, strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced
             reason = str(error).strip().splitlines() or [""]
             raise UserError(
@@ -90,13 +92,20 @@ class Trace:
         _read_what_was_edited(self.graph)
         self.nodes = list(self.graph.nodes)
         signature = program.graph_signature
-        self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}  # placeholder -> name
-        given = signature.inputs_to_lifted_tensor_constants
+        self._first = first_names(net)
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._learned = {*signature.inputs_to_parameters}
+        self.parameters = {each: self._first_name(name) for each, name in named.items()}  # placeholder -> name
         self._given = {**program.state_dict, **program.constants}
-        self._names = {**self.parameters, **given}
+        self._names = {**named, **signature.inputs_to_lifted_tensor_constants}
         self._values: dict[fx.Node, Any] = {}
         self.constants = self._constants()
         self.last = next(node for node in reversed(self.nodes) if node.op == "output")
+
+    def _first_name(self, parameter: str) -> str:
+        """Return the name of `parameter` in the first place where its module lies."""
+        module, _, own = parameter.rpartition(".")
+        return f"{self._first.get(module, module)}.{own}" if module else parameter
 
     def _constants(self) -> set[fx.Node]:
         """Nodes whose value does not depend on the input."""
@@ -129,9 +138,13 @@ class Trace:
         return self._values[node]
 
     def owner(self, node: fx.Node) -> str:
-        """Return the name of the innermost module that computes `node`; empty for the network itself."""
+        """Return the name of the innermost module that computes `node`; empty for the network itself.
+
+        Of a module that lies at several places it is the first name.
+        """
         names = modules_of(node)
-        return re.sub(r"@\d+", "", names[-1]) if names else ""
+        own = without_call(names[-1]) if names else ""
+        return self._first.get(own, own)
 
     @functools.cached_property
     def within(self) -> dict[str, set[fx.Node]]:
@@ -155,6 +168,10 @@ class Trace:
         """Return the name of the parameter that `node` is, or None."""
         return self.parameters.get(node.name) if isinstance(node, fx.Node) else None
 
+    def learned(self, node: fx.Node) -> bool:
+        """Whether the value of `node` comes from a parameter; that of a fixed filter, in a buffer, does not."""
+        return any(each.name in self._learned for each in {node, *ancestors(node)})
+
     @functools.cached_property
     def position(self) -> dict[fx.Node, int]:
         """The number of every node in order of execution."""
@@ -170,7 +187,12 @@ class Trace:
 
 def modules_of(node: fx.Node) -> list[str]:
     """Return the names of the modules that `node` lies in, the outermost first; those of a second call end in '@1'."""
-    return [name for name, _ in (node.meta.get("nn_module_stack") or {}).values() if name]
+    names = []
+    for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
+        call = re.search(r"@\d+$", key)  # torch.export tells the call here, and by some paths in the name as well
+        if name:
+            names.append(f"{name}{call[0]}" if call and "@" not in name else name)
+    return names
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from calib.errors import UserError
 from calib.grids import why_not_int8
 from calib.input_rows import separate_inputs
+from calib.modules import first_names, without_call
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
 from calib.outputs import OUTPUT, outputs_of, separate_outputs
@@ -110,17 +111,19 @@ def _module_of(node: ir.Node) -> str:
     """
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     modules = [scope for scope in scopes[:-1] if scope and not scope.startswith("_")]
-    return modules[-1] if modules else ""
+    return without_call(modules[-1]) if modules else ""
 
 
-def name_nodes(model: ir.Model) -> None:
-    """Name every node and its outputs after its torch module, as deploy/graph/names.py says (edits `model`)."""
+def name_nodes(model: ir.Model, net: nn.Module) -> None:
+    """Name every node and its outputs after its module of `net`, as deploy/graph/names.py says (edits `model`)."""
+    first = first_names(net)
     seen: Counter[str] = Counter()  # by name: a module may be called as the network itself is here
     outputs = set(model.graph.outputs)
     for node in model.graph:
-        layer, operator = _module_of(node), node.op_type
-        node.name = node_name(layer, operator, repeat=seen[node_name(layer, operator)])
-        seen[node_name(layer, operator)] += 1
+        module, operator = _module_of(node), node.op_type
+        name = node_name(first.get(module, module), operator)
+        node.name = node_name(first.get(module, module), operator, repeat=seen[name])
+        seen[name] += 1
         for index, value in enumerate(node.outputs):
             if value not in outputs:
                 value.name = value_name(node.name, index)
@@ -234,7 +237,7 @@ def onnx_from_net(
     read_the_same_integers(program.model)
     if rewrite:
         rewrite(program.model)
-    name_nodes(program.model)
+    name_nodes(program.model, net)
     _require_own_names(program.model, outputs)
     proto = program.model_proto
     for node in proto.graph.node:

@@ -1,17 +1,19 @@
 """The runner for the engine of a finished package."""
 
-from importlib import import_module
 from pathlib import Path
 
 from calib.errors import UserError
 from deploy.engine.backends import backends
 from deploy.engine.device import Device
+from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.runner import EngineRunner
 from deploy.package import ENGINE, MANIFEST, read_json
 
 
-def runner_of_package(folder: Path, device: Device | None = None, kernels_file: Path | None = None) -> EngineRunner:
-    """An `EngineRunner`, to be opened by `with`, for the engine of the package in `folder`.
+def runner_of_package(
+    folder: Path, device: Device | None = None, kernels_file: Path | None = None
+) -> EngineRunner | GraphRunner:
+    """What runs the engine of the package in `folder`, inside its `with`.
 
     Raises UserError for a folder without one, or where its backend cannot run, with the reason.
     """
@@ -25,4 +27,4 @@ def runner_of_package(folder: Path, device: Device | None = None, kernels_file: 
         plan = (folder / ENGINE).read_bytes()
     except OSError as error:
         raise UserError(f"'{folder / ENGINE}' cannot be read ({error.strerror}): build the package again") from error
-    return EngineRunner(plan, import_module(name), device, kernels_file)
+    return backends()[name].runner(plan, device, kernels_file)

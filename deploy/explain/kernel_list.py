@@ -13,6 +13,8 @@ from calib.errors import UserError
 from deploy.engine.kernels import Kernel, Tensor, megabytes_per_image
 from deploy.package import KERNELS, read_json
 
+LARGEST, AXES = 1 << 50, 16  # elements or multiply-adds, and axes: what has more is no kernel of ours
+
 
 @dataclass(frozen=True)
 class KernelLists:
@@ -22,24 +24,44 @@ class KernelLists:
     fp16: tuple[Kernel, ...] | None
     why_no_twin: str = ""
 
+    @property
+    def told(self) -> bool:
+        """Whether the kernels tell what they read and write; those of ONNX Runtime do not."""
+        return any(kernel.reads for kernel in self.int8)
+
     def traffic(self, batch: int) -> dict[str, Any]:
-        """How many kernels there are, and the MB that they move at most per image of a `batch`; in FP16 too."""
+        """How many kernels there are, and the MB that they move at most per image of a `batch`; in FP16 too.
+
+        None where the kernels do not tell.
+        """
         return {
             "batch": batch,
-            "mb_per_image": megabytes_per_image(self.int8, batch),
+            "mb_per_image": megabytes_per_image(self.int8, batch) if self.told else None,
             "fp16_kernels": None if self.fp16 is None else len(self.fp16),
             "fp16_mb_per_image": None if self.fp16 is None else megabytes_per_image(self.fp16, batch),
         }
 
 
-def _kernel(plain: Mapping[str, Any]) -> Kernel:
-    def tensors(name: str) -> tuple[Tensor, ...]:
-        return tuple(
-            Tensor(**{**each, "dims": None if each["dims"] is None else tuple(each["dims"])}) for each in plain[name]
-        )
+def _size(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= LARGEST
 
+
+def _tensor(plain: Mapping[str, Any]) -> Tensor:
+    tensor = Tensor(**{**plain, "dims": None if plain["dims"] is None else tuple(plain["dims"])})
+    sizes = (*(tensor.dims or ()), tensor.elements) if len(tensor.dims or ()) <= AXES else (-1,)
+    if not (isinstance(tensor.name, str) and isinstance(tensor.dtype, str) and all(map(_size, sizes))):
+        raise TypeError(f"a tensor {str(plain)[:80]}")
+    return tensor
+
+
+def _kernel(plain: Mapping[str, Any]) -> Kernel:
     lists = {name: tuple(plain[name]) for name in ("inputs", "outputs", "layers")}
-    return Kernel(**{**plain, **lists, "reads": tensors("reads"), "writes": tensors("writes")})
+    tensors = {name: tuple(_tensor(each) for each in plain[name]) for name in ("reads", "writes")}
+    kernel = Kernel(**{**plain, **lists, **tensors})
+    texts = (kernel.name, kernel.kind, *(text for texts in lists.values() for text in texts))
+    if not all(isinstance(text, str) for text in texts) or not (kernel.macs is None or _size(kernel.macs)):
+        raise TypeError(f"a kernel {str(plain)[:80]}")
+    return kernel
 
 
 def lists_to_json(lists: KernelLists) -> dict[str, Any]:
@@ -69,7 +91,7 @@ def read_lists(folder: Path) -> KernelLists:
         return KernelLists(
             tuple(_kernel(each) for each in content["int8"]),
             None if fp16 is None else tuple(_kernel(each) for each in fp16),
-            content["why_no_twin"],
+            str(content["why_no_twin"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is not a list of kernels ({error!r}): build the package again") from error

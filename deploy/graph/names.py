@@ -51,9 +51,13 @@ def constant_name(value: str, role: str) -> str:
     return f"{value}/{role}"
 
 
-def node_by_layer(model: onnx.ModelProto, *operators: str) -> dict[str, onnx.NodeProto]:
-    """Layer -> its node with one of these operators; the last one in graph order, if there are several."""
-    return {layer_from_name(node.name): node for node in model.graph.node if node.op_type in operators}
+def nodes_by_layer(model: onnx.ModelProto, *operators: str) -> dict[str, list[onnx.NodeProto]]:
+    """Layer -> its nodes with one of these operators, in graph order: one for every call of the layer."""
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type in operators:
+            found.setdefault(layer_from_name(node.name), []).append(node)
+    return found
 
 
 def require_unique(model: onnx.ModelProto, names: Iterable[str]) -> tuple[str, ...]:

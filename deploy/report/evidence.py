@@ -189,4 +189,5 @@ def report_json(run: "Run") -> dict[str, Any]:
         "device": str(run.device),
         "machine": {key: value for key, value in host.describe().items() if key != "packages"},
         "commit": tool_commit(),
+        "command": run.options.command(),
     }

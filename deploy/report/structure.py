@@ -44,7 +44,7 @@ def _by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
     """Yield each reason once, behind `title`, with the names that it holds for."""
     names_of: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        names_of.setdefault(reason, []).append(name)
+        names_of.setdefault(reason, []).append(name or "in the network's own code")
     for reason, names in names_of.items():
         yield f"{title} ({len(names)}): {reason}"
         yield from _wrapped(names)

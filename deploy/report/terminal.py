@@ -54,12 +54,14 @@ def _executed(engine: dict[str, Any]) -> str:
         return f"no ({engine['not_executed']}): figures on accuracy are of ONNX Runtime"
     found = engine["fidelity"]
     agreement = "" if found["top1_agreement"] is None else f", top-1 agreement {found['top1_agreement']:.1%}"
-    return f"yes, on {engine['gpu']}: SQNR {found['sqnr_db']:.1f} dB{_interval(found)}{agreement}"
+    return f"yes, on {engine['device']}: SQNR {found['sqnr_db']:.1f} dB{_interval(found)}{agreement}"
 
 
 def _traffic(engine: dict[str, Any]) -> str:
     """How many kernels the engine has and what they move at most, beside the float network in FP16."""
     found = engine["traffic"]
+    if found["mb_per_image"] is None:
+        return f"{engine['kernels']} kernels, which do not tell what they read and write"
     own = f"{engine['kernels']} kernels, at most {found['mb_per_image']:.1f} MB per image"
     if found["fp16_kernels"] is None:
         return f"{own} (batch {found['batch']}); no FP16 engine to compare with"

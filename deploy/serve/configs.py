@@ -86,7 +86,7 @@ def engine_config(
 
 
 def cpu_config(shipped: Shipped, name: str, version: int, labels: bool = False) -> "ModelConfig":
-    """The model that runs model.fp32.onnx; its inputs and outputs are float32. It checks its own digest: no agent."""
+    """The model that runs a graph in ONNX Runtime, with float32 inputs and outputs. It checks its own digest: no agent."""
     return _message(
         {
             **_common(shipped, name, version),

@@ -16,7 +16,11 @@ from deploy.serve.containers import same_release
 from deploy.serve.shipped import Shipped, shipped_from_package
 from deploy.verify import file_faults
 
-TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"  # names of backends (deploy/engine/backends)
+TENSORRT, TENSORRT_RTX, ONNXRUNTIME = (
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxruntime",
+)  # names of backends (deploy/engine/backends)
 MB = 1 << 20
 # What TensorRT-RTX finds in the header of an engine (EngineInvalidityDiagnostics), bit by bit.
 HEADER_FAULTS = {

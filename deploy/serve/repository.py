@@ -29,7 +29,7 @@ from deploy.serve.configs import (
     preprocess_config,
     text_from_config,
 )
-from deploy.serve.preflight import TENSORRT, Allowed
+from deploy.serve.preflight import ONNXRUNTIME, TENSORRT, Allowed
 from deploy.serve.shipped import Shipped
 from deploy.verify import recorded_sha256
 
@@ -94,9 +94,13 @@ def _evidence(shipped: Shipped, folder: Path) -> None:
 
 
 def write_cpu_version(packages: Sequence[Shipped], folder: Path, name: str, version: int, labels: bool) -> None:
-    """Make `folder` the version `version` of the model that runs the first package's graph in ONNX Runtime."""
+    """Make `folder` the version `version` of the model that runs the first package's graph in ONNX Runtime.
+
+    The graph is the engine where ONNX Runtime is what that was built for.
+    """
     folder.mkdir(parents=True)
-    _copy(packages[0], MODEL_FP32, folder / MODEL_FP32)
+    graph = ENGINE if packages[0].backend == ONNXRUNTIME else MODEL_FP32
+    _copy(packages[0], graph, folder / graph)
     _evidence(packages[0], folder)
     _code(CPU_CODE, "cpu.py", folder)
     (folder / CONFIG).write_text(text_from_config(cpu_config(packages[0], name, version, labels)))

@@ -1,5 +1,7 @@
 """The promise of the bridge, over every family: the ONNX graphs say what the simulation says."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -9,7 +11,11 @@ import torch
 from calib.network.fold import fold_affine
 from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
 from calib.outputs import OUTPUT
+from calib.quant_model import QuantModel
 from calib.scales.calibrate import Config, calibrate
+from compensation.branch import ConvBranch, DenseBranch
+from compensation.moments import Fit
+from compensation.places import places
 from deploy.bridge.export import export_float, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_layers
@@ -19,7 +25,8 @@ from deploy.graph.names import INPUT
 from deploy.graph.separate_biases import separate_biases
 from deploy.measure.accuracy import sqnr_db
 from deploy.measure.onnx_runner import OnnxRunner
-from tests.tiny import SIZE, TINY, rounded, tiny_batches, tiny_halves, tiny_model
+from tests.families import family_net
+from tests.tiny import SIZE, TINY, half_of, rounded, tiny_batches, tiny_halves, tiny_model
 
 BUILT: dict[str, tuple] = {}
 
@@ -67,6 +74,48 @@ def test_a_wrong_scale_in_the_graph_is_found_and_named(family):
     ]
     assert found.suspect in alike  # layers that share the tensor share its QuantizeLinear
     assert found.suspect in found.failure()
+
+
+def test_a_wrong_scale_in_one_of_several_calls_is_found_and_named():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.twice, self.last = (torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x.flatten(1).unflatten(1, (-1, 16)))
+            return self.last(self.twice(self.twice(x).tanh()))
+
+    torch.manual_seed(0)
+    halves = tiny_halves(2)
+    model = fold_affine(QuantModel.of("twice", Twice().eval()), tiny_batches(1)[0][:1])
+    net = quantized_net(rounded(calibrate(model, halves, Config("max")), halves))
+    _, fp32 = export_pair(net, (SIZE, SIZE))
+    images = tiny_batches(1)[0].numpy()
+    assert compare_with_onnx(net, fp32, images).failure() is None
+    second = next(node for node in fp32.graph.node if node.name == "twice/QuantizeLinear_1")
+    fp32.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "wrong"))
+    second.input[1] = "wrong"
+    assert "layer 'twice, call 2' gets other integers" in str(compare_with_onnx(net, fp32, images).failure())
+
+
+def test_a_branch_beside_a_layer_itself_reads_what_the_layer_is_given_before_it_rounds():
+    net, images = family_net("chain")
+    halves = [half_of([images]), half_of([images.flip(3)])]
+    model = rounded(calibrate(fold_affine(QuantModel.of("chain", net), images[:1]), halves, Config("max")), halves)
+    found = places(model, quantized_net(model), images).of
+    assert [*found] == ["features.3", "features.5", "hidden"] == [*model.quantized_layers]
+    generator, branches = torch.Generator().manual_seed(0), {}
+    for name, place in found.items():
+        groups, shape = place.layout.groups, (place.layout.d_out, place.layout.d_in)
+        fits = [Fit(torch.randn(shape, generator=generator) / 10, torch.randn(shape[0])) for _ in range(groups)]
+        branches[name] = DenseBranch(fits[0]) if place.layout.channels_last else ConvBranch(fits, place.layout.stride)
+    simulation = quantized_net(replace(model, branches=branches))
+    assert not torch.equal(simulation(images), quantized_net(model)(images))
+    _, fp32 = export_pair(simulation, tuple(images.shape[2:]))
+    compared = compare_with_onnx(simulation, fp32, images.numpy())
+    assert compared.failure() is None
+    assert compared.rel_l2 < 1e-5
 
 
 def test_the_fp16_graph_is_strongly_typed_and_both_hold_the_same_integers(family):

@@ -7,7 +7,6 @@ import pytest
 from benchmarks import readme
 from benchmarks.readme import (
     BLOCKS,
-    PLANNED_ONLY,
     RESULTS,
     commits_differ,
     int8_layers,
@@ -19,6 +18,7 @@ from benchmarks.readme import (
     results_table,
     sqnr,
 )
+from deploy.report.proof import PLANNED_ONLY
 from tests.docs.pages import ROOT
 
 REPORTS = reports()

@@ -3,7 +3,6 @@
 import sys
 
 import deploy.engine.runner
-import deploy.execution
 import deploy.steps
 from deploy.engine.backends import tensorrt
 from deploy.gpu import Gpu
@@ -25,7 +24,6 @@ def gpu_host(monkeypatch, api, **broken):
     monkeypatch.setattr(tensorrt, "gpu", lambda: HERE)
     monkeypatch.setattr(tensorrt, "why_no_gpu", lambda: None)
     monkeypatch.setattr(tensorrt, "why_not_loaded", lambda *_: None)
-    monkeypatch.setattr(deploy.execution, "gpu", lambda: HERE)
     monkeypatch.setattr(deploy.engine.runner, "open_device", device)
     # in this process, where the stand-in is
     monkeypatch.setattr(deploy.steps, "build_apart", lambda backend, *arguments: backend.build(*arguments))

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from deploy import cli
+from deploy.engine.packaged import runner_of_package
 from deploy.verify import verify_package
 
 pytest.importorskip("tensorrt_rtx")
@@ -113,7 +114,9 @@ def engine(files, factory, recipe, calib=None, **options):
         "module": f"{files / 'nets.py'}:{factory}", "calib": calib or files / f"{factory}.npz", "calib-images": 24, "sm": 89,
         "cache": "off", "out": files / "out", "weights": "random", "batch": 2, "max-batch": 4, "recipe": recipe, **options,
     }  # fmt: skip
-    return cli.main(["engine", *(str(word) for key, value in command.items() for word in (f"--{key}", value))])
+    return cli.main(
+        ["engine", *(str(word) for key, value in command.items() if value is not None for word in (f"--{key}", value))]
+    )
 
 
 def built(files, factory, recipe, **options):
@@ -137,6 +140,17 @@ def test_a_text_encoder(files, capsys):
     assert "blocks.0.qkv/MatMul" in manifest["planned_int8_layers"]
     (given,) = onnx.load(package / "model.onnx").graph.input
     assert (given.name, given.type.tensor_type.elem_type) == ("ids", onnx.TensorProto.INT64)
+    assert cli.main(["report", package.as_posix()]) == 0, capsys.readouterr().err
+    assert " samples of " in package.with_name("int8.report.html").read_text()
+
+
+def test_a_text_encoder_on_a_cpu(files):
+    package, report, _ = built(files, "text", "int8_plain", target="onnxruntime", sm=None)
+    assert report["engine"]["executed"]
+    assert report["engine"]["lost"] == []
+    with np.load(package / "golden.npz") as golden, runner_of_package(package) as run:
+        found = run({"ids": golden["input_ids"]})["output"]
+        np.testing.assert_allclose(found, golden["simulated_output"], rtol=0, atol=0.05 * np.abs(found).max())
 
 
 def test_a_latent_with_its_time_and_a_mask(files):

@@ -224,6 +224,22 @@ def test_the_manifest_proves_what_the_files_are(package):
     assert len(manifest["planned_int8_layers"]) == manifest["engine"]["audit"]["planned"] > 0
 
 
+def test_page_and_card_of_a_package_are_written_without_torch(package, command, tmp_path):
+    copied = shutil.copytree(package, tmp_path / "int8")
+    script = (
+        "import sys; sys.modules.update(torch=None, timm=None)\n"
+        "from deploy.cli import main; sys.exit(main(['report', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, copied], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page, card = ((tmp_path / f"int8.{name}").read_text() for name in ("report.html", "MODEL_CARD.md"))
+    report = json.loads((package / "report.json").read_text())
+    for text in (page, card):
+        assert f"{report['fidelity']['sqnr_db']:.1f} dB" in text
+        assert f"--weights {command[command.index('--weights') + 1]}" in text
+    assert "The most sensitive layers" in page
+
+
 def test_verify_accepts_a_sound_package_without_torch(package):
     script = (
         "import sys; sys.modules.update(torch=None, timm=None)\n"

@@ -1,5 +1,6 @@
 """Packages of tiny networks, the Triton client, and a real server."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -79,6 +80,26 @@ def detector(tmp_path_factory, pictures) -> Path:
     command = ["engine", "--module", f"{folder / 'nets.py'}:detector", "--input", "32", "--weights", "random"]
     assert cli.main([*command, "--calib", str(pictures), *COMMON, "--out", str(folder / "out")]) == 0
     return folder / "out/nets.detector-random-weights/int8_plain"
+
+
+@pytest.fixture(scope="session")
+def for_cpu(tmp_path_factory, package) -> Path:
+    """The package as TARGET=onnxruntime makes it of the same graph, as far as a server reads it."""
+    import onnx
+
+    from deploy.engine.backends import onnxruntime
+    from deploy.engine.build import Profile
+
+    folder = tmp_path_factory.mktemp("for cpu") / "int8"
+    shutil.copytree(package, folder)
+    built = onnxruntime.build(onnx.load(folder / "model.fp32.onnx"), Profile(), None)
+    (folder / "model.engine").write_bytes(built.plan)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["engine"] |= {"backend": built.backend, "targets": list(built.targets)}
+    digest = hashlib.sha256(built.plan).hexdigest()
+    manifest["files"]["model.engine"] = {"sha256": digest, "bytes": len(built.plan)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from PIL import Image
 
 from calib.errors import UserError
 from calib.images.preprocess import Preprocessing, array_from_image
+from deploy.engine.packaged import runner_of_package
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.serve.activate import activate, rollback
 from deploy.serve.client import Client
@@ -33,20 +34,23 @@ def images(count, seed=0, size=SIDE):
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory, serve_python, package, detector):
-    """A repository of two networks, written by the command line in an environment without torch."""
+def repository(tmp_path_factory, serve_python, package, detector, for_cpu):
+    """A repository of two networks, one for CPUs too, written by the command line in an environment without torch."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "labels").write_text("\n".join(CLASSES) + "\n")
     given = (
         [str(package), "--name", "vit", "--labels", str(folder / "labels")],
         [str(detector), "--name", "det", "--allow-random-weights"],
+        [str(for_cpu), "--name", "fast"],
     )
     for index, each in enumerate(given):
         command = [serve_python, "-m", "deploy", "serve-repo", *each, "--repo", str(folder / f"part{index}")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert "no engine in the repository: model.engine is of tensorrt_rtx" in done.stderr
-    shutil.copytree(folder / "part1", folder / "part0", dirs_exist_ok=True)
+        backend = "onnxruntime" if "fast" in each else "tensorrt_rtx"
+        assert f"no engine in the repository: model.engine is of {backend}" in done.stderr
+    for other in ("part1", "part2"):
+        shutil.copytree(folder / other, folder / "part0", dirs_exist_ok=True)
     return folder / "part0"
 
 
@@ -83,6 +87,15 @@ def test_answers_are_those_of_onnx_runtime_bit_for_bit(server, runner, kind, cou
     found = asked(server, kind, "vit_cpu", "input", images(count), "FP32").as_numpy("output")
     assert found.dtype == np.float32
     assert np.array_equal(found, runner(images(count)))
+
+
+def test_an_engine_for_cpus_is_what_the_server_runs(server, repository, for_cpu):
+    folder = repository / "fast_cpu/1"
+    assert (folder / "model.engine").read_bytes() == (for_cpu / "model.engine").read_bytes()
+    assert not (folder / "model.fp32.onnx").exists()
+    found = asked(server, "http", "fast_cpu", "input", images(3), "FP32").as_numpy("output")
+    with runner_of_package(for_cpu) as run:
+        assert np.array_equal(found, run({"input": images(3)})["output"])
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])

@@ -1,5 +1,5 @@
 """Engine builders: one file per backend, each with `NAME` and the functions `cannot_build`, `cannot_run`, `require_target`,
-`version` and `build`.
+`version`, `build`, `runner` and `device_name`. `FP16`: whether its engines have FP16 types, or FP32 beside the integers.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 from calib.errors import UserError, suggestion
 from deploy.engine.kernels import Kernel
 
-PREFERENCE = ("tensorrt", "tensorrt_rtx")  # the order in which TARGET=auto tries them
+PREFERENCE = ("tensorrt", "tensorrt_rtx", "onnxruntime")  # the order in which TARGET=auto tries them
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,25 @@
 """The backend TensorRT (10.12+ and 11), which builds on the GPU that the engine will run on. It is for production."""
 
+import importlib
 import json
+from pathlib import Path
 
 import onnx
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
+from deploy.engine.device import Device
 from deploy.engine.inspector import kernels_from_inspector
 from deploy.engine.load import loaded_engine
 from deploy.engine.loading import why_not_loaded
 from deploy.engine.logger import keeping_logger
+from deploy.engine.runner import EngineRunner
 from deploy.gpu import gpu, why_no_gpu
 from deploy.graph.separate_biases import joined_biases
 
 NAME = "tensorrt"
+FP16 = True
 INSTALL = "make setup, on a GPU host"
 OLDEST = (10, 12)  # strong typing with FP16 Q/DQ scales
 
@@ -34,6 +39,16 @@ def cannot_build() -> str | None:
 def cannot_run() -> str | None:
     """The reason why no engine can be run on this machine, or None."""
     return cannot_build()
+
+
+def device_name() -> str:
+    """What engines run on here. Raises NoGpuError without a GPU."""
+    return gpu().name
+
+
+def runner(plan: bytes, device: Device | None = None, kernels_file: Path | None = None) -> EngineRunner:
+    """What runs the engine `plan` inside its `with`, by default on the first visible GPU."""
+    return EngineRunner(plan, importlib.import_module(NAME), device, kernels_file)
 
 
 def version() -> str:

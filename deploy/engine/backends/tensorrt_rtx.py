@@ -1,20 +1,25 @@
 """The backend TensorRT-RTX, which builds for one or several GPU architectures on a machine without a GPU."""
 
+import importlib
 import importlib.metadata
 import re
+from pathlib import Path
 
 import onnx
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
+from deploy.engine.device import Device
 from deploy.engine.loading import why_not_loaded
 from deploy.engine.plan_text import kernels_from_rtx_plan
-from deploy.gpu import why_no_gpu
+from deploy.engine.runner import EngineRunner
+from deploy.gpu import gpu, why_no_gpu
 from deploy.graph.names import operator_from_name
 from deploy.graph.split_channel_scales import split_channel_scales
 
 NAME = "tensorrt_rtx"
+FP16 = True
 INSTALL = "make setup"
 # of an engine that was built for no GPU in particular: Ampere, also A100, and later
 DEFAULT_TARGETS = ("SM80+",)
@@ -36,6 +41,16 @@ def cannot_build() -> str | None:
 def cannot_run() -> str | None:
     """The reason why no engine can be run on this machine, or None."""
     return cannot_build() or why_no_gpu()
+
+
+def device_name() -> str:
+    """What engines run on here. Raises NoGpuError without a GPU."""
+    return gpu().name
+
+
+def runner(plan: bytes, device: Device | None = None, kernels_file: Path | None = None) -> EngineRunner:
+    """What runs the engine `plan` inside its `with`, by default on the first visible GPU."""
+    return EngineRunner(plan, importlib.import_module(NAME), device, kernels_file)
 
 
 def version() -> str:

@@ -1,4 +1,6 @@
-"""The model of Triton's Python backend that runs model.fp32.onnx in ONNX Runtime: no GPU, the integers of the engine.
+"""The model of Triton's Python backend that runs a graph in ONNX Runtime: no GPU, the integers of the engine.
+
+It is the engine where ONNX Runtime is what the package was built for, else model.fp32.onnx.
 
 Triton finds this file as `model.py` beside the graph and beside a copy of the files of this tool that it imports.
 """
@@ -14,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.serve.models.self_test import require_sound_tensors
 
-GRAPH, MANIFEST = "model.fp32.onnx", "manifest.json"
+GRAPH, ENGINE, MANIFEST = "model.fp32.onnx", "model.engine", "manifest.json"
 
 
 class TritonPythonModel:
@@ -24,10 +26,11 @@ class TritonPythonModel:
         """Load the graph. Raises RuntimeError, so that the model does not load, where it is not that of the manifest."""
         require_sound_tensors(pb_utils)
         folder = Path(args["model_repository"]) / args["model_version"]
-        recorded = json.loads((folder / MANIFEST).read_text())["files"][GRAPH]["sha256"]
-        graph = (folder / GRAPH).read_bytes()
-        if hashlib.sha256(graph).hexdigest() != recorded:
-            raise RuntimeError(f"{GRAPH} has changed since it was packaged (sha256 differs): install the package again")
+        manifest = json.loads((folder / MANIFEST).read_text())
+        file = ENGINE if manifest["engine"]["backend"] == "onnxruntime" else GRAPH
+        graph = (folder / file).read_bytes()
+        if hashlib.sha256(graph).hexdigest() != manifest["files"][file]["sha256"]:
+            raise RuntimeError(f"{file} has changed since it was packaged (sha256 differs): install the package again")
         self.runner = OnnxRunner(graph)
         self.outputs = [each["name"] for each in json.loads(args["model_config"])["output"]]
 

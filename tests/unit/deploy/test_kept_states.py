@@ -319,6 +319,17 @@ def test_nothing_but_the_file_is_left_behind_and_its_name_tells_the_stage(kept, 
     assert [path.name for path in kept.folder.iterdir()] == [f"simulated_attention.{'k' * 64}.pt"]
 
 
+def test_beyond_the_limit_what_was_used_longest_ago_goes(kept, two, monkeypatch):
+    for age, key in enumerate("abc"):
+        kept.save(*two, "calibrate", key)
+        os.utime(kept.path("calibrate", key), (100 - age, 100 - age))  # c is the oldest
+    assert kept.load(two[0], "calibrate", "c")[0] is not None  # and is used now
+    size = kept.path("calibrate", "a").stat().st_size
+    monkeypatch.setattr(kept_states, "MOST_BYTES", 3 * size + size // 2)
+    kept.save(*two, "calibrate", "d")
+    assert {key for key in "abcd" if kept.path("calibrate", key).exists()} == {"a", "c", "d"}
+
+
 def test_what_decisions_do_not_describe_is_not_kept_and_said(kept, two):
     before, after = two
     net = nn.Sequential(nn.Identity())

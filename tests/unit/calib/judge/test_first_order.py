@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -152,3 +154,67 @@ def test_images_are_told_apart_in_windows_and_where_tokens_come_first(how, image
 def test_a_tensor_without_an_axis_of_images_is_refused():
     with pytest.raises(ValueError, match=r"no axis of a tensor \(3, 7\) is that of 2 images"):
         by_image(torch.ones(3, 7), 2)
+
+
+class Calls(torch.nn.Module):
+    """A layer that reads two tensors of different sizes: one module called twice, or two with the same numbers."""
+
+    def __init__(self, layer, twice):
+        super().__init__()
+        self.one, self.other = layer, layer if twice else copy.deepcopy(layer)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        first = self.one(x)
+        axis = 1 if first.ndim == 4 else -1
+        second = self.other(first.narrow(axis, 0, 4)[..., :2, :].sigmoid())  # the second call depends on the first
+        if axis == 1:
+            first, second = (y.flatten(2).mT for y in (first, second))
+        return self.head(torch.cat([first, second], 1).tanh())
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(lambda: torch.nn.Linear(4, 5), (2, 6, 4)), (lambda: torch.nn.Conv2d(4, 5, 3, 1, 1), (2, 4, 5, 6))],
+    ids=["linear", "conv"],
+)
+def test_calls_of_one_layer_are_added_up_before_the_square(layer, x):
+    torch.manual_seed(0)
+    twice = Calls(layer(), twice=True).double()
+    apart = Calls(twice.one, twice=False).double()
+    apart.head = twice.head
+    x = torch.randn(x, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (seen,) = output_gradients(twice, ["one"], x)
+    (separate,) = output_gradients(apart, ["one", "other"], x)
+    changes = [
+        (separate.gradients[name] * separate.inputs[name].square()).flatten(2).sum(2) for name in ("one", "other")
+    ]
+    found = noise_by_image(seen.gradients["one"], seen.inputs["one"].square(), seen.images)
+    torch.testing.assert_close(found, sum(changes).square().sum(0))
+    channels = 1 if x.ndim == 4 else -1
+    largest = [separate.inputs[name].movedim(channels, -1).reshape(-1, 4).amax(0) for name in ("one", "other")]
+    assert torch.equal(seen.inputs["one"].movedim(channels, -1).reshape(-1, 4).amax(0), torch.maximum(*largest))
+
+    def change(_name, _read, returned):
+        return 0.1 * returned.square()
+
+    terms = output_terms(twice, apart, ["one"], x, change, torch.Generator().manual_seed(0))
+    separate_terms = output_terms(apart, apart, ["one", "other"], x, change, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(terms[:, 1], separate_terms[:, 1:].sum(1))
+
+
+def test_weights_of_a_layer_that_is_called_twice_have_one_gradient():
+    torch.manual_seed(0)
+    net = Calls(torch.nn.Linear(4, 5), twice=True)
+    x, mean = torch.randn(1, 6, 4), torch.randn(4)
+    (seen,) = output_gradients(net, ["one"], x, weights_around={"one": mean})
+    generator, expected = torch.Generator().manual_seed(0), 0.0
+    # dr.y / dW of y = W (x - mean) + b' with b' = b + W mean held: what W alone does
+    for vector in torch.randn(PROJECTIONS, *net(x).shape, generator=generator):
+        weight = net.one.weight.detach().clone().requires_grad_()
+        fixed = (net.one.bias + net.one.weight @ mean).detach()
+        layer = lambda x, weight=weight, fixed=fixed: (x - mean) @ weight.T + fixed  # noqa: E731
+        first = layer(x)
+        y = net.head(torch.cat([first, layer(first[..., :2, :4].sigmoid())], 1).tanh())
+        expected = expected + torch.autograd.grad((vector * y).sum(), weight)[0].square()
+    torch.testing.assert_close(seen.weights["one"], expected, rtol=1e-4, atol=1e-6)

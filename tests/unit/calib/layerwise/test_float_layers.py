@@ -1,12 +1,13 @@
 """Which layers go back to FP16. Oracles: all subsets, and the network itself."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from calib.layerwise.float_layers import Config, candidates, in_float, in_order, shares
+from calib.layerwise.float_layers import Config, candidates, costs_db, in_float, in_order, shares
 from calib.network.qdq import QuantLinear, quantized_net
 from tests.tiny import calibrated, rounded, tiny_halves
 
@@ -31,6 +32,15 @@ def test_the_first_layer_is_the_best_of_those_that_fit(seed):
         assert 10 * torch.log10(torch.tensor(before / after)) == pytest.approx(found[count - 1][1], abs=1e-3)
 
 
+def test_the_cost_of_a_layer_is_what_it_alone_would_gain():
+    terms = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = costs_db(terms)
+    for index, cost in enumerate(found):
+        ratio = error(terms, []) / error(terms, [index])
+        assert cost == pytest.approx(10 * math.log10(ratio))
+    assert len(found) == 3
+
+
 def test_layers_that_gain_too_little_are_none():
     terms = torch.zeros(8, 3, dtype=torch.float64)
     terms[:, 0], terms[:, 1], terms[:, 2] = 1.0, -0.05, 0.3
@@ -44,6 +54,15 @@ def test_the_shares_are_those_of_the_multiplications():
     work = {"0": 8 * 4 * 4 * 27, "1": 8 * 4 * 4 * 9, "3": 128 * 10}
     assert shares(net, ["0", "1", "3"], torch.zeros(1, 3, 8, 8)) == {
         name: number / sum(work.values()) for name, number in work.items()
+    }
+
+
+def test_all_calls_of_a_layer_are_its_share():
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    net = nn.Sequential(layer, nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 3, 1), nn.MaxPool2d(2), layer)
+    work = {"0": 27 * 3 * (64 + 16), "1": 27 * 6 * 64, "2": 6 * 3 * 64}
+    assert shares(net, [*work], torch.zeros(1, 3, 8, 8)) == {
+        name: pytest.approx(each / sum(work.values())) for name, each in work.items()
     }
 
 
@@ -74,6 +93,8 @@ def test_a_layer_that_spoils_the_output_is_found(model):
     weight.data = grid.fake_quantize(weight + 6 * grid.scale[:, None] * torch.randn_like(weight))
     offer = candidates(spoilt, halves, Config(1.0, 1.0))
     assert list(offer.candidates[0].whole.kept_float) == ["blocks.1.mlp.fc2"]
+    costs = offer.details["cost_db"]
+    assert max(costs, key=costs.get) == "blocks.1.mlp.fc2"
     assert all(
         list(each.kept_float) == ["blocks.1.mlp.fc2"] for models in offer.candidates[0].trials for each in models
     )

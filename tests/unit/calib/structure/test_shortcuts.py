@@ -49,9 +49,21 @@ def test_a_tensor_that_something_else_reads_stays():
     }
 
 
+class Twice(nn.Module):
+    """A block that is called twice in a row."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(self.block(x))
+
+
 def test_a_module_called_twice_names_no_tensor():
     block = Block(16, 16)
     assert shortcuts(Net(block, block, Block(16, 16))) == {}
+    assert [*shortcuts(Net(Twice(block), Block(16, 16)))] == ["blocks.0"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a trace tells of many families of networks, against a second, simpler way to find the same."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -48,6 +49,9 @@ EXPECTED = {
     "levit": (15, 3, (0, 0, 8), 0),
     "hiera": (23, 5, (10, 5, 5), 0),
     "own module": (8, 2, (2, 3, 0), 0),
+    "chain": (3, 3, (0, 3, 0), 0),
+    "pyramid": (6, 4, (0, 1, 0), 0),
+    "odd layers": (4, 4, (0, 2, 0), 0),
 }
 
 
@@ -237,13 +241,39 @@ def test_layers_that_cannot_be_rounded_alone_stay_in_float_with_the_reason():
     reasons = {name: reason.split(":")[0] for name, reason in found.float_layers.items()}
     assert reasons == {
         "first": "the first layer",
-        "twice": "it is called 2 times in one run",
-        "up": "layers of kind ConvTranspose2d are not quantized yet",
+        "up": "a transposed convolution",
         "last": "the last layer",
         "table": "it reads constants only",
         "": "its weight is computed in the forward pass",
     }
-    assert found.layers == ("fourth",)
+    assert found.layers == ("twice", "fourth")
+
+
+class Called(nn.Module):
+    """A layer that is called twice, behind a GELU each time or once, and at the end or not."""
+
+    def __init__(self, before, end):
+        super().__init__()
+        self.first, self.twice, self.other, self.end, self.before = *(nn.Linear(16, 16) for _ in "abc"), end, before
+
+    def forward(self, x):
+        x = self.twice(F.gelu(self.first(x)))
+        return self.end(self.twice(self.before(self.other(x))))
+
+
+def test_a_layer_at_two_places_is_one_layer():
+    _, model, _ = folded("pyramid")
+    assert {*model.float_layers} == {"stem", "head"}
+    assert "mix.0" in model.layers
+
+
+def test_a_layer_that_is_called_several_times_is_what_it_is_in_all_calls():
+    for before, end in itertools.product((nn.GELU(), nn.ReLU()), (nn.Identity(), nn.Sigmoid())):
+        found = structure_of(Called(before, end).eval(), torch.randn(1, 5, 16))
+        assert ("twice" in found.after_gelu) == isinstance(before, nn.GELU)
+        last = "the last layer: its error goes straight into the output" if isinstance(end, nn.Identity) else None
+        assert found.why_float("twice") == last
+        assert found.why_float("other") is None
 
 
 def test_a_network_that_cannot_be_traced_is_refused_in_one_line():

@@ -25,7 +25,7 @@ def test_the_engine_of_a_package_runs(tmp_path, monkeypatch, api_of):
 MANIFESTS = {
     "unknown": (
         {"engine": {"backend": "openvino"}},
-        "names the backend 'openvino': expected one of tensorrt, tensorrt_rtx",
+        "names the backend 'openvino': expected one of onnxruntime, tensorrt, tensorrt_rtx",
     ),
     "none": ({}, "names the backend None"),
     "text": ({"engine": "tensorrt"}, "names the backend None"),

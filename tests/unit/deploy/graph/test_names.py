@@ -31,15 +31,18 @@ def test_a_name_of_another_form_belongs_to_no_layer():
 
 
 def model_with(*node_names):
-    nodes = [onnx.helper.make_node(name.rpartition("/")[2] or "Relu", ["x"], ["y"], name=name) for name in node_names]
+    nodes = [
+        onnx.helper.make_node(names.operator_from_name(name) or "Relu", ["x"], ["y"], name=name) for name in node_names
+    ]
     return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
 
 
 def test_nodes_are_found_by_layer_and_operator():
-    model = model_with("a/MatMul", "a/Add", "b/Conv")
-    assert {layer: node.name for layer, node in names.node_by_layer(model, "MatMul", "Conv").items()} == {
-        "a": "a/MatMul",
-        "b": "b/Conv",
+    model = model_with("a/MatMul", "a/Add", "b/Conv", "a/MatMul_1")
+    found = names.nodes_by_layer(model, "MatMul", "Conv")
+    assert {layer: [node.name for node in nodes] for layer, nodes in found.items()} == {
+        "a": ["a/MatMul", "a/MatMul_1"],
+        "b": ["b/Conv"],
     }
 
 

@@ -1,0 +1,113 @@
+"""The backend ONNX Runtime: INT8 kernels of a CPU, for hosts without an NVIDIA GPU. Its engine is a graph.
+
+The engine is the FP32-typed graph with ONNX Runtime's integer kernels written into it (deploy/graph/integer_kernels.py), for
+any session of ONNX Runtime. Where the kernels for unsigned activations saturate, as on x86 processors without VNNI, it is
+the graph itself. What is computed in integers is read from the graph as a session optimizes it on this machine.
+"""
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import onnx
+
+from calib.errors import UserError
+from deploy.engine.backends import Built
+from deploy.engine.build import Profile
+from deploy.engine.device import Device
+from deploy.engine.graph_runner import GraphRunner
+from deploy.engine.kernels import Kernel, Kind
+from deploy.engine.loading import why_not_loaded
+from deploy.graph.integer_kernels import CONVOLUTION, PRODUCT, integer_kernels
+from deploy.host import processor
+from deploy.measure.onnx_runner import THREADS
+from deploy.measure.ort_options import ort_options, saturates
+
+NAME = "onnxruntime"
+INSTALL = "make setup"
+FP16 = False  # its kernels multiply integers or FP32
+KINDS: dict[str, tuple[Kind, str]] = {  # by operator of the optimized graph: what it multiplies, and in which type
+    **dict.fromkeys((PRODUCT, "MatMulInteger", "QLinearMatMul", "QGemm"), ("gemm", "int8")),
+    **dict.fromkeys((CONVOLUTION, "ConvInteger"), ("conv", "int8")),
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "FusedGemm"), ("gemm", "fp32")),
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"), ("conv", "fp32")),
+    **dict.fromkeys(("Attention", "MultiHeadAttention"), ("attention", "fp32")),
+}
+
+
+def cannot_build() -> str | None:
+    """The reason why no engine can be built on this machine, or None."""
+    return why_not_loaded(NAME, INSTALL)
+
+
+def cannot_run() -> str | None:
+    """The reason why no engine can be run on this machine, or None."""
+    return cannot_build()
+
+
+def version() -> str:
+    """The version of the installed package."""
+    return importlib.metadata.version("onnxruntime")
+
+
+def require_target(sms: tuple[int, ...] | None) -> None:
+    """Raise UserError for any GPU architecture."""
+    if sms:
+        raise UserError("TARGET=onnxruntime builds for CPUs: leave SM= out, or choose TARGET=tensorrt or tensorrt_rtx")
+
+
+def device_name() -> str:
+    """What engines run on here."""
+    return processor()
+
+
+def runner(plan: bytes, _gpu: Device | None = None, _kernels_file: Path | None = None) -> GraphRunner:
+    """What runs the engine `plan` inside its `with`; a GPU and its kernels are of no use to it."""
+    return GraphRunner(plan)
+
+
+def kernels_of(optimized: onnx.ModelProto) -> tuple[Kernel, ...]:
+    """One kernel per node of a graph as ONNX Runtime has optimized it.
+
+    An integer kernel that deploy/graph/integer_kernels.py wrote bears the name of its layer's node and its own operator's.
+    """
+    found = []
+    for node in optimized.graph.node:
+        kind, dtype = KINDS.get(node.op_type, ("cast" if node.op_type == "Cast" else "other", "unknown"))
+        layer = node.name.rpartition("/")[0] if node.op_type in (PRODUCT, CONVOLUTION) else node.name
+        factors = 3 if kind == "attention" else 2
+        found.append(Kernel(f"{node.name} ({node.op_type})", kind, (dtype,) * factors, (), (layer,)))
+    return tuple(found)
+
+
+def _optimized(plan: bytes) -> onnx.ModelProto:
+    """The graph that a session computes."""
+    import onnxruntime as ort
+
+    options = ort_options(THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+        ort.InferenceSession(plan, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)
+
+
+def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+    """Write the integer kernels of ONNX Runtime into the FP32-typed `model`; `profile` is recorded, any batch runs.
+
+    Raises UserError for any GPU architecture in `sms`.
+    """
+    require_target(sms)
+    rewritten, written = (model, {}) if saturates() else integer_kernels(model)
+    plan = rewritten.SerializeToString()
+    nodes = _optimized(plan)
+    return Built(
+        plan=plan,
+        backend=NAME,
+        version=version(),
+        targets=(f"CPU {platform.machine()}",),
+        kernels=kernels_of(nodes),
+        layers={"nodes": [{"name": node.name, "operator": node.op_type} for node in nodes.graph.node]},
+        settings={"profile": [1, profile.opt, profile.maximum], "integer_kernels": written},
+    )

@@ -1,0 +1,63 @@
+"""Runs the engine of the backend ONNX Runtime on this CPU, with the interface of `EngineRunner`."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from calib.errors import UserError
+from deploy.engine.tensors import Tensor, Tensors, batches, require_inputs
+from deploy.measure.onnx_runner import THREADS
+from deploy.measure.ort_options import ort_options
+
+MOST = 64  # images at a time: any number runs, but each takes memory
+DTYPES = {
+    "float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8, "int32": np.int32, "int64": np.int64,
+    "bool": np.bool_,
+}  # fmt: skip
+
+
+def _tensor(found: Any) -> Tensor:
+    dtype = np.dtype(DTYPES[found.type.removeprefix("tensor(").removesuffix(")")])
+    return Tensor(found.name, dtype, tuple(found.shape[1:]))
+
+
+class GraphRunner:
+    """The engine `plan`, a graph, inside its `with`. Raises UserError where ONNX Runtime cannot load it."""
+
+    def __init__(self, plan: bytes, threads: int = THREADS) -> None:
+        self._plan, self._threads = plan, threads
+
+    def __enter__(self) -> Self:
+        import onnxruntime as ort
+
+        try:
+            self._session = ort.InferenceSession(
+                self._plan, ort_options(self._threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime raises types of its own, which share no other base
+            raise UserError(
+                f"ONNX Runtime {ort.__version__} cannot load the engine ({str(error).splitlines()[0]}): expected a graph "
+                f"that TARGET=onnxruntime built; copy or build it again"
+            ) from error
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.tensors = Tensors(
+            {each.name: _tensor(each) for each in inputs}, {each.name: _tensor(each) for each in outputs}, 1, MOST
+        )
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        del self._session
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name, one entry per image; `given`: one array (N, ...) for every input, in the engine's types.
+
+        Raises UserError if it is not.
+        """
+        count, names = require_inputs(self.tensors, given), list(self.tensors.outputs)
+        parts = batches(count, self.tensors.least, self.tensors.most)
+        found = [self._session.run(names, {name: array[part] for name, array in given.items()}) for part in parts]
+        return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*found, strict=True), strict=True)}
