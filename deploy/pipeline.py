@@ -34,6 +34,7 @@ from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
 EXPORTED = ("simulation", "fp16", "fp32", "float_model")
+BUILT_FROM = ("fp16", "fp32", "model", "loaded", "golden")
 JUDGED = ("float_model", "evaluation", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
@@ -61,7 +62,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
         Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
-        Stage("build", ENGINE, ("fp16", "model", "loaded", "golden"), ("built", "plain", "kernels"), steps.build),
+        Stage("build", ENGINE, BUILT_FROM, ("built", "plain", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
         Stage("verify", ENGINE, JUDGED, ("reference", "verdict"), steps.verify),
         Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),

@@ -102,7 +102,7 @@ def test_an_engine_with_named_inputs_is_given_them_in_its_types(api_of, monkeypa
     ]
     given = arrays_from_rows(inputs, rows.numpy())
     with EngineRunner(plan, trt) as run:
-        found = executed(run, tmp_path, Reference(tmp_path / MODEL_FP32, [given], given, "features"))
+        found = executed(run, HERE.name, tmp_path, Reference(tmp_path / MODEL_FP32, [given], given, "features"))
     assert found.fidelity.count == 6
     assert min(found.golden_db) > 50
 

@@ -37,7 +37,7 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
     monkeypatch.setattr(steps, "build_apart", lambda *_: SimpleNamespace(kernels=(kernel, kernel)))
     run = SimpleNamespace(
         model=SimpleNamespace(float_net=net),
-        backend=None,
+        backend=SimpleNamespace(FP16=True),
         built=SimpleNamespace(kernels=(kernel,)),
         options=SimpleNamespace(profile=None, sms=None),
     )
@@ -48,3 +48,10 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
     lists = steps._kernel_lists(run, (8, 8))
     assert (lists.int8, lists.fp16) == ((kernel,), None)
     assert "FP16" in lists.why_no_twin
+
+
+def test_a_backend_without_fp16_has_no_twin():
+    kernel = Kernel("k", "other", (), (), ())
+    run = SimpleNamespace(backend=SimpleNamespace(FP16=False, NAME="cpu"), built=SimpleNamespace(kernels=(kernel,)))
+    lists = steps._kernel_lists(run, (8, 8))
+    assert (lists.int8, lists.fp16, lists.why_no_twin) == ((kernel,), None, "cpu has no FP16 kernels on a CPU")
