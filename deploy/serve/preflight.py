@@ -109,6 +109,8 @@ def machine_faults(shipped: Shipped, machine: Machine) -> list[str]:
             f"{ENGINE} was built by TensorRT {shipped.version}, the server holds {machine.tensorrt}: expected the same "
             f"release; build with tensorrt=={machine.tensorrt}, or choose another container"
         )
+    if shipped.backend == ONNXRUNTIME:  # runs on any CPU
+        return wrong
     if machine.sm is None:
         return [
             *wrong,

@@ -19,7 +19,7 @@ DTYPES = ("float16", "float32")
 LARGEST = 1 << 16  # of a batch, of an edge of an image, of any other axis
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"  # of a folder in a model repository, and a part of an URL
 TENSOR_NAME = r"[\w.:/-]{1,256}"
-TARGET = r"SM[0-9]{2,3}\+?"  # with a plus: and later ones
+TARGET = r"SM[0-9]{2,3}\+?|CPU \w{1,32}"  # with a plus: and later ones
 
 T = TypeVar("T")
 
@@ -38,9 +38,9 @@ class Shipped:
     """A package as its server sees it.
 
     `id`: sha256 (hex) of the manifest, which itself holds that of every file. `opt`, `largest`: batch sizes that the engine
-    is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM80+" for this and later ones. `executed`:
-    whether the engine was ever run. `driver`: NVIDIA driver of the host that built it, None without one. `bytes`: of all
-    files together.
+    is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM80+" for this and later ones; or CPUs.
+    `executed`: whether the engine was ever run. `driver`: NVIDIA driver of the host that built it, None without one.
+    `bytes`: of all files together.
     """
 
     folder: Path
@@ -156,7 +156,7 @@ def shipped_from_package(folder: Path) -> Shipped:
         raise manifest.wrong("'io' has other batches or inputs than its preprocessing makes", f"one input of {image}")
     targets = manifest.get("engine.targets", list)
     if not targets or not all(isinstance(each, str) and re.fullmatch(TARGET, each) for each in targets):
-        raise manifest.wrong(f"'engine.targets' is {str(targets)[:80]}", "GPU architectures such as SM89")
+        raise manifest.wrong(f"'engine.targets' is {str(targets)[:80]}", "GPU architectures such as SM89, or a CPU")
     files, driver = manifest.get("files", dict), manifest.get("host", dict).get("driver")
     if not (driver is None or (isinstance(driver, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)+", driver))):
         raise manifest.wrong(f"'host.driver' is {str(driver)[:80]!r}", "the version of a driver, or null")

@@ -242,7 +242,7 @@ EXPECTED = {
     ChosenChannels: ((), ()),
     NormOfTheBatch: ((), ()),
     LimitsOfHalfTheChannels: (("a", "c"), ("c",)),
-    OneLayerTwoNames: (("b",), ()),
+    OneLayerTwoNames: (("a",), ()),
     FilledTensor: (("a", "b", "c"), ("c",)),
     PixelsAsVector: (("f", "g"), ("f",)),
     Upsampled: (("c",), ()),

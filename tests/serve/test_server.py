@@ -229,7 +229,8 @@ def test_the_command_serves_until_it_is_interrupted(triton, repository, serve_py
         assert words[::2] == ["HTTP", "gRPC", "metrics"]
         found = Client(words[1]).answer("vit_cpu", {"input": images(1)})
         assert np.array_equal(found["output"], runner(images(1)))
-        assert process.stdout.readline().startswith("models: det_cpu, det_cpu_jpeg, vit_cpu, vit_cpu_jpeg;")
+        models = "det_cpu, det_cpu_jpeg, fast_cpu, fast_cpu_jpeg, vit_cpu, vit_cpu_jpeg"
+        assert process.stdout.readline().startswith(f"models: {models};")
     finally:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)

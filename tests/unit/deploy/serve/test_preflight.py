@@ -90,6 +90,13 @@ def test_no_container_is_asked_about_an_engine_of_rtx_unless_it_is_named(shipped
     assert machine_faults(replace(shipped, backend="tensorrt_rtx"), replace(GPU, tensorrt=None)) == []
 
 
+def test_an_engine_for_cpus_needs_no_gpu(shipped):
+    for_cpu = replace(shipped, backend="onnxruntime", targets=("CPU x86_64",))
+    bare = replace(GPU, sm=None, driver=None, gpu_mb=None, tensorrt=None)
+    assert machine_faults(for_cpu, bare) == []
+    only(machine_faults(for_cpu, replace(bare, tensorrt="10.14.1.48")), "is of onnxruntime: expected tensorrt")
+
+
 def test_a_full_disk_is_named(shipped):
     only(disk_faults(replace(shipped, bytes=3 * MB), replace(GPU, free_disk=2 * MB)), "the package has 3 MB")
 
