@@ -242,9 +242,10 @@ def _structure(args: argparse.Namespace) -> int:
 
     if not args.module and not args.model:
         raise UserError("structure: expected the name of a model, or --module")
-    spec, calib = spec_of(args.model, args.module, args.input), expanded(args.calib or "", "CALIB").as_posix()
+    spec = spec_of(args.model, args.module, args.input)
+    calib = str(expanded(args.calib, "CALIB")) if args.calib else None
     loaded = load_net(spec, args.weights, inputs=inputs_told_by(calib))
-    if loaded.inputs is not None:
+    if calib is not None and loaded.inputs is not None:
         example = two_samples(calib, loaded.inputs)[:1]
     else:
         example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))

@@ -39,7 +39,7 @@ from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.weights.load import load_net
-from deploy.bridge.export import Example, export_float, export_fp16, export_pair
+from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.engine.isolated import build_apart
@@ -305,7 +305,9 @@ def check(run: Run) -> Lines:
 def _kernel_lists(run: Run, example: Example) -> KernelLists:
     """The kernels of the engine, and of the same build of the float network with FP16 types, if it fits them."""
     if not run.backend.FP16:
-        return KernelLists(run.built.kernels, None, f"{run.backend.NAME} has no FP16 kernels on a CPU")
+        return KernelLists(
+            run.built.kernels, None, f"engines of {run.backend.NAME} have FP32 types beside their integers"
+        )
     try:
         model = export_fp16(run.model.float_net, example)
         twin = build_apart(run.backend, model, run.options.profile, run.options.sms)
@@ -330,7 +332,7 @@ def build(run: Run) -> Lines:
     lines.append(twin)
     if run.model.branches:
         net = quantized_net(replace(run.model, branches={}))
-        without = export_fp16(net, example) if run.backend.FP16 else export_pair(net, example)[1]
+        without = (export_fp16 if run.backend.FP16 else export_fp32)(net, example)
         run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines

@@ -17,9 +17,8 @@ class Picture:
 
     name: str  # path inside its folder, or row of its array
     content: str  # sha256 of the bytes of the file or row: equal content means the same source image
-    read: Callable[
-        [Any], np.ndarray
-    ]  # of the set's preprocessing: (3, height, width) float32; of a sample's inputs: (N,)
+    # of the set's preprocessing: (3, height, width) float32; of a sample's inputs: (N,)
+    read: Callable[[Any], np.ndarray]
     window: str = ""  # the part of the source image that is used, if it is not the whole
     group: str = ""  # what pictures of one source have in common, where the user says so
 

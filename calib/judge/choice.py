@@ -41,7 +41,7 @@ def output_terms(
 
     with torch.enable_grad(), input_hooks(net, modules, keep_input), output_hooks(net, modules, keep_output):
         y = net(images)
-    wanted = [y for name in modules for y in outputs[name]]
+    wanted = [each for name in modules for each in outputs[name]]
     difference, found = exact(images).detach() - y.detach(), []
 
     def by_images(one: Tensor, other: Tensor) -> Tensor:

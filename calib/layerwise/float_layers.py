@@ -128,9 +128,8 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
             },
         )
 
-    by_layers: dict[
-        frozenset[int], QuantModel
-    ] = {}  # rotations that choose alike share a network, which is judged once
+    # rotations that choose alike share a network, which is judged once
+    by_layers: dict[frozenset[int], QuantModel] = {}
 
     def shared(order: Sequence[tuple[int, float]], count: int) -> QuantModel:
         which = frozenset(index for index, _ in order[:count])

@@ -120,9 +120,10 @@ def name_nodes(model: ir.Model, net: nn.Module) -> None:
     seen: Counter[str] = Counter()  # by name: a module may be called as the network itself is here
     outputs = set(model.graph.outputs)
     for node in model.graph:
-        module, operator = _module_of(node), node.op_type
-        name = node_name(first.get(module, module), operator)
-        node.name = node_name(first.get(module, module), operator, repeat=seen[name])
+        own, operator = _module_of(node), node.op_type
+        module = first.get(own, own)
+        name = node_name(module, operator)
+        node.name = node_name(module, operator, repeat=seen[name])
         seen[name] += 1
         for index, value in enumerate(node.outputs):
             if value not in outputs:
@@ -265,7 +266,7 @@ def export_pair(net: nn.Module, example: Example) -> tuple[onnx.ModelProto, onnx
 
     Raises UserError if a weight or scale does not fit FP16.
     """
-    return export_fp16(net, example), with_zero_points(separate_biases(export_float(net, example)))
+    return export_fp16(net, example), export_fp32(net, example)
 
 
 def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
@@ -281,6 +282,11 @@ def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
     except NoExportError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
         model = onnx_from_net(net, given, no_fp32, names)
     return separate_biases(model)
+
+
+def export_fp32(net: nn.Module, example: Example) -> onnx.ModelProto:
+    """A quantized `net` as ONNX with FP32 types, for ONNX Runtime."""
+    return with_zero_points(separate_biases(export_float(net, example)))
 
 
 def export_float(net: nn.Module, example: Example) -> onnx.ModelProto:

@@ -8,8 +8,7 @@ import numpy as np
 
 from calib.errors import UserError
 from deploy.engine.tensors import Tensor, Tensors, batches, require_inputs
-from deploy.measure.onnx_runner import THREADS
-from deploy.measure.ort_options import ort_options
+from deploy.measure.onnx_runner import OnnxRunner
 
 MOST = 64  # images at a time: any number runs, but each takes memory
 DTYPES = {
@@ -26,22 +25,20 @@ def _tensor(found: Any) -> Tensor:
 class GraphRunner:
     """The engine `plan`, a graph, inside its `with`. Raises UserError where ONNX Runtime cannot load it."""
 
-    def __init__(self, plan: bytes, threads: int = THREADS) -> None:
-        self._plan, self._threads = plan, threads
+    def __init__(self, plan: bytes) -> None:
+        self._plan = plan
 
     def __enter__(self) -> Self:
         import onnxruntime as ort
 
         try:
-            self._session = ort.InferenceSession(
-                self._plan, ort_options(self._threads), providers=["CPUExecutionProvider"]
-            )
+            self._runner = OnnxRunner(self._plan)
         except Exception as error:  # ONNX Runtime raises types of its own, which share no other base
             raise UserError(
                 f"ONNX Runtime {ort.__version__} cannot load the engine ({str(error).splitlines()[0]}): expected a graph "
                 f"that TARGET=onnxruntime built; copy or build it again"
             ) from error
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        inputs, outputs = self._runner.inputs, self._runner.session.get_outputs()
         self.tensors = Tensors(
             {each.name: _tensor(each) for each in inputs}, {each.name: _tensor(each) for each in outputs}, 1, MOST
         )
@@ -50,14 +47,14 @@ class GraphRunner:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
     ) -> None:
-        del self._session
+        del self._runner
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, one entry per image; `given`: one array (N, ...) for every input, in the engine's types.
 
         Raises UserError if it is not.
         """
-        count, names = require_inputs(self.tensors, given), list(self.tensors.outputs)
+        count = require_inputs(self.tensors, given)
         parts = batches(count, self.tensors.least, self.tensors.most)
-        found = [self._session.run(names, {name: array[part] for name, array in given.items()}) for part in parts]
-        return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*found, strict=True), strict=True)}
+        found = [self._runner.named_outputs({name: array[part] for name, array in given.items()}) for part in parts]
+        return {name: np.concatenate([each[name] for each in found]) for name in self.tensors.outputs}

@@ -3,12 +3,18 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deploy.graph.integer_kernels import integer_kernels
+from deploy.graph.integer_kernels import CONVOLUTION, PRODUCT, integer_kernels
 from deploy.measure.onnx_runner import THREADS, readable
 from deploy.measure.ort_options import ort_options, saturates
 
-INTEGER_KERNELS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"}
+if TYPE_CHECKING:
+    import onnx
+
+# operators of ONNX Runtime that multiply integers
+INTEGER_PRODUCTS = {PRODUCT, "MatMulInteger", "QLinearMatMul", "QGemm"}
+INTEGER_CONVOLUTIONS = {CONVOLUTION, "ConvInteger"}
 
 
 def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
@@ -24,8 +30,8 @@ def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
     return rewritten.SerializeToString(), written
 
 
-def integer_layers(model: Path | bytes) -> int:
-    """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
+def optimized(model: Path | bytes) -> "onnx.ModelProto":
+    """The graph `model` as a session of ONNX Runtime computes it on this CPU."""
     import onnx
     import onnxruntime as ort
 
@@ -34,5 +40,10 @@ def integer_layers(model: Path | bytes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
         ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node
-    return sum(node.op_type in INTEGER_KERNELS for node in nodes)
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)
+
+
+def integer_layers(model: Path | bytes) -> int:
+    """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
+    integers = INTEGER_PRODUCTS | INTEGER_CONVOLUTIONS
+    return sum(node.op_type in integers for node in optimized(model).graph.node)

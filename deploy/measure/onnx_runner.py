@@ -30,8 +30,7 @@ class OnnxRunner:
     """A session for one graph: `runner(given)` is its first output as float32.
 
     `given`: images (B, 3, H, W), or the inputs by name; floating ones are float32, whatever the type of the graph.
-    `fused=False` runs the graph node by node, without
-    the optimizations of ONNX Runtime.
+    `fused=False` runs the graph node by node, without the optimizations of ONNX Runtime.
     """
 
     def __init__(self, model: Path | bytes, fused: bool = True, threads: int = THREADS) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deploy.engine.backends import ONNXRUNTIME
 from deploy.package import ENGINE, MODEL, MODEL_FP32
 from deploy.pages.contents import Contents
 from deploy.pages.measured import agreement, executed_where, speed_ratio, sqnr
@@ -35,7 +36,8 @@ def _headline(contents: Contents) -> tuple[str, str]:
         return CARE, "Not yet run on a GPU: its accuracy was measured on its graph, in ONNX Runtime."
     if contents.report.count("warnings"):
         return CARE, "The engine was run and its accuracy measured; read the warnings before you use it."
-    return GOOD, "The engine was run on a GPU, and its accuracy was measured there."
+    where = "CPU" if engine.text("backend") == ONNXRUNTIME else "GPU"
+    return GOOD, f"The engine was run on a {where}, and its accuracy was measured there."
 
 
 def _audit(engine: Values) -> tuple[int, int]:

@@ -14,17 +14,16 @@ from deploy.report.evidence import images_json, tool_commit, warnings
 if TYPE_CHECKING:
     from deploy.run import Run
 
-HALF = "float16"  # the type of all floating tensors of an engine
-
 
 def _io_json(run: "Run") -> dict[str, Any]:
     """Inputs and outputs of the engine: names, types, and shapes for the least, the usual and the largest batch."""
     profile, named = run.options.profile, run.loaded.inputs
+    floating = "float16" if run.backend.FP16 else "float32"  # the type of all floating tensors of the engine
     batches = {"min": 1, "opt": profile.opt, "max": profile.maximum}
-    inputs: list[tuple[str, str, Sequence[int]]] = [(INPUT, HALF, run.loaded.data_config.get("input_size", ()))]
+    inputs: list[tuple[str, str, Sequence[int]]] = [(INPUT, floating, run.loaded.data_config.get("input_size", ()))]
     if named is not None:
-        inputs = [(each.name, HALF if each.dtype == "float32" else each.dtype, each.shape) for each in named.each]
-    outputs = [(each.name, HALF, each.shape) for each in run.outputs]
+        inputs = [(each.name, floating if each.dtype == "float32" else each.dtype, each.shape) for each in named.each]
+    outputs = [(each.name, floating, each.shape) for each in run.outputs]
     return {
         kind: [
             {"name": name, "dtype": dtype, **{which: [batch, *shape] for which, batch in batches.items()}}

@@ -1,6 +1,8 @@
 """How many layers are proven to run in INT8, and how many are planned to."""
 
-PLANNED_ONLY = "tensorrt_rtx"  # the backend whose convolutions are planned INT8 and no more (deploy/engine/backends)
+from deploy.engine.backends import TENSORRT_RTX
+
+PLANNED_ONLY = TENSORRT_RTX  # the backend whose convolutions are planned INT8 and no more
 
 
 def proven_and_planned(backend: str, planned: int, lost: int, convolutions: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.engine.backends import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from deploy.engine.logger import keeping_logger
 from deploy.gpu import NoGpuError, gpu
 from deploy.package import ENGINE
@@ -16,11 +17,6 @@ from deploy.serve.containers import same_release
 from deploy.serve.shipped import Shipped, shipped_from_package
 from deploy.verify import file_faults
 
-TENSORRT, TENSORRT_RTX, ONNXRUNTIME = (
-    "tensorrt",
-    "tensorrt_rtx",
-    "onnxruntime",
-)  # names of backends (deploy/engine/backends)
 MB = 1 << 20
 # What TensorRT-RTX finds in the header of an engine (EngineInvalidityDiagnostics), bit by bit.
 HEADER_FAULTS = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from calib.errors import UserError
 from calib.store.digests import file_sha256
+from deploy.engine.backends import ONNXRUNTIME, TENSORRT
 from deploy.lock import HeldError, locked
 from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL_FP32
 from deploy.serve.configs import (
@@ -29,7 +30,7 @@ from deploy.serve.configs import (
     preprocess_config,
     text_from_config,
 )
-from deploy.serve.preflight import ONNXRUNTIME, TENSORRT, Allowed
+from deploy.serve.preflight import Allowed
 from deploy.serve.shipped import Shipped
 from deploy.verify import recorded_sha256
 

@@ -30,6 +30,8 @@ def test_it_is_built_run_and_proven_here(package):
     assert engine["planned"] == engine["int8_gemms"] >= 24
     assert engine["fidelity"]["sqnr_db"] == pytest.approx(report["fidelity"]["sqnr_db"], abs=3)
     assert engine["traffic"]["mb_per_image"] is None
+    tensors = json.loads((package / "manifest.json").read_text())["io"]
+    assert [each["dtype"] for kind in ("inputs", "outputs") for each in tensors[kind]] == ["float32", "float32"]
     assert verify_package(package) == []
 
 

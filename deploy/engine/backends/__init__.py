@@ -11,7 +11,8 @@ from typing import Any
 from calib.errors import UserError, suggestion
 from deploy.engine.kernels import Kernel
 
-PREFERENCE = ("tensorrt", "tensorrt_rtx", "onnxruntime")  # the order in which TARGET=auto tries them
+TENSORRT, TENSORRT_RTX, ONNXRUNTIME = "tensorrt", "tensorrt_rtx", "onnxruntime"
+PREFERENCE = (TENSORRT, TENSORRT_RTX, ONNXRUNTIME)  # the order in which TARGET=auto tries them
 
 
 @dataclass(frozen=True)

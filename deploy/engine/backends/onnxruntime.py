@@ -6,15 +6,13 @@ the graph itself. What is computed in integers is read from the graph as a sessi
 """
 
 import importlib.metadata
-import os
 import platform
-import tempfile
 from pathlib import Path
 
 import onnx
 
 from calib.errors import UserError
-from deploy.engine.backends import Built
+from deploy.engine.backends import ONNXRUNTIME, Built
 from deploy.engine.build import Profile
 from deploy.engine.device import Device
 from deploy.engine.graph_runner import GraphRunner
@@ -22,15 +20,15 @@ from deploy.engine.kernels import Kernel, Kind
 from deploy.engine.loading import why_not_loaded
 from deploy.graph.integer_kernels import CONVOLUTION, PRODUCT, integer_kernels
 from deploy.host import processor
-from deploy.measure.onnx_runner import THREADS
-from deploy.measure.ort_options import ort_options, saturates
+from deploy.measure.integer_graph import INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, optimized
+from deploy.measure.ort_options import saturates
 
-NAME = "onnxruntime"
+NAME = ONNXRUNTIME
 INSTALL = "make setup"
 FP16 = False  # its kernels multiply integers or FP32
 KINDS: dict[str, tuple[Kind, str]] = {  # by operator of the optimized graph: what it multiplies, and in which type
-    **dict.fromkeys((PRODUCT, "MatMulInteger", "QLinearMatMul", "QGemm"), ("gemm", "int8")),
-    **dict.fromkeys((CONVOLUTION, "ConvInteger"), ("conv", "int8")),
+    **dict.fromkeys(INTEGER_PRODUCTS, ("gemm", "int8")),
+    **dict.fromkeys(INTEGER_CONVOLUTIONS, ("conv", "int8")),
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "FusedGemm"), ("gemm", "fp32")),
     **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"), ("conv", "fp32")),
     **dict.fromkeys(("Attention", "MultiHeadAttention"), ("attention", "fp32")),
@@ -82,17 +80,6 @@ def kernels_of(optimized: onnx.ModelProto) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def _optimized(plan: bytes) -> onnx.ModelProto:
-    """The graph that a session computes."""
-    import onnxruntime as ort
-
-    options = ort_options(THREADS)
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
-        ort.InferenceSession(plan, options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath, load_external_data=False)
-
-
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
     """Write the integer kernels of ONNX Runtime into the FP32-typed `model`; `profile` is recorded, any batch runs.
 
@@ -101,13 +88,13 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
     require_target(sms)
     rewritten, written = (model, {}) if saturates() else integer_kernels(model)
     plan = rewritten.SerializeToString()
-    nodes = _optimized(plan)
+    computed = optimized(plan)
     return Built(
         plan=plan,
         backend=NAME,
         version=version(),
         targets=(f"CPU {platform.machine()}",),
-        kernels=kernels_of(nodes),
-        layers={"nodes": [{"name": node.name, "operator": node.op_type} for node in nodes.graph.node]},
+        kernels=kernels_of(computed),
+        layers={"nodes": [{"name": node.name, "operator": node.op_type} for node in computed.graph.node]},
         settings={"profile": [1, profile.opt, profile.maximum], "integer_kernels": written},
     )

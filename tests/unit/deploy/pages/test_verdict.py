@@ -43,6 +43,7 @@ def run_on_a_gpu():
             "The engine was run and its accuracy measured; read the warnings",
         ),
         (run_on_a_gpu(), {}, GOOD, "The engine was run on a GPU"),
+        (run_on_a_gpu() | {"backend": "onnxruntime"}, {}, GOOD, "The engine was run on a CPU"),
     ],
 )
 def test_the_headline_is_the_worst_that_is_known(tmp_path, engine, given, level, begin):
