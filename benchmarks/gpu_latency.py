@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_latency dinov2_s int8 int8_qwt
 
 All engines are built anew, with the same backend and profile, from the float network in FP16 and from each package's
-model.onnx. Timed is the engine alone, between two events around the launch of a CUDA graph (or of its kernels one by one,
+model.onnx; or, with `--graphs FOLDER`, from the graphs in a folder: fp16.onnx and any others, which may come from a machine
+without a GPU. Timed is the engine alone, between two events around the launch of a CUDA graph (or of its kernels one by one,
 where the device has no graphs): no copies, no waiting of the host. The engines take turns, A B C A B C, so that a clock that
 drifts reaches all of them alike, and start when their times have settled.
 """
@@ -39,7 +40,7 @@ BATCHES = (1, 8, 32, 128)
 PROFILE = Profile(opt=8, maximum=max(BATCHES))
 ROUNDS = 200  # of every engine at every batch size
 WINDOW, WINDOWS_ALIKE, ALIKE = 20, 3, 0.01  # settled: so many medians of so many launches differ by so little
-MOST_WINDOWS = 100
+MOST_WINDOWS = 25
 
 
 def settled(medians: Sequence[float]) -> bool:
@@ -70,6 +71,15 @@ def speedup(baseline: Sequence[float], candidate: Sequence[float]) -> dict[str, 
     return {"ratio": found.ratio, "low": found.low, "high": found.high, "verdict": verdict}
 
 
+def captured(engine: EngineRunner) -> Any | None:
+    """The CUDA graph of one launch; None where the device has no graphs or the engine cannot be captured."""
+    try:
+        return engine.device.captured(engine.enqueue, engine.stream)
+    except RuntimeError as error:
+        print(f"no CUDA graph ({error}): kernels are launched one by one", file=sys.stderr)
+        return None
+
+
 class Timed:
     """An open engine, ready to run one batch again and again."""
 
@@ -82,7 +92,7 @@ class Timed:
         })  # fmt: skip
         engine.enqueue()  # a first call for a shape prepares it, which a graph cannot hold
         engine.fetch()
-        self.graph = self.device.captured(engine.enqueue, engine.stream)
+        self.graph = captured(engine)
         self.begin, self.end = self.device.event(), self.device.event()
 
     def ms(self) -> float:
@@ -138,41 +148,56 @@ def graphs_of(model: str, recipes: Sequence[str], out: str) -> dict[str, onnx.Mo
     return {FP16: export_fp16(net, size), **{name: onnx.load(folder / MODEL) for name, folder in folders.items()}}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """What was measured, one line per engine and batch size."""
+def graphs_in(folder: Path) -> dict[str, onnx.ModelProto]:
+    """The graphs (*.onnx) in `folder` by name, that in FP16 first. Raises UserError if that, or any other, is missing."""
+    paths = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
+    if FP16 not in paths or len(paths) < 2:
+        raise UserError(
+            f"'{folder}' holds {', '.join(paths) or 'no graphs'}: expected {FP16}.onnx and others to compare"
+        )
+    return {name: onnx.load(paths[name]) for name in (FP16, *(each for each in paths if each != FP16))}
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """What was measured at one batch size, one line per engine."""
     shown = []
-    for row in found["batches"]:
-        for name, each in row["engines"].items():
-            ratio = each.get("speedup")
-            beside = (
-                f"  {ratio['ratio']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f}), {ratio['verdict']}"
-                if ratio
-                else ""
-            )
-            shown.append(
-                f"batch {row['batch']:4} {name:24} median {each['median_ms']:8.3f} ms, p99 {each['p99_ms']:8.3f} ms, "
-                f"{each['images_s']:9.0f} images/s{beside}{'' if row['settled'] else '  (never settled)'}"
-            )
+    for name, each in row["engines"].items():
+        ratio = each.get("speedup")
+        beside = (
+            f"  {ratio['ratio']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f}), {ratio['verdict']}" if ratio else ""
+        )
+        shown.append(
+            f"batch {row['batch']:4} {name:24} median {each['median_ms']:8.3f} ms, p99 {each['p99_ms']:8.3f} ms, "
+            f"{each['images_s']:9.0f} images/s{beside}{'' if row['settled'] else '  (never settled)'}"
+        )
     return shown
 
 
 def _main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.gpu_latency", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="as MODEL= of make engine")
-    parser.add_argument("recipes", nargs="+", help="recipes whose packages were built")
+    parser.add_argument("recipes", nargs="*", help="recipes whose packages were built")
+    parser.add_argument(
+        "--graphs", type=Path, help="a folder with fp16.onnx and the graphs to compare, instead of recipes"
+    )
     parser.add_argument("--target", default="auto", help="auto, tensorrt or tensorrt_rtx")
     parser.add_argument("--out", default="artifacts", help="root of the packages (default artifacts)")
     args = parser.parse_args(argv)
+    if bool(args.recipes) == bool(args.graphs):
+        raise UserError("expected either recipes or --graphs, not both")
     backend, _ = choose_backend(args.target)
     if reason := backend.cannot_run():
         raise UserError(f"{backend.NAME} cannot run engines here: {reason}")
-    graphs = graphs_of(args.model, args.recipes, args.out)
+    graphs = graphs_in(args.graphs) if args.graphs else graphs_of(args.model, args.recipes, args.out)
     plans = {name: build_apart(backend, graph, PROFILE, None).plan for name, graph in graphs.items()}
     with ExitStack() as opened:
         engines = {
             name: opened.enter_context(EngineRunner(plan, import_module(backend.NAME))) for name, plan in plans.items()
         }
-        rows = [measure(engines, batch, ROUNDS) for batch in BATCHES]
+        rows = []
+        for batch in BATCHES:
+            rows.append(measure(engines, batch, ROUNDS))
+            print("\n".join(lines(rows[-1])), flush=True)
     found = {
         "model": args.model, "backend": backend.NAME, "version": backend.version(), "batches": rows,
         "profile": [1, PROFILE.opt, PROFILE.maximum], "machine": host.describe(), "commit": tool_commit(),
@@ -180,7 +205,6 @@ def _main(argv: Sequence[str]) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     (RESULTS / f"gpu_latency.{args.model.replace('/', '_')}.json").write_text(json.dumps(found, indent=2) + "\n")
-    print("\n".join(lines(found)))
     return 0
 
 

@@ -8,8 +8,10 @@ import pytest
 
 from benchmarks import gpu_latency
 from benchmarks.gpu_latency import FP16, MOST_WINDOWS, WINDOW, lines, measure, settled, speedup, statistics
+from calib.errors import UserError
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.runner import EngineRunner
+from deploy.gpu import CudaError
 from tests.gpu.fake_trt import FakeTensorRT
 from tests.gpu.host import gpu_host
 from tests.gpu.host_device import HostDevice
@@ -79,7 +81,7 @@ def test_engines_take_turns_and_are_compared_with_the_first(api):
     assert found["engines"][FP16]["images_s"] == pytest.approx(2000)
     assert "speedup" not in found["engines"][FP16]
     assert found["engines"]["int8"]["speedup"]["ratio"] == pytest.approx(2.0)
-    shown = lines({"batches": [found]})
+    shown = lines(found)
     assert "2.00x (2.00 to 2.00), faster" in shown[1]
     assert "settled" not in "".join(shown)
 
@@ -91,7 +93,7 @@ def test_what_never_settles_is_measured_and_says_so(api_of):
         found = measure({FP16: engine}, batch=1, rounds=2)
     assert not found["settled"]
     assert len(clock.order) == 2 * (MOST_WINDOWS * WINDOW + 2)
-    assert "(never settled)" in lines({"batches": [found]})[0]
+    assert "(never settled)" in lines(found)[0]
 
 
 def test_a_device_without_graphs_launches_kernels(api_of, monkeypatch):
@@ -142,3 +144,25 @@ def test_all_of_it_on_a_tiny_network(tmp_path, capsys, monkeypatch, api_of):
     assert [row["batch"] for row in found["batches"]] == [1, 2]
     assert list(found["batches"][0]["engines"]) == [FP16, "int8"]
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_an_engine_that_cannot_be_captured_launches_kernels_and_says_so(api_of, monkeypatch, capsys):
+    def refuses(*_):
+        raise CudaError("cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+
+    monkeypatch.setattr(HostDevice, "captured", refuses)
+    with opened(api_of("11.4"), Clock().of(FP16, itertools.repeat(1.0))) as engine:
+        assert not measure({FP16: engine}, batch=1, rounds=2)["cuda_graph"]
+    assert "no CUDA graph (cuStreamEndCapture" in capsys.readouterr().err
+
+
+def test_graphs_of_a_folder_begin_with_the_one_in_fp16(tmp_path, capsys):
+    import onnx
+
+    with pytest.raises(UserError, match=r"holds no graphs: expected fp16.onnx and others to compare"):
+        gpu_latency.graphs_in(tmp_path)
+    for name in ("a", FP16, "int8"):
+        onnx.save(graph(), tmp_path / f"{name}.onnx")
+    assert list(gpu_latency.graphs_in(tmp_path)) == [FP16, "a", "int8"]
+    assert gpu_latency.main(["test_vit", "int8", "--graphs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: expected either recipes or --graphs, not both\n"
