@@ -59,6 +59,8 @@ class QParams:
     def clip(self, x: Tensor) -> Tensor:
         """`x` clamped to the range of the grid, not rounded; same shape."""
         scale, zero_point = _along(self, x.ndim)
+        if zero_point is None:
+            return torch.clamp(x, scale * self.low, scale * self.high)
         return torch.clamp(x, scale * (self.low - zero_point), scale * (self.high - zero_point))
 
 
@@ -94,19 +96,21 @@ def _broadcast(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     return scale.reshape(shape)
 
 
-def _along(qparams: QParams, ndim: int) -> tuple[Tensor, Tensor | int]:
-    """(scale, zero point) in a shape that broadcasts over a tensor with `ndim` dimensions."""
-    zero_point = 0 if qparams.zero_point is None else _broadcast(qparams.zero_point, qparams.axis, ndim)
+def _along(qparams: QParams, ndim: int) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero point if there is one) in a shape that broadcasts over a tensor with `ndim` dimensions."""
+    zero_point = None if qparams.zero_point is None else _broadcast(qparams.zero_point, qparams.axis, ndim)
     return _broadcast(qparams.scale, qparams.axis, ndim), zero_point
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """The integers q of `x` (any shape), int8 in the same shape."""
     scale, zero_point = _along(qparams, x.ndim)
-    return (torch.round(x / scale.to(x.dtype)) + zero_point).clamp(qparams.low, qparams.high).to(torch.int8)
+    steps = torch.round(x / scale.to(x.dtype))
+    return (steps if zero_point is None else steps + zero_point).clamp(qparams.low, qparams.high).to(torch.int8)
 
 
 def dequantize(q: Tensor, qparams: QParams) -> Tensor:
     """The real values x^ of the integers `q` (any shape), in the same shape and the dtype of the scale."""
     scale, zero_point = _along(qparams, q.ndim)
-    return (q.to(scale.dtype) - zero_point) * scale
+    steps = q.to(scale.dtype)
+    return (steps if zero_point is None else steps - zero_point) * scale

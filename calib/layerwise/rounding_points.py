@@ -67,7 +67,7 @@ def noise_of(net: nn.Module, points: Points, largest: Mapping[str, float], image
             for name, module in points.items():
                 x, gradients = seen.inputs[module], seen.gradients[module]
                 for index, grid in enumerate(grids[name]):
-                    found[name][index] += output_noise(gradients, grid.fake_quantize(x) - x, seen.images)
+                    found[name][index] += float(output_noise(gradients, grid.fake_quantize(x) - x, seen.images))
     return found
 
 

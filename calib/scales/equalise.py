@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import UserError
-from calib.grids import input_grid, sides_of
+from calib.grids import Grid, Sides, input_grid, sides_of
 from calib.hooks import input_hooks
 from calib.images.batches import Half, spread_images
 from calib.judge.first_order import Seen, output_gradients, output_noise
@@ -73,50 +73,54 @@ def thresholds(bits: int) -> tuple[float, ...]:
     return THRESHOLDS if bits >= 8 else (*FEW_BITS, *THRESHOLDS)
 
 
+def grids_of(amax: float, bits: int, sides: Sides | None) -> list[Grid]:
+    """The grid of an input with max |x| = `amax` at each of `thresholds`."""
+    return [input_grid(amax * threshold, bits, sides) for threshold in thresholds(bits)]
+
+
 def input_noise(
-    x: Tensor, gradients: Tensor, scale: FoldScale, amax: float, bits: int, axis: int, images: int
+    x: Tensor, gradients: Tensor, scale: FoldScale, grids: Sequence[Grid], axis: int, images: int
 ) -> Tensor:
-    """Return the squared output error of rounding `x`, to first order, at each of `thresholds`; see `output_noise`."""
+    """Return the squared output error of rounding `x`, to first order, on each of `grids`, float64; see `output_noise`."""
     centre, factor = scale.along(x, axis)
     scaled, slopes = (x - centre) * factor, gradients / factor
-    grids = [input_grid(amax * threshold, bits, scale.sides) for threshold in thresholds(bits)]
-    return torch.tensor(
-        [output_noise(slopes, grid.fake_quantize(scaled) - scaled, images) for grid in grids], dtype=torch.float64
-    )
+    return torch.stack([output_noise(slopes, grid.fake_quantize(scaled) - scaled, images) for grid in grids]).double()
 
 
-def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> float:
-    """Return the squared output error of rounding the weight of `layer` when its input is divided by `scale` (C,).
+def weight_noise(layer: nn.Module, squares: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the squared output error (), float64, of rounding the weight of `layer` when `scale` (C,) divides its input.
 
     `squares`: sum of (dr.y / dW)^2 around the mean input, as biases compensate for the rest (calib/methods/rtn.py).
     Every weight has an error of its own, uniform within its channel's step.
     """
     along = along_inputs(layer, scale)
     step = channel_qparams(layer.get_parameter("weight") * along, bits).scale
-    return float((squares / along.square()).flatten(1).sum(1).double() @ step.double().square()) / 12
+    return (squares / along.square()).flatten(1).sum(1).double() @ step.double().square() / 12
 
 
 class Trial:
     """Candidates for the scale of what one layer reads: ranges of one half, tried on images of the other."""
 
     def __init__(
-        self, layer: nn.Module, low: Tensor, high: Tensor, candidates: Sequence[Candidate], zero_points: bool = False
-    ) -> None:
-        self.layer, self.axis = layer, channel_axis(layer)
-        self.scales: dict[Candidate, tuple[Tensor, FoldScale, float]] = {}
+        self, layer: nn.Module, low: Tensor, high: Tensor, candidates: Sequence[Candidate], bits: LayerBits,
+        zero_points: bool = False,
+    ) -> None:  # fmt: skip
+        self.layer, self.axis, self.bits = layer, channel_axis(layer), bits
+        self.scales: dict[Candidate, tuple[Tensor, FoldScale, list[Grid]]] = {}
         for candidate in candidates:
             scale, shift = channel_scale(low, high, *candidate)
             ends = (low - shift) / scale, (high - shift) / scale
             fold = FoldScale(shift, 1 / scale, 1.0, sides_of(*ends) if zero_points else None)
-            self.scales[candidate] = scale, fold, float(torch.maximum(-ends[0], ends[1]).max())
+            amax = float(torch.maximum(-ends[0], ends[1]).max())
+            self.scales[candidate] = scale, fold, grids_of(amax, bits.input, fold.sides)
 
-    def noise(self, seen: Seen, name: str, bits: LayerBits) -> dict[Candidate, Tensor]:
+    def noise(self, seen: Seen, name: str) -> dict[Candidate, Tensor]:
         """Return the squared output error at each of `thresholds` for every candidate; `name` is that of the layer."""
         x, gradients = seen.inputs[name], seen.gradients[name]
         return {
-            candidate: input_noise(x, gradients, scale, reach, bits.input, self.axis, seen.images)
-            + weight_noise(self.layer, seen.weights[name], factors, bits.weight)
-            for candidate, (factors, scale, reach) in self.scales.items()
+            candidate: input_noise(x, gradients, scale, grids, self.axis, seen.images)
+            + weight_noise(self.layer, seen.weights[name], factors, self.bits.weight)
+            for candidate, (factors, scale, grids) in self.scales.items()
         }
 
 
@@ -146,6 +150,7 @@ def _noise(
                 found.low[name],
                 found.high[name],
                 candidates[name],
+                model.bits(name),
                 model.precision.zero_points,
             )
             for name in shifts
@@ -155,7 +160,7 @@ def _noise(
         for seen in output_gradients(model.net, list(shifts), images, weights_around=around):
             with torch.no_grad():
                 for name, trial in trials.items():
-                    noise = trial.noise(seen, name, model.bits(name))
+                    noise = trial.noise(seen, name)
                     for candidate, of_image in noise.items():
                         total[name][candidate] = total[name].get(candidate, 0.0) + of_image
     return total

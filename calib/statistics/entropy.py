@@ -29,19 +29,20 @@ def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins
     return torch.lerp(below[index - 1], below[index], share).diff()
 
 
-def relative_entropy(counts: Tensor, kept: int, levels: int = 128) -> float:
-    """KL(P || Q) in nats if `counts` (bins,) is clipped to its first `kept` bins and rounded to `levels` levels."""
-    reference = counts[:kept].clone()
-    reference[-1] += counts[kept:].sum()
-    level = torch.arange(kept) * levels // kept
-    mass = torch.zeros(levels, dtype=counts.dtype).index_add_(0, level, counts[:kept])
-    filled = torch.zeros(levels, dtype=counts.dtype).index_add_(0, level, (counts[:kept] > 0).to(counts.dtype))
-    spread = (mass / filled.clamp(min=1))[level] * (counts[:kept] > 0)
-    p, q = reference / reference.sum(), spread / spread.sum()
-    alive = p > 0
-    if not (q[alive] > 0).all():
-        return float("inf")
-    return float((p[alive] * (p[alive] / q[alive]).log()).sum())
+def relative_entropies(counts: Tensor, kept: Tensor, levels: int = 128) -> Tensor:
+    """KL(P || Q) in nats (n,) of `counts` (bins,) clipped to their first `kept` (n,) bins and rounded to `levels` levels."""
+    bins = torch.arange(len(counts))
+    inside = bins < kept[:, None]
+    last = bins == kept[:, None] - 1
+    clipped = torch.where(inside, counts, 0.0)
+    reference = clipped + last * (counts.sum() - clipped.sum(1, keepdim=True))
+    filled = (clipped > 0).to(counts.dtype)
+    level = (bins * levels // kept[:, None]).clamp(max=levels - 1)
+    zeros = counts.new_zeros(len(kept), levels)
+    mass, share = zeros.scatter_add(1, level, clipped), zeros.scatter_add(1, level, filled)
+    spread = (mass / share.clamp(min=1)).gather(1, level) * filled
+    p, q = (each / each.sum(1, keepdim=True) for each in (reference, spread))
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum(1)  # infinite where P has mass and Q has none
 
 
 def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bits: int = 8) -> float:
@@ -54,5 +55,5 @@ def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bits:
     counts = linear_counts(lower, upper, count, amax)
     counts[0] = counts[1]  # exact zeros would outweigh everything: they round to 0 at any scale
     levels = largest_integer(bits) + 1
-    kept = range(BINS, levels - 1, -BINS_BETWEEN_THRESHOLDS)
-    return amax * min(kept, key=lambda bins: relative_entropy(counts, bins, levels)) / BINS
+    kept = torch.arange(BINS, levels - 1, -BINS_BETWEEN_THRESHOLDS)
+    return amax * int(kept[relative_entropies(counts, kept, levels).argmin()]) / BINS

@@ -23,6 +23,7 @@ OBSERVERS = ("max", "percentile", "mse", "entropy")
 
 # The thresholds that `mse_amax` compares, as fractions of the maximum.
 MSE_FRACTIONS = torch.linspace(1.0, 0.02, 99, dtype=torch.float64)
+AT_A_TIME = 9  # of them
 
 
 @dataclass
@@ -81,13 +82,13 @@ def mse_amax(histogram: Histogram, bits: int = 8) -> float:
     centre = (lower + upper) / 2
     thresholds, high = MSE_FRACTIONS.to(centre.device) * histogram.amax, largest_integer(bits)
 
-    def error(scale: Tensor) -> Tensor:
-        rounded = torch.round(centre / scale).clamp(max=high) * scale
-        return ((rounded - centre) ** 2 * count).sum()
+    def errors(scales: Tensor) -> Tensor:
+        rounded = torch.round(centre / scales[:, None]).clamp(max=high) * scales[:, None]
+        return (rounded - centre).square() @ count
 
-    # one at a time, because all at once would take 100 times the memory of the histogram
-    errors = torch.stack([error(scale) for scale in (thresholds / high).clamp(min=torch.finfo(torch.float64).tiny)])
-    return float(thresholds[int(errors.argmin())])
+    # a few at a time, because all at once would take 100 times the memory of the histogram
+    scales = (thresholds / high).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(thresholds[int(torch.cat([errors(few) for few in scales.split(AT_A_TIME)]).argmin())])
 
 
 def amax_from_histogram(histogram: Histogram, observer: str, percentile: float, bits: int = 8) -> float:

@@ -13,7 +13,7 @@ from calib.quantizer import channel_qparams
 from calib.scales.calibrate import Config as CalibrateConfig
 from calib.scales.calibrate import calibrate
 from calib.scales.channel_scale import FoldScale, channel_scale
-from calib.scales.equalise import Config, equalise, input_noise, thresholds, weight_noise
+from calib.scales.equalise import Config, equalise, grids_of, input_noise, thresholds, weight_noise
 from calib.structure.moves import ChannelClamp, along_inputs
 from tests.tiny import TINY, half_of, tiny_batches, tiny_halves, tiny_model
 
@@ -189,9 +189,10 @@ def test_noise_of_inputs_is_that_of_rounding_them(sides):
     net = nn.Sequential(layer)
     scale = FoldScale(torch.linspace(-1, 1, 8), torch.rand(8) + 0.5, 1.0, sides)
     amax = float(((x - scale.centre) * scale.factor).abs().max())
-    found = torch.zeros(len(thresholds(4)), dtype=torch.float64)
+    grids = grids_of(amax, 4, sides)
+    found = torch.zeros(len(grids), dtype=torch.float64)
     for seen in output_gradients(net, ["0"], x):
-        found += input_noise(seen.inputs["0"], seen.gradients["0"], scale, amax, 4, -1, seen.images) / PROJECTIONS
+        found += input_noise(seen.inputs["0"], seen.gradients["0"], scale, grids, -1, seen.images) / PROJECTIONS
     for threshold, noise in zip(thresholds(4), found, strict=True):
         low, high = sides or (-1.0, 1.0)
         step = float(torch.tensor(amax * threshold * (high - low) / (15 if sides else 14)).half())
