@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from calib.errors import UserError
+from deploy.engine.architectures import why_not_rtx
 from deploy.engine.logger import first_error
 from deploy.gpu import why_no_gpu
 
@@ -34,6 +35,8 @@ def why_invalid(trt: ModuleType, runtime: Any, plan: bytes) -> str | None:
     bits = int(found)
     if validity != trt.EngineValidity.INVALID:
         return None
+    if bits & int(trt.EngineInvalidityDiagnostics.UNSUPPORTED_CC) and (reason := why_not_rtx()):
+        return reason
     named = [text for name, text in REASONS.items() if bits & int(getattr(trt.EngineInvalidityDiagnostics, name))]
     return "; ".join(named) or why_no_gpu() or "no reason given"
 

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.engine.architectures import rtx_supports, runs_on
 from deploy.engine.backends import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from deploy.engine.logger import keeping_logger
 from deploy.gpu import NoGpuError, gpu
@@ -87,12 +88,6 @@ def _older(one: str, other: str) -> bool:
     return [int(part) for part in one.split(".")] < [int(part) for part in other.split(".")]
 
 
-def runs_on(target: str, sm: int) -> bool:
-    """Whether an engine for `target`, "SM89" or "SM80+" for this and later ones, runs on compute capability `sm`."""
-    wanted = int(target.removeprefix("SM").removesuffix("+"))
-    return sm >= wanted if target.endswith("+") else sm == wanted
-
-
 def machine_faults(shipped: Shipped, machine: Machine) -> list[str]:
     """One sentence for each reason why the engine cannot run on `machine`."""
     wrong = []
@@ -112,7 +107,11 @@ def machine_faults(shipped: Shipped, machine: Machine) -> list[str]:
             *wrong,
             f"no usable NVIDIA GPU here: expected a GPU for {ENGINE}; give --cpu to serve the graph alone",
         ]
-    if not any(runs_on(target, machine.sm) for target in shipped.targets):
+    if shipped.backend == TENSORRT_RTX and not rtx_supports(machine.sm):
+        wrong.append(
+            f"{ENGINE} is of TensorRT-RTX, which does not support this GPU, SM{machine.sm}: build with TARGET=tensorrt on it"
+        )
+    elif not any(runs_on(target, machine.sm) for target in shipped.targets):
         wrong.append(
             f"{ENGINE} is for {', '.join(shipped.targets)}, this GPU is SM{machine.sm}: build it for SM={machine.sm}"
         )

@@ -38,7 +38,7 @@ class Shipped:
     """A package as its server sees it.
 
     `id`: sha256 (hex) of the manifest, which itself holds that of every file. `opt`, `largest`: batch sizes that the engine
-    is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM80+" for this and later ones; or CPUs.
+    is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM120+" for this and later ones; or CPUs.
     `executed`: whether the engine was ever run. `driver`: NVIDIA driver of the host that built it, None without one.
     `bytes`: of all files together.
     """

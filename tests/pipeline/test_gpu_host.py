@@ -8,6 +8,7 @@ import pytest
 
 from deploy import cli
 from deploy.engine import audit
+from deploy.engine.architectures import RTX_DEFAULT
 from deploy.engine.backends import tensorrt_rtx
 from tests.gpu.host import gpu_host
 
@@ -60,7 +61,7 @@ def test_what_an_engine_tells_is_kept_where_its_audit_fails(tmp_path, monkeypatc
     assert cli.main(command) == 0
     assert not kept.exists()
     report = json.loads((tmp_path / "test_vit-random-weights/int8/report.json").read_text())
-    assert report["engine"]["targets"] == ["SM80+"]
+    assert report["engine"]["targets"] == [*RTX_DEFAULT]
     if tensorrt_rtx.cannot_run():
         assert not report["engine"]["executed"]
         assert report["engine"]["not_executed"] == "no NVIDIA driver"

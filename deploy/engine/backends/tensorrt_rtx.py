@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from calib.errors import UserError
+from deploy.engine.architectures import RTX_DEFAULT, RTX_SMS, why_not_rtx
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.device import Device
@@ -21,9 +22,6 @@ from deploy.graph.split_channel_scales import split_channel_scales
 NAME = "tensorrt_rtx"
 FP16 = True
 INSTALL = "make setup"
-# of an engine that was built for no GPU in particular: Ampere, also A100, and later
-DEFAULT_TARGETS = ("SM80+",)
-SUPPORTED_SMS = (75, 80, 86, 89, 120, 121)
 
 PROGRAM = re.compile(rb"header \{\n  version = .*?\nmain \{\n.*?\n\}", re.DOTALL)  # see deploy/engine/plan_text.py
 
@@ -40,7 +38,7 @@ def cannot_build() -> str | None:
 
 def cannot_run() -> str | None:
     """The reason why no engine can be run on this machine, or None."""
-    return cannot_build() or why_no_gpu()
+    return cannot_build() or why_no_gpu() or why_not_rtx()
 
 
 def device_name() -> str:
@@ -60,15 +58,15 @@ def version() -> str:
 
 def require_target(sms: tuple[int, ...] | None) -> None:
     """Raise UserError for a GPU architecture that TensorRT-RTX does not support."""
-    if wrong := [sm for sm in sms or () if sm not in SUPPORTED_SMS]:
+    if wrong := [sm for sm in sms or () if sm not in RTX_SMS]:
         raise UserError(
-            f"TensorRT-RTX has no target SM{wrong[0]}: expected some of {', '.join(map(str, SUPPORTED_SMS))}; "
+            f"TensorRT-RTX has no target SM{wrong[0]}: expected some of {', '.join(map(str, RTX_SMS))}; "
             f"for other GPUs build with TARGET=tensorrt on that GPU"
         )
 
 
 def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
-    """Build `model` for the architectures `sms`; None: for DEFAULT_TARGETS, with an engine of the same size.
+    """Build `model` for the architectures `sms`; None: for RTX_DEFAULT, with an engine of the same size.
 
     Raises UserError for one that TensorRT-RTX does not support, or if the engine cannot be built.
     """
@@ -90,7 +88,7 @@ def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None)
         plan=plan,
         backend=NAME,
         version=version(),
-        targets=tuple(f"SM{sm}" for sm in chosen) or DEFAULT_TARGETS,
+        targets=tuple(f"SM{sm}" for sm in chosen) or RTX_DEFAULT,
         kernels=kernels_from_rtx_plan(plan),
         layers={"programs": [text.decode("utf-8", "replace").splitlines() for text in PROGRAM.findall(plan)]},
         settings={

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from deploy.engine.architectures import RTX_DEFAULT
 from deploy.serve.preflight import (
     HEADER_FAULTS,
     MB,
@@ -16,7 +17,6 @@ from deploy.serve.preflight import (
     preflight,
     promise_faults,
     rtx_diagnostics,
-    runs_on,
     this_machine,
 )
 from tests.unit.deploy.serve.test_shipped import read
@@ -97,6 +97,16 @@ def test_an_engine_for_cpus_needs_no_gpu(shipped):
     only(machine_faults(for_cpu, replace(bare, tensorrt="10.14.1.48")), "is of onnxruntime: expected tensorrt")
 
 
+def test_tensorrt_rtx_is_not_served_on_hopper(shipped):
+    rtx = replace(shipped, backend="tensorrt_rtx", targets=RTX_DEFAULT)
+    hopper = replace(GPU, sm=90, tensorrt=None)
+    only(machine_faults(rtx, hopper), "which does not support this GPU, SM90: build with TARGET=tensorrt on it")
+    only(machine_faults(rtx, replace(hopper, sm=75)), "build it for SM=75")
+    assert not any(
+        "SM" in fault for sm in (80, 86, 89, 120, 121, 130) for fault in machine_faults(rtx, replace(hopper, sm=sm))
+    )
+
+
 def test_a_full_disk_is_named(shipped):
     only(disk_faults(replace(shipped, bytes=3 * MB), replace(GPU, free_disk=2 * MB)), "the package has 3 MB")
 
@@ -141,11 +151,3 @@ def test_this_machine_is_looked_at(tmp_path):
     found = this_machine(tmp_path / "not/yet/there", "10.14.1")
     assert found.free_disk > 0
     assert found.tensorrt == "10.14.1"
-
-
-@pytest.mark.parametrize(
-    ("target", "sm", "expected"),
-    [("SM89", 89, True), ("SM89", 90, False), ("SM80+", 75, False), ("SM80+", 80, True), ("SM80+", 120, True)],
-)
-def test_a_target_with_a_plus_takes_later_gpus(target, sm, expected):
-    assert runs_on(target, sm) is expected

@@ -5,6 +5,7 @@ import re
 import pytest
 from onnx import TensorProto, helper
 
+from deploy.engine.architectures import RTX_DEFAULT
 from deploy.engine.audit import audit, planned_layers
 from deploy.engine.backends import tensorrt_rtx
 from deploy.engine.build import Profile
@@ -25,7 +26,7 @@ def accelerators(plan):
 
 @pytest.mark.parametrize(
     ("sms", "targets", "written"),
-    [(None, ("SM80+",), b"sm80 "), ((89,), ("SM89",), b"sm89 "), ((80, 120), ("SM80", "SM120"), b"sm80 sm120 ")],
+    [(None, RTX_DEFAULT, b"sm80 "), ((89,), ("SM89",), b"sm89 "), ((80, 120), ("SM80", "SM120"), b"sm80 sm120 ")],
 )
 def test_an_engine_is_for_ampere_and_later_unless_it_is_narrowed(graph, sms, targets, written):
     built = tensorrt_rtx.build(graph, Profile(2, 4), sms)
