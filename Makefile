@@ -25,6 +25,8 @@ CALIB_IMAGES ?=
 EVAL_IMAGES ?=
 FILTER ?=
 REPO ?= models
+MAX_DROP ?=
+MIN_SPEEDUP ?=
 LABELS ?=
 ALLOW ?=
 
@@ -71,10 +73,11 @@ setup-pycuda: $(READY) ## Compile PyCUDA on a GPU host: engines then run through
 	  LDFLAGS=-Wl,-rpath,$(abspath $(HEADERS))/nvidia/cu13/lib \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-cache-dir pycuda==2026.1
 
-engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= DEVICE= OUT= CACHE= FROM= UNTIL=
+engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= MAX_DROP= MIN_SPEEDUP= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
-	  --out "$(OUT)" --cache "$(CACHE)" $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
+	  --out "$(OUT)" --cache "$(CACHE)" $(if $(MAX_DROP),--max-drop "$(MAX_DROP)") \
+	  $(if $(MIN_SPEEDUP),--min-speedup "$(MIN_SPEEDUP)") $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
 verify: $(READY) ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
 	@$(RUN) -m deploy verify --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"

@@ -59,6 +59,16 @@ def _limit(text: str) -> int:
     return int(text)
 
 
+def _speedup(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise UserError(f"MIN_SPEEDUP='{text}': expected a number above 0, such as 1.5")
+    return found
+
+
 def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--model", default="dinov2_s", help="short name (see `list`) or any timm name")
     engine.add_argument(
@@ -96,6 +106,12 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--max-extra-bytes", type=_limit, help="bytes that QwT branches may add (default: the recipe's)"
+    )
+    engine.add_argument(
+        "--max-drop", help="accuracy that may be lost: 1%% of top-1 results, or 30dB (least SQNR); else exit code 1"
+    )
+    engine.add_argument(
+        "--min-speedup", type=_speedup, help="least speed beside the float network, such as 1.5; else exit code 1"
     )
     engine.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
@@ -143,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _engine(args: argparse.Namespace) -> int:
     require_address_space()
+    from deploy.acceptance import Limits, MaxDrop
     from deploy.engine.build import Profile
     from deploy.options import Options
     from deploy.pipeline import engine
@@ -164,6 +181,7 @@ def _engine(args: argparse.Namespace) -> int:
             out=str(expanded(args.out, "OUT")),
             device=args.device,
             seed=args.seed,
+            limits=Limits(MaxDrop.from_text(args.max_drop) if args.max_drop else None, args.min_speedup),
             max_extra_kernels=args.max_extra_kernels,
             max_extra_bytes=args.max_extra_bytes,
             cache=args.cache == "on",
@@ -179,7 +197,10 @@ def _engine(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         print_report(report, folder)
-    return 0
+    failed = [check for check in report["acceptance"]["checks"] if not check["kept"]]
+    for check in failed:
+        print(f"failed: {check['limit']}: {check['measured']}; not to be served: '{folder}'", file=sys.stderr)
+    return EXIT_FAILED if failed else 0
 
 
 def _verify(args: argparse.Namespace) -> int:

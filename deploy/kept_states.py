@@ -32,7 +32,9 @@ from calib.structure.moves import Moved
 from compensation.branch import ConvBranch, DenseBranch, SharedBranch
 
 # What decides a state beside calib/, and what writes it.
-CODE = (ROOT / "compensation", ROOT / "deploy/stages.py", Path(__file__))
+CODE = (
+    ROOT / "compensation", ROOT / "deploy/stages.py", ROOT / "deploy/acceptance.py", ROOT / "deploy/measure", Path(__file__)
+)  # fmt: skip
 MOST_BYTES = 10_000_000_000  # of all states; those that were used longest ago go first
 # Beside tensors and plain values a file may hold these and nothing else.
 CLASSES = (

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass, field
 
+from deploy.acceptance import Limits
 from deploy.engine.build import Profile
 
 
@@ -24,6 +25,7 @@ class Options:
     out: str = "artifacts"
     device: str = "auto"  # of the torch half: auto | cpu | cuda | cuda:1
     seed: int = 0
+    limits: Limits = field(default_factory=Limits)  # that the package has to keep
     max_extra_kernels: int | None = None  # of all branches together; None: as the recipe says
     max_extra_bytes: int | None = None
     cache: bool = True  # take states kept for exactly the same input, and keep new ones; keep unfinished training
@@ -45,6 +47,8 @@ class Options:
             "max-batch": self.profile.maximum,
             "device": self.device,
             "seed": self.seed,
+            "max-drop": self.limits.max_drop,
+            "min-speedup": self.limits.min_speedup,
             "max-extra-kernels": self.max_extra_kernels,
             "max-extra-bytes": self.max_extra_bytes,
         }

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ def package_folder(out: str, model: str, module: str | None, weights: str, recip
     name = name_of(module) if module else model
     random = "-random-weights" if weights == "random" else ""
     return Path(out) / (name.replace("/", "_") + random) / recipe_name(recipe)
+
+
+def not_accepted(final: Path) -> Path:
+    """Where a package goes that does not keep its limits (deploy/acceptance.py): beside `final`, which stays as it was."""
+    return final.with_name(f"{final.name}.not-accepted")
 
 
 def layers_beside(final: Path) -> Path:
@@ -78,10 +83,11 @@ def _require_replaceable(final: Path) -> None:
 
 
 @contextmanager
-def staging(final: Path) -> Iterator[Path]:
+def staging(final: Path, become: Callable[[], Path] | None = None) -> Iterator[Path]:
     """Yield a folder to write into. It becomes `final` when the block ends well and is removed when it does not.
 
-    A package already at `final` stays until the new one is complete. Raises UserError if the place cannot be written, if
+    `become` may name another place then, which no other run writes that does not write `final`. A package already there
+    stays until the new one is complete. Raises UserError if the place cannot be written, if
     what lies there is not a package, or while another run is writing it.
     """
     made = not final.parent.exists()
@@ -97,7 +103,7 @@ def staging(final: Path) -> Iterator[Path]:
             ) from None
         except OSError as error:
             raise _unwritable(final, error) from error
-        with _written(final) as temporary:
+        with _written(final, become or (lambda: final)) as temporary:
             yield temporary
 
 
@@ -111,10 +117,9 @@ def _unwritable(final: Path, error: OSError) -> UserError:
 
 
 @contextmanager
-def _written(final: Path) -> Iterator[Path]:
+def _written(final: Path, become: Callable[[], Path]) -> Iterator[Path]:
     """What `staging` does while it holds the lock."""
     temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
-    old = final.parent / f".{final.name}.old-{os.getpid()}"
     try:
         _recover(final)
         _require_replaceable(final)
@@ -123,10 +128,14 @@ def _written(final: Path) -> Iterator[Path]:
         raise _unwritable(final, error) from error
     try:
         yield temporary
-        _require_replaceable(final)
-        if final.exists():
-            final.rename(old)
-        temporary.rename(final)
+        place = become()
+        if place != final:
+            _recover(place)
+        _require_replaceable(place)
+        old = place.parent / f".{place.name}.old-{os.getpid()}"
+        if place.exists():
+            place.rename(old)
+        temporary.rename(place)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         ours = error.filename is None or Path(error.filename).resolve().is_relative_to(final.parent.resolve())

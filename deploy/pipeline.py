@@ -2,7 +2,7 @@
 
 torch half:   load -> images -> fold -> equalise -> calibrate -> range -> round weights -> coverage
 bridge:       export -> parity
-engine half:  check -> build -> audit -> verify -> run -> benchmark -> package
+engine half:  check -> build -> audit -> verify -> run -> benchmark -> accept -> package
 
 A stage is a function (deploy/steps.py) of the `Run` (deploy/run.py), whose fields it reads and writes. What a stage of the
 torch half decided is kept (deploy/kept_states.py), so that a run can stop after any stage (`--until`) and go on at any
@@ -10,7 +10,7 @@ torch half decided is kept (deploy/kept_states.py), so that a run can stop after
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from deploy import steps
 from deploy.engine.backends import choose_backend
 from deploy.kept_states import KeptStates
 from deploy.options import Options
-from deploy.package import package_folder, staging
+from deploy.package import not_accepted, package_folder, staging
 from deploy.plan import BRIDGE, ENGINE, TORCH, Stage, planned
 from deploy.progress import Progress
 from deploy.recipe import OPTIONAL, Recipe, load_recipe, recipe_from_tables
@@ -38,7 +38,7 @@ BUILT_FROM = ("fp16", "fp32", "model", "loaded", "golden")
 JUDGED = ("float_model", "evaluation", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
-    "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "float_model",
+    "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "acceptance", "float_model",
 )  # fmt: skip
 
 
@@ -49,15 +49,15 @@ def _deciding(stages: Iterator[ModelStage]) -> Iterator[Stage]:
         yield Stage(stage.name, TORCH, reads, writes, partial(steps.decide, stage=stage))
 
 
-def spine(recipe: Recipe) -> tuple[Stage, ...]:
-    """All stages in order: name, half, what it reads, what it writes, what it runs."""
+def spine(recipe: Recipe, limit: str = "") -> tuple[Stage, ...]:
+    """All stages in order: name, half, what it reads, what it writes, what it runs. `limit`: on accuracy, in words."""
     return (
         Stage("load", TORCH, (), ("loaded", "outputs", "task"), steps.load),
         Stage("images", TORCH, ("loaded", "outputs", "task"), IMAGES, steps.read_images),
         Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
         *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
         Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
-        *_deciding(repair_stages(recipe)),  # the method that rounds weights, (attention), ...
+        *_deciding(repair_stages(recipe, limit)),  # the method that rounds weights, (attention), ...
         Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
         Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
@@ -67,6 +67,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("verify", ENGINE, JUDGED, ("reference", "verdict"), steps.verify),
         Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),
         Stage("benchmark", ENGINE, ("float_model", "loaded", "golden"), ("speed",), steps.benchmark),
+        Stage("accept", ENGINE, ("verdict", "execution", "speed"), ("acceptance",), steps.accept),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def spine(recipe: Recipe) -> tuple[Stage, ...]:
 def stage_names() -> dict[str, tuple[str, ...]]:
     """The names of all stages in order, by half; in brackets those that not every recipe has."""
     every: dict[str, Any] = {key: {} for key in OPTIONAL}
-    most, least = (spine(recipe_from_tables("", tables, "")) for tables in (every, {}))
+    most, least = spine(recipe_from_tables("", every, ""), "a limit"), spine(recipe_from_tables("", {}, ""))
     always = {stage.name for stage in least}
     return {
         half: tuple(stage.name if stage.name in always else f"[{stage.name}]" for stage in most if stage.half == half)
@@ -83,9 +84,9 @@ def stage_names() -> dict[str, tuple[str, ...]]:
 
 
 @contextmanager
-def _folder(final: Path, whole: bool) -> Iterator[Path]:
-    """Where the files of the package go: what becomes `final`, or for a run that stops early what vanishes."""
-    with staging(final) if whole else tempfile.TemporaryDirectory() as folder:
+def _folder(final: Path, whole: bool, become: Callable[[], Path]) -> Iterator[Path]:
+    """Where the files of the package go: what `become` names in the end, or for a run that stops early what vanishes."""
+    with staging(final, become) if whole else tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
@@ -107,30 +108,36 @@ def _states_folder(options: Options, spec: ModelSpec, progress: Progress) -> Pat
 def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     """Run the stages. Returns the package's folder and the report, or where a run that was to stop early can go on.
 
+    A package that does not keep its limits goes beside the folder that it was meant for, where an earlier one stays.
     Raises UserError for bad input and ContractError if the result does not hold; nothing is left behind then.
     """
     spec = spec_of(options.model, options.module, options.input_size)
     recipe = load_recipe(options.recipe).for_engine().limited(options.max_extra_kernels, options.max_extra_bytes)
-    stages = spine(recipe)
+    stages = spine(recipe, options.limits.on_accuracy())
     plan = planned(stages, options.begin, options.until)
     if options.begin and not options.cache:
         raise UserError("--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from")
     backend, why = choose_backend(options.target)
     backend.require_target(options.sms)
+    options.limits.require_timed(backend.NAME)
     device = chosen_device(options.device)
     final = package_folder(options.out, options.model, options.module, options.weights, options.recipe)
     name = final.parent.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
     kept = KeptStates(_states_folder(options, spec, progress))
     last = stages.index(plan[-1])
-    with _folder(final, plan[-1] is stages[-1]) as folder, tempfile.TemporaryDirectory() as scratch:
+    done: list[Run] = []
+    become = lambda: final if all(run.acceptance.accepted for run in done) else not_accepted(final)  # noqa: E731
+    with _folder(final, plan[-1] is stages[-1], become) as folder, tempfile.TemporaryDirectory() as scratch:
         run = Run(name, options, spec, recipe, backend, final, folder, Path(scratch), progress, kept, device)
         for stage in plan:
             run.anew = run.anew or stage.name == options.begin
             with progress.stage(stage.name) as note:
                 note(*stage.run(run))
-    if plan[-1] is stages[-1]:
-        return final, run.report
+        if plan[-1] is stages[-1]:
+            done.append(run)
+    if done:
+        return become(), run.report
     after = stages[last + 1].name
     go_on = f"go on with --from '{after}' (FROM='{after}')" if options.cache else "the cache is off: nothing was kept"
     return f"stopped after '{options.until}': nothing was written to {options.out}; {go_on}"

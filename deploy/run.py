@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calib.scales.coverage import Coverage
     from calib.weights.load import LoadedNet
     from calib.weights.zoo import ModelSpec
+    from deploy.acceptance import Acceptance
     from deploy.bridge.parity import Parity
     from deploy.engine.audit import Audit
     from deploy.engine.backends import Built
@@ -79,6 +80,7 @@ class Run:
     verdict: "Verdict" = field(init=False)
     execution: "Execution" = field(init=False)
     speed: "CpuSpeed" = field(init=False)
+    acceptance: "Acceptance" = field(init=False)  # of the limits that were given
     report: dict[str, Any] = field(init=False)
 
 

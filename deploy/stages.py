@@ -21,7 +21,7 @@ from calib.device import CPU
 from calib.images.batches import Batches, Half, Part
 from calib.images.image_set import ImageSet
 from calib.judge.held_out import Candidate, Offer, challenge
-from calib.layerwise import float_layers
+from calib.layerwise import fall_back, float_layers
 from calib.layerwise.int8_products import int8_products
 from calib.layerwise.int8_shortcuts import int8_shortcuts
 from calib.methods import rtn
@@ -46,6 +46,7 @@ class CalibrationImages:
     halves: Sequence[Half]
     watch: Watch = UNWATCHED
     device: torch.device = CPU
+    kept: fall_back.Kept | None = None  # whether outputs keep the limit on accuracy that was given
 
 
 def halves_of(images: ImageSet, batches: Callable[[ImageSet], Batches]) -> tuple[Half, Half]:
@@ -133,6 +134,17 @@ def _keep_float(options: float_layers.Config) -> Stage:
     return Stage("keep_float", options, run)
 
 
+def _fall_back(limit: str) -> Stage:
+    options = fall_back.Config(limit)
+
+    def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
+        if images.kept is None:
+            raise ValueError(f"nothing tells whether {limit} is kept")
+        return fall_back.fall_back(model, images.halves, options, images.kept)
+
+    return Stage("fall_back", options, run)
+
+
 def _compensate(options: qwt.Config) -> Stage:
     def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
         plain = Candidate.unfitted("no branches", model)
@@ -150,13 +162,18 @@ def _finetune(options: finetune.Config) -> Stage:
     return Stage("finetune", options, run)
 
 
-def repair_stages(recipe: Recipe) -> Iterator[Stage]:
-    """Yield the stages that round the weights and compensate for it, on a calibrated network."""
+def repair_stages(recipe: Recipe, limit: str = "") -> Iterator[Stage]:
+    """Yield the stages that round the weights and compensate for it, on a calibrated network.
+
+    To keep a `limit` on accuracy, here in words, layers go back to FP16 before branches and INT8 between layers are tried.
+    """
     yield _round_weights(recipe)
     if recipe.attention:
         yield _on_halves("attention", int8_attention, recipe.attention)
     if recipe.keep_float:
         yield _keep_float(recipe.keep_float)
+    if limit:
+        yield _fall_back(limit)
     if recipe.int8_shortcuts:
         yield _on_halves("int8_shortcuts", int8_shortcuts, recipe.int8_shortcuts)
     if recipe.int8_products:

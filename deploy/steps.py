@@ -39,6 +39,7 @@ from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.weights.load import load_net
+from deploy.acceptance import keeps
 from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
@@ -48,6 +49,7 @@ from deploy.execution import Execution, executed
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.graph.check import require_strongly_typed
 from deploy.measure.onnx_runner import Given
+from deploy.measure.tasks import task_module
 from deploy.named_inputs import ids_in_embeddings, inputs_told_by, require_readable, require_used, two_samples
 from deploy.package import (
     ENGINE,
@@ -185,6 +187,8 @@ def load(run: Run) -> Lines:
     else:
         run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]))
     run.task = task_of(net, run.outputs)
+    if run.options.limits.max_drop is not None:
+        run.options.limits.max_drop.require_measurable(task_module(run.task).TOP1)
     return (run.loaded.source,)
 
 
@@ -205,7 +209,9 @@ def read_images(run: Run) -> Lines:
     run.model = QuantModel.of(run.name, run.loaded.net, precision=run.recipe.precision)
     halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, _to(run.device)))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
-    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch, run.device)
+    limit = options.limits.max_drop
+    kept = None if limit is None else partial(keeps, limit, run.task)
+    run.images = CalibrationImages(torch.from_numpy(run.golden[:1]), halves, watch, run.device, kept)
     run.key = run.kept.first_key(
         {
             "network": [run.spec.tag, run.spec.img_size, run.loaded.sha256],
@@ -400,6 +406,13 @@ def benchmark(run: Run) -> Lines:
     """The speed of both in ONNX Runtime."""
     run.speed = cpu_speed(run.folder, run.float_model, _golden(run))
     return (f"{run.speed.comparison.ratio:.2f}x float in ONNX Runtime on this CPU",)
+
+
+def accept(run: Run) -> Lines:
+    """Whether the limits that were given are kept: by the engine where it was run, else by its graph."""
+    judged = run.execution.fidelity or run.verdict.fidelity
+    run.acceptance = run.options.limits.check(judged, run.speed.comparison)
+    return run.acceptance.lines() or ("no limits were given (MAX_DROP=, MIN_SPEEDUP=)",)
 
 
 def package(run: Run) -> Lines:

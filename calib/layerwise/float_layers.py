@@ -89,7 +89,8 @@ def in_float(model: QuantModel, reasons: Mapping[str, str]) -> QuantModel:
     return replace(model, net=net, quantizers=quantizers, kept_float={**model.kept_float, **reasons})
 
 
-def _terms(model: QuantModel, layers: Sequence[str], images: Tensor, generator: torch.Generator) -> Tensor:
+def float_terms(model: QuantModel, layers: Sequence[str], images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return `output_terms` (B K, 1 + L) of having each of the L `layers` of `model` in float; `images` (B, 3, H, W)."""
     net = quantized_net(model)
 
     def change(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
     for part, _ in ROTATIONS:
         generator = torch.Generator().manual_seed(0)
         images = [spread_images(half.parts[part], IMAGES) for half in halves]
-        terms.append(torch.cat([_terms(model, layers, each, generator) for each in images]))
+        terms.append(torch.cat([float_terms(model, layers, each, generator) for each in images]))
     works = [share[name] for name in layers]
     by_rotation = [in_order(of_rotation, works, config) for of_rotation in terms]
     together = torch.cat(terms)

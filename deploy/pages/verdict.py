@@ -28,6 +28,8 @@ def _headline(contents: Contents) -> tuple[str, str]:
     manifest, engine = contents.manifest, contents.report.part("engine")
     if manifest.flag("weights", "random"):
         return BAD, "Never to be served: its weights are random. It is for measuring latency alone."
+    if contents.report.holds("acceptance") and not contents.report.flag("acceptance", "accepted"):
+        return BAD, "Not to be served: it does not keep the limits that it was built for."
     if manifest.flag("calibration", "sample"):
         return BAD, "Not for production: it was calibrated on the built-in sample images."
     if not engine.holds("executed"):  # a report of an older version
@@ -63,6 +65,16 @@ def int8_line(engine: Values) -> Line:
     return line
 
 
+def _limits_kept(report: Values) -> tuple[Row, ...]:
+    """The limits that were given (deploy/acceptance.py), one row each."""
+    if not report.holds("acceptance"):  # a report of an older version
+        return ()
+    found = []
+    for _, check in report.parts("acceptance", "checks"):
+        found.append((check.text("limit"), ("kept: " if check.flag("kept") else "NOT kept: ", check.text("measured"))))
+    return tuple(found)
+
+
 def _points(contents: Contents) -> tuple[Row, ...]:
     report, manifest = contents.report, contents.manifest
     engine, size = report.part("engine"), report.part("bytes")
@@ -74,6 +86,7 @@ def _points(contents: Contents) -> tuple[Row, ...]:
         ("engine was run", executed_where(engine)),
         ("SQNR to the float network", sqnr(report.part("fidelity"))),
         *agreement(report.part("fidelity")),
+        *_limits_kept(contents.report),
         ("speed", speed_ratio(report.part("speed"))),
         ("size", (
             "float graph ", size.figure("float_onnx", spec=".1f", scale=1e-6, unit=" MB"),

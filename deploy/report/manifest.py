@@ -39,7 +39,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
     return {
         "model": run.model.name,
         "warnings": warnings(run),
-        "servable": not run.loaded.random,
+        "servable": not run.loaded.random and run.acceptance.accepted,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": {
             name: {"sha256": file_sha256(run.folder / name), "bytes": os.path.getsize(run.folder / name)}
@@ -65,6 +65,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
             "audit": run.audit.to_json(),
             **run.execution.to_json(),
         },
+        "acceptance": run.acceptance.to_json(),
         "task": run.task,
         "io": _io_json(run),
         "host": host.describe(),

@@ -37,7 +37,8 @@ def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
     steps, branches = waterfall(report["history"]), report["branches"]
     rows = [("stages, on held-out images", _shown_steps(steps))] if steps else []
     if kept := report.get("kept_float"):
-        rows.append(("kept in FP16", "; ".join(f"{name}: {reason}" for name, reason in kept.items())))
+        reasons = {reason: [name for name, why in kept.items() if why == reason] for reason in kept.values()}
+        rows.append(("kept in FP16", "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())))
     return [*rows, ("branches", _shown_branches(branches, report["engine"]))] if branches else rows
 
 
@@ -71,6 +72,11 @@ def _traffic(engine: dict[str, Any]) -> str:
 def _kind(report: dict[str, Any]) -> str:
     """What was calibrated on: images, or samples of named inputs."""
     return report["calibration"].get("kind", "images")  # which a report of an older version lacks
+
+
+def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What came of the limits that were given; a report of an older version knows none."""
+    return list(report.get("acceptance", {}).get("checks", ()))
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,6 +113,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("INT8 proof", f"{engine['int8_gemms']} INT8 GEMMs, {engine['int8_convs']} INT8 convolutions, "
                        f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
                        f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}"),
+        *[(each["limit"], f"{'kept' if each['kept'] else 'NOT kept'}: {each['measured']}") for each in _checks(report)],
         ("time, peak memory", f"{report['seconds']['total']:.0f} s, {report['peak_rss_mb']:.0f} MB"),
     ]  # fmt: skip
 

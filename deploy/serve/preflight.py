@@ -67,6 +67,7 @@ def this_machine(repository: Path, tensorrt: str | None = None) -> Machine:
 def promise_faults(shipped: Shipped, allowed: Allowed, cpu: bool) -> list[str]:
     """One sentence for each reason not to serve the package anywhere. `cpu`: the engine will not be used."""
     wrong = []
+    wrong += [f"it does not keep the limits that it was built for: {each}" for each in shipped.failed]
     if shipped.random and not allowed.random_weights:
         wrong.append(
             "its weights are random: build with real weights, or give --allow-random-weights to measure latency"

@@ -19,6 +19,7 @@ DTYPES = ("float16", "float32")
 LARGEST = 1 << 16  # of a batch, of an edge of an image, of any other axis
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"  # of a folder in a model repository, and a part of an URL
 TENSOR_NAME = r"[\w.:/-]{1,256}"
+TEXT = r"[^\x00-\x1f]{1,256}"
 TARGET = r"SM[0-9]{2,3}\+?|CPU \w{1,32}"  # with a plus: and later ones
 
 T = TypeVar("T")
@@ -39,8 +40,8 @@ class Shipped:
 
     `id`: sha256 (hex) of the manifest, which itself holds that of every file. `opt`, `largest`: batch sizes that the engine
     is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM120+" for this and later ones; or CPUs.
-    `executed`: whether the engine was ever run. `driver`: NVIDIA driver of the host that built it, None without one.
-    `bytes`: of all files together.
+    `executed`: whether the engine was ever run. `failed`: the limits (deploy/acceptance.py) that it does not keep, with what
+    was measured. `driver`: NVIDIA driver of the host that built it, None without one. `bytes`: of all files together.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Shipped:
     version: str
     targets: tuple[str, ...]
     executed: bool
+    failed: tuple[str, ...]
     random: bool
     sample: bool
     driver: str | None
@@ -136,6 +138,18 @@ def _preprocessing(manifest: _Manifest) -> Preprocessing:
     return Preprocessing.from_json(values)
 
 
+def _failed(manifest: _Manifest) -> tuple[str, ...]:
+    """The limits (deploy/acceptance.py) that the package does not keep, with what was measured."""
+    found = []
+    if "acceptance" not in manifest.values:  # of an older version, which knew no limits
+        return ()
+    for each in manifest.get("acceptance.checks", list):
+        values = each if isinstance(each, dict) else {}
+        if not manifest.get("kept", bool, values):
+            found.append(f"{manifest.text('limit', TEXT, values)}: {manifest.text('measured', TEXT, values)}")
+    return tuple(found)
+
+
 def shipped_from_package(folder: Path) -> Shipped:
     """Read the manifest of the package at `folder`.
 
@@ -163,7 +177,7 @@ def shipped_from_package(folder: Path) -> Shipped:
     return Shipped(
         folder=folder,
         id=file_sha256(folder / MANIFEST),
-        model=manifest.text("model", r"[^\x00-\x1f]{1,256}"),
+        model=manifest.text("model", TEXT),
         task=manifest.text("task", r"[a-z_]{1,64}"),
         inputs=inputs,
         outputs=outputs,
@@ -174,6 +188,7 @@ def shipped_from_package(folder: Path) -> Shipped:
         version=manifest.text("engine.version", r"[0-9]+(\.[0-9]+){2,3}\w*"),
         targets=tuple(targets),
         executed=manifest.values["engine"].get("executed") is True,
+        failed=_failed(manifest),
         random=manifest.get("weights.random", bool),
         sample=manifest.get("calibration.sample", bool),
         driver=driver,

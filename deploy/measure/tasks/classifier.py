@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+TOP1 = True  # whether `measures` gives an agreement of top-1 results
+
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+TOP1 = True  # whether `measures` gives an agreement of top-1 results
+
 NEIGHBOUR_ROWS = 1024  # nearest neighbours are searched among the first rows only: cost grows with the square
 
 

@@ -240,7 +240,9 @@ def test_other_code_libraries_or_processor_have_other_states(tmp_path, monkeypat
 
 
 def test_the_code_is_that_of_the_stages_and_of_the_file():
-    assert [path.name for path in kept_states.CODE] == ["compensation", "stages.py", "kept_states.py"]
+    assert [path.name for path in kept_states.CODE] == [
+        "compensation", "stages.py", "acceptance.py", "measure", "kept_states.py",
+    ]  # fmt: skip
     assert all(path.exists() for path in kept_states.CODE)
 
 

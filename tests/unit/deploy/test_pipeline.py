@@ -52,8 +52,11 @@ def test_the_spine_of_a_recipe_has_its_stages_in_order():
     assert [stage.name for stage in spine(EVERYTHING)] == [
         "load", "images", "fold", "equalise", "calibrate", "range", "rtn", "attention", "keep_float",
         "compensate", "finetune", "coverage", "export", "parity", "check", "build", "audit", "verify",
-        "run", "benchmark", "package",
+        "run", "benchmark", "accept", "package",
     ]  # fmt: skip
+    limited = [stage.name for stage in spine(EVERYTHING, "MAX_DROP=1%")]
+    assert limited[limited.index("keep_float") + 1] == "fall_back"
+    assert limited[limited.index("fall_back") + 1] == "compensate"
     names = [stage.name for stage in spine(load_recipe("int8_erq"))]
     assert names[3:9] == ["equalise", "calibrate", "range", "erq", "keep_float", "coverage"]
     for recipe in map(load_recipe, recipe_names()):
@@ -68,10 +71,10 @@ def test_the_names_of_all_stages_tell_which_are_optional():
     assert stage_names() == {
         "torch": (
             "load", "images", "fold", "[equalise]", "calibrate", "range", "rtn", "[attention]",
-            "[keep_float]", "[int8_shortcuts]", "[int8_products]", "[compensate]", "[finetune]", "coverage",
+            "[keep_float]", "[fall_back]", "[int8_shortcuts]", "[int8_products]", "[compensate]", "[finetune]", "coverage",
         ),
         "bridge": ("export", "parity"),
-        "engine": ("check", "build", "audit", "verify", "run", "benchmark", "package"),
+        "engine": ("check", "build", "audit", "verify", "run", "benchmark", "accept", "package"),
     }  # fmt: skip
 
 

@@ -1,0 +1,109 @@
+"""Layers that go back to FP16 until a limit on accuracy is kept: those that gain most for their work first.
+
+To first order in what all layers lose (calib/judge/choice.py) one run tells what every layer would gain. The order comes
+from one part of either half of the calibration images, how many go back from the other part: as few as keep the limit
+there. At most `MOST` of the work goes back, as a network with more in FP16 is hardly an INT8 network. Whether the limit is
+kept in the end is seen on evaluation images, which chose nothing.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from calib.images.batches import Half, spread_images, spread_with_sources
+from calib.judge.decibels import decibels
+from calib.layerwise.float_layers import float_terms, in_float, shares
+from calib.network.qdq import quantized_net
+from calib.quant_model import QuantModel, StageRecord
+
+MOST = 0.5  # of the multiplications of all quantized layers
+ORDER_IMAGES = 6  # per half
+COUNT_IMAGES = 64  # per half
+BATCH = 16
+
+# (outputs of the float network, outputs (N, ...), number of the source image of each) -> whether the limit is kept
+Kept = Callable[[Tensor, Tensor, Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The limit, in words: it decides what is kept of an earlier run."""
+
+    limit: str
+
+
+def by_gain_per_work(terms: Tensor, share: Sequence[float], most: float = MOST) -> list[int]:
+    """Return the layers in the order of what each gains for its share of the work, behind those before it.
+
+    `terms` (S, 1 + L) as of `output_terms`; `share` of each of the L layers, of which `most` are taken together.
+    """
+    missing, gains = terms[:, 0], terms[:, 1:]
+    found: list[int] = []
+    left = most
+    while True:
+        now = float(missing.square().sum())
+        errors = (missing[:, None] + gains).square().sum(0).tolist()
+        fitting = [index for index in range(len(share)) if index not in found and share[index] <= left]
+        best = max(fitting, key=lambda index: (now - errors[index]) / max(share[index], 1e-12), default=None)
+        if best is None or not errors[best] < now:
+            return found
+        found.append(best)
+        missing, left = missing + gains[:, best], left - share[best]
+
+
+def fewest(count: int, holds: Callable[[int], bool]) -> int | None:
+    """Return the least of 0 .. `count` for which `holds`, by bisection as more can only help; None if `count` does not."""
+    if holds(0):
+        return 0
+    if not holds(count):
+        return None
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+@torch.inference_mode()
+def _outputs(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([net(batch) for batch in images.split(BATCH)])
+
+
+def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: Kept) -> QuantModel:
+    """Return `model` with as few layers in FP16 as keep a limit on calibration images, or with `MOST` of the work."""
+    start = time.perf_counter()
+    share = shares(model.net, model.quantized_layers, next(iter(halves[0]))[:1])
+    inside = tuple(f"{name}." for name in model.int8_attention)
+    layers = [name for name in share if not name.startswith(inside)]
+    taken_of = [spread_with_sources(half.parts[1], COUNT_IMAGES) for half in halves]
+    images = torch.cat([found for found, _ in taken_of])
+    sources = [len(halves) * number + half for half, (_, numbers) in enumerate(taken_of) for number in numbers]
+    exact = _outputs(model.float_net, images)
+    order: list[int] = []
+    results: dict[int, float] = {}
+
+    def network(count: int) -> QuantModel:
+        return in_float(model, {layers[index]: f"back in FP16 to keep {config.limit}" for index in order[:count]})
+
+    def holds(count: int) -> bool:
+        found = _outputs(quantized_net(network(count)), images)
+        results[count] = decibels(float(exact.double().square().sum()), float((found - exact).double().square().sum()))
+        return kept(exact, found, sources)
+
+    count: int | None = 0
+    if not holds(0):
+        generator = torch.Generator().manual_seed(0)
+        choosing = [spread_images(half.parts[0], ORDER_IMAGES) for half in halves]
+        terms = torch.cat([float_terms(model, layers, each, generator) for each in choosing])
+        order = by_gain_per_work(terms, [share[name] for name in layers])
+        count = fewest(len(order), holds)
+    taken = len(order) if count is None else count
+    work = sum(share[layers[index]] for index in order[:taken])
+    held = "kept" if count is not None else "not kept on calibration images, even"
+    note = f"{config.limit}: {held} with {taken} of {len(layers)} layers back in FP16, {work:.1%} of the work"
+    after = results[taken]
+    record = StageRecord("fall_back", asdict(config), time.perf_counter() - start, results[0], after, (note,))
+    return network(taken).with_record(record)

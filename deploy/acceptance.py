@@ -1,0 +1,164 @@
+"""The limits that a package has to keep to be accepted: MAX_DROP= of accuracy and MIN_SPEEDUP=.
+
+MAX_DROP=1%    top-1 accuracy on the labels falls by at most one percentage point; without labels at most 1 % of the images
+               get another top-1 result than from the float network
+MAX_DROP=30dB  the error of the outputs lies at least 30 dB below them (SQNR)
+MIN_SPEEDUP=1.5  at least 1.5 times as fast as the float network, with 95 % confidence
+
+They are checked on the evaluation images, which chose nothing: on what the engine computed where it was run, else on its
+graph in ONNX Runtime.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calib.errors import UserError
+from deploy.engine.backends import ONNXRUNTIME
+from deploy.measure.accuracy import Fidelity, fidelity
+from deploy.measure.latency import Comparison
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STANDARD_ERRORS = 2 * 1.96  # in a 95 % interval
+DROP = r"(\d+(?:\.\d+)?) ?(%|dB)"
+
+
+def _points(share: float) -> float:
+    """A share in percent, without the rounding error of counts that were divided."""
+    return round(100 * share, 9)
+
+
+@dataclass(frozen=True)
+class MaxDrop:
+    """How much accuracy may be lost: `amount` percent of top-1 results, or an SQNR of at least `amount` dB."""
+
+    amount: float
+    unit: str  # % | dB
+
+    @classmethod
+    def from_text(cls, text: str) -> "MaxDrop":
+        """Read "1%" or "30dB". Raises UserError for anything else."""
+        found = re.fullmatch(DROP, text.strip(), re.IGNORECASE)
+        if not found:
+            raise UserError(
+                f"MAX_DROP='{text}': expected 1% (of top-1 results) or 30dB (least SQNR to the float network's outputs)"
+            )
+        return cls(float(found[1]), "%" if found[2] == "%" else "dB")
+
+    def __str__(self) -> str:
+        """As it was given."""
+        return f"{self.amount:g}{self.unit}"
+
+    def require_measurable(self, top1: bool) -> None:
+        """Raise UserError if outputs without a top-1 result are to keep one."""
+        if self.unit == "%" and not top1:
+            raise UserError(
+                f"MAX_DROP={self}: the outputs of this network are neither classes nor features, so they have no top-1 "
+                f"result; expected a least SQNR, such as MAX_DROP=30dB"
+            )
+
+    def measured(self, found: Fidelity) -> tuple[bool, str]:
+        """Whether `found` keeps this limit, and in words what was measured."""
+        on = f"on {found.count} images"
+        if self.unit == "dB":
+            return found.sqnr_db >= self.amount, f"SQNR {found.sqnr_db:.1f} dB {on}, expected {self.amount:g} or more"
+        if found.top1 is not None and found.reference_top1 is not None:
+            drop = _points(found.reference_top1 - found.top1)
+            return (
+                drop <= self.amount,
+                f"top-1 accuracy falls by {drop:.2f} points {on}, expected at most {self.amount:g}",
+            )
+        if found.top1_agreement is None:
+            raise ValueError("no top-1 results were measured")
+        other = _points(1 - found.top1_agreement)
+        return (
+            other <= self.amount,
+            f"{other:.2f} % of the top-1 results differ {on}, expected at most {self.amount:g} %",
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What was asked for; None: not asked for."""
+
+    max_drop: MaxDrop | None = None
+    min_speedup: float | None = None
+
+    def on_accuracy(self) -> str:
+        """The limit on accuracy as it was given, empty without one."""
+        return "" if self.max_drop is None else f"MAX_DROP={self.max_drop}"
+
+    def require_timed(self, backend: str) -> None:
+        """Raise UserError for a speed that `make engine` does not measure with this backend."""
+        if self.min_speedup is not None and backend != ONNXRUNTIME:
+            raise UserError(
+                f"MIN_SPEEDUP={self.min_speedup:g}: make engine times engines of TARGET=onnxruntime alone, not of "
+                f"{backend}; leave it out, and time an engine on its GPU with python -m benchmarks.gpu_latency"
+            )
+
+    def check(self, found: Fidelity, speed: Comparison) -> "Acceptance":
+        """What came of the limits."""
+        checks = []
+        if self.max_drop is not None:
+            checks.append(Check(self.on_accuracy(), *self.max_drop.measured(found)))
+        if self.min_speedup is not None:
+            measured = f"{speed.ratio:.2f}x the float network (95 %: {speed.low:.2f} to {speed.high:.2f})"
+            expected = f"expected {self.min_speedup:g} or more"
+            checks.append(
+                Check(f"MIN_SPEEDUP={self.min_speedup:g}", speed.low >= self.min_speedup, f"{measured}, {expected}")
+            )
+        return Acceptance(tuple(checks))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit: as it was given, whether it is kept, and what was measured in words."""
+
+    limit: str
+    kept: bool
+    measured: str
+
+    def line(self) -> str:
+        """PASS or FAIL, with the figures."""
+        return f"{'PASS' if self.kept else 'FAIL'} {self.limit}: {self.measured}"
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What came of all limits that were given; without any, the package is accepted."""
+
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every limit is kept."""
+        return all(check.kept for check in self.checks)
+
+    def lines(self) -> list[str]:
+        """One line for each limit."""
+        return [check.line() for check in self.checks]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for report and manifest."""
+        return {
+            "accepted": self.accepted,
+            "checks": [{"limit": each.limit, "kept": each.kept, "measured": each.measured} for each in self.checks],
+        }
+
+
+def keeps(limit: MaxDrop, task: str, exact: "Tensor", found: "Tensor", sources: Sequence[int]) -> bool:
+    """Whether the outputs `found` (N, ...) of a network keep `limit` beside those of the float network, `exact`.
+
+    They have to keep it by one standard error over source images, whose numbers are `sources` (N,), because other images
+    will decide.
+    """
+    measured = fidelity({"output": exact.cpu().numpy()}, {"output": found.cpu().numpy()}, task, None, sources)
+    if limit.unit == "dB":
+        low, high = measured.sqnr_interval_db or (math.nan, math.nan)
+        return measured.sqnr_db - (high - low) / STANDARD_ERRORS >= limit.amount
+    other = 1 - (math.nan if measured.top1_agreement is None else measured.top1_agreement)
+    return _points(other + math.sqrt(other * (1 - other) / len(set(sources)))) <= limit.amount

@@ -1,0 +1,97 @@
+"""Limits are read as they are meant, kept and broken at the right figures, and refused where they cannot be measured."""
+
+import pytest
+import torch
+
+from calib.errors import UserError
+from deploy.acceptance import Acceptance, Limits, MaxDrop, keeps
+from deploy.measure.accuracy import Fidelity
+from deploy.measure.latency import Comparison
+
+SPEED = Comparison(ratio=1.9, low=1.8, high=2.0, baseline_ms=19.0, candidate_ms=10.0, rounds=15)
+
+
+def measured(**figures):
+    return Fidelity(count=200, sqnr_db=30.0, cosine=1.0, **figures)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"), [("1%", 1, "%"), ("0.5 %", 0.5, "%"), ("30dB", 30, "dB"), (" 28.5 db ", 28.5, "dB")]
+)
+def test_a_limit_on_accuracy_is_read(text, amount, unit):
+    assert MaxDrop.from_text(text) == MaxDrop(amount, unit)
+
+
+@pytest.mark.parametrize("text", ["1", "-1%", "nan%", "infdB", "1e9999dB", "%", "1 percent", "1%2"])
+def test_other_texts_are_refused_with_both_forms(text):
+    with pytest.raises(UserError, match=r"expected 1% .* or 30dB"):
+        MaxDrop.from_text(text)
+
+
+@pytest.mark.parametrize(
+    ("limit", "figures", "kept", "said"),
+    [
+        ("30dB", {}, True, "SQNR 30.0 dB on 200 images, expected 30 or more"),
+        ("30.1dB", {}, False, "expected 30.1 or more"),
+        ("1%", {"top1": 0.74, "reference_top1": 0.75}, True, "falls by 1.00 points on 200 images"),
+        ("1%", {"top1": 0.735, "reference_top1": 0.75, "top1_agreement": 1.0}, False, "falls by 1.50 points"),
+        ("0%", {"top1": 0.76, "reference_top1": 0.75}, True, "falls by -1.00 points"),
+        ("1%", {"top1_agreement": 0.99}, True, "1.00 % of the top-1 results differ on 200 images"),
+        ("1%", {"top1_agreement": 0.985}, False, "1.50 % of the top-1 results differ"),
+    ],
+)
+def test_labels_count_first_then_agreement(limit, figures, kept, said):
+    acceptance = Limits(MaxDrop.from_text(limit)).check(measured(**figures), SPEED)
+    assert acceptance.accepted is kept
+    (line,) = acceptance.lines()
+    assert line.startswith(f"{'PASS' if kept else 'FAIL'} MAX_DROP={limit}: ")
+    assert said in line
+
+
+def test_what_is_not_a_number_keeps_no_limit():
+    found = Fidelity(count=2, sqnr_db=float("nan"), cosine=0.0, top1_agreement=float("nan"))
+    assert not Limits(MaxDrop(0, "dB")).check(found, SPEED).accepted
+    assert not Limits(MaxDrop(100, "%")).check(found, SPEED).accepted
+
+
+@pytest.mark.parametrize(("least", "kept"), [(1.8, True), (1.85, False), (1.9, False)])
+def test_a_speed_is_kept_only_if_the_whole_interval_lies_above_it(least, kept):
+    acceptance = Limits(min_speedup=least).check(measured(), SPEED)
+    assert acceptance.accepted is kept
+    assert f"1.90x the float network (95 %: 1.80 to 2.00), expected {least:g} or more" in acceptance.lines()[0]
+
+
+def test_one_broken_limit_is_enough():
+    acceptance = Limits(MaxDrop(20, "dB"), 3.0).check(measured(), SPEED)
+    assert [check.kept for check in acceptance.checks] == [True, False]
+    assert acceptance.to_json()["accepted"] is False
+
+
+def test_without_limits_everything_is_accepted():
+    assert Limits().check(measured(), SPEED) == Acceptance()
+    assert Acceptance().accepted
+
+
+def test_what_cannot_be_measured_is_refused_at_once():
+    with pytest.raises(UserError, match="no top-1 result; expected a least SQNR, such as MAX_DROP=30dB"):
+        MaxDrop(1, "%").require_measurable(top1=False)
+    MaxDrop(1, "dB").require_measurable(top1=False)
+    with pytest.raises(UserError, match=r"times engines of TARGET=onnxruntime alone, not of tensorrt_rtx"):
+        Limits(min_speedup=1.5).require_timed("tensorrt_rtx")
+    Limits(min_speedup=1.5).require_timed("onnxruntime")
+    Limits().require_timed("tensorrt")
+
+
+def test_outputs_are_held_to_a_limit_by_their_task():
+    exact, other = torch.eye(4), torch.eye(4)
+    other[0] = torch.tensor([0.0, 2.0, 0.0, 0.0])
+    held = lambda amount, unit, task, found, sources: keeps(MaxDrop(amount, unit), task, exact, found, sources)  # noqa: E731
+    assert held(47, "%", "classifier", other, range(4))  # 25 %, and sqrt(0.25 * 0.75 / 4) more
+    assert not held(46, "%", "classifier", other, range(4))
+    assert not held(47, "%", "classifier", other, [0, 0, 1, 1])
+    assert held(0, "%", "classifier", exact, range(4))
+    assert not held(10, "dB", "values", other, range(4))
+    spread = exact * torch.tensor([1.1, 1.1, 1.1, 1.3])[:, None]  # 15 dB together, 20 dB and 10 dB one by one
+    assert held(12, "dB", "values", spread, [0, 0, 1, 1])
+    assert not held(14.9, "dB", "values", spread, [0, 0, 1, 1])
+    assert held(14.9, "dB", "values", spread, [0, 0, 0, 0])
