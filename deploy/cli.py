@@ -120,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m deploy", description="timm model -> verified INT8 TensorRT engine")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     _engine_options(verbs.add_parser("engine", help="calibrate, export, build, prove, verify and measure one model"))
-    verify = verbs.add_parser("verify", help="check a finished package: files and outputs; needs no torch")
+    verify = verbs.add_parser(
+        "verify",
+        help="check a finished package: files, the graph's outputs, the engine's where it runs; needs no torch",
+    )
     add_package(verify)
     report = verbs.add_parser(
         "report", help="write a finished package as one page and as a model card, beside its folder"
@@ -204,14 +207,18 @@ def _engine(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from deploy.execution import golden_faults
     from deploy.verify import verify_package
 
     folder = folder_from_options(args, args.folder)
-    wrong = verify_package(folder)
+    wrong, engine = verify_package(folder), ""
+    if not wrong:
+        wrong, engine = golden_faults(folder)
     for finding in wrong:
         print(f"{folder}: {finding}", file=sys.stderr)
     if not wrong:
-        print(f"{folder}: files unchanged, golden outputs reproduced")
+        print(f"{folder}: files unchanged, golden outputs reproduced by the graph")
+        print(f"engine {engine}")
     return EXIT_FAILED if wrong else 0
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from calib.errors import UserError
 from deploy.engine.graph_runner import GraphRunner
+from deploy.engine.packaged import runner_of_package
 from deploy.engine.runner import EngineRunner
 from deploy.graph.names import INPUT
-from deploy.measure.accuracy import Fidelity, Outputs, joined_rows, sqnr_db
+from deploy.measure.accuracy import Fidelity, Outputs, joined_rows, mean_sqnr_db, sqnr_db
 from deploy.measure.onnx_runner import Given, OnnxRunner
-from deploy.package import GOLDEN, MODEL_FP32
-from deploy.verify import Reference, Verdict, least_fp16_db, outputs_over
+from deploy.package import ENGINE, GOLDEN, MODEL_FP32
+from deploy.verify import Reference, Verdict, golden_arrays, golden_db, least_fp16_db, outputs_over
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,39 @@ def _image_db(reference: Outputs, output: Outputs) -> tuple[float, ...]:
     return tuple(sqnr_db(*rows) for rows in zip(joined_rows(reference), joined_rows(output, reference), strict=True))
 
 
+def _call(engine: EngineRunner | GraphRunner, given: Given) -> Outputs:
+    arrays = {INPUT: given} if isinstance(given, np.ndarray) else given
+    return engine({name: array.astype(engine.tensors.inputs[name].dtype) for name, array in arrays.items()})
+
+
+def golden_faults(folder: Path) -> tuple[list[str], str]:
+    """(sentences on what the engine of the package in `folder` does to its golden images, what was run or why not).
+
+    The limit is that of `Execution.failure`. Raises UserError if the golden file is not one of a package.
+    """
+    given, reference, _ = golden_arrays(folder / GOLDEN)
+    try:
+        with runner_of_package(folder) as engine:
+            found = outputs_over(lambda batch: _call(engine, batch), [given])
+    except UserError as reason:
+        return [], f"not run: {reason}"
+    if {*found} != {*reference}:
+        return [f"{ENGINE} returns {', '.join(found)}: expected {', '.join(reference)}"], "run"
+    own = mean_sqnr_db(joined_rows(reference), joined_rows({name: found[name] for name in reference}, reference))
+    graph = golden_db(reference, folder / MODEL_FP32, given)
+    said = f"{ENGINE} reaches {own:.1f} dB on the golden images where {MODEL_FP32} reaches {graph:.1f} dB"
+    least = least_fp16_db(graph)
+    return ([] if own >= least else [f"{said}: expected at least {least:.1f} dB"]), f"run: {said}"
+
+
 def executed(engine: EngineRunner | GraphRunner, device: str, folder: Path, reference: Reference) -> Execution:
     """Run an open `engine` on the images of `reference`, and compare it with the float network.
 
     `device`: what it runs on. `folder`: of the package, whose FP32-typed graph runs on the golden images too.
     """
 
-    def run(given: Given) -> Outputs:
-        arrays = {INPUT: given} if isinstance(given, np.ndarray) else given
-        return engine({name: array.astype(engine.tensors.inputs[name].dtype) for name, array in arrays.items()})
-
     def computed(some: Iterable[Given], expected: Outputs) -> Outputs:
-        found = outputs_over(run, some)
+        found = outputs_over(lambda batch: _call(engine, batch), some)
         return {name: found[name] for name in expected}  # an engine may have its outputs in another order
 
     exact, golden, graph = reference.golden_outputs, [reference.golden], OnnxRunner(folder / MODEL_FP32).named_outputs

@@ -93,7 +93,7 @@ def outputs_over(compute: Callable[[Given], Outputs], batches: Iterable[Given]) 
     return {name: np.concatenate([each[name] for each in found]).astype(np.float32) for name in found[0]}
 
 
-def _golden_db(reference: Outputs, model: Path, golden: Given, fused: bool = True) -> float:
+def golden_db(reference: Outputs, model: Path, golden: Given, fused: bool = True) -> float:
     """The SQNR (dB, mean over images) of the graph `model` on the `golden` images."""
     found = outputs_over(OnnxRunner(model, fused=fused).named_outputs, [golden])
     return mean_sqnr_db(joined_rows(reference), joined_rows(found, reference))
@@ -138,9 +138,9 @@ def verify_fidelity(folder: Path, reference: Reference) -> Verdict:
     compute, exact, golden = OnnxRunner(folder / MODEL_FP32).named_outputs, reference.golden_outputs, reference.golden
     return Verdict(
         fidelity=reference.fidelity(outputs_over(compute, reference.batches)),
-        fp32_sqnr_db=_golden_db(exact, folder / MODEL_FP32, golden, fused=False),
+        fp32_sqnr_db=golden_db(exact, folder / MODEL_FP32, golden, fused=False),
         # Node by node, FP16 overflows as in an engine; with its optimizations ONNX Runtime computes in FP32, but may misread
-        fp16_sqnr_db=min(_golden_db(exact, folder / MODEL, golden, fused=fused) for fused in (False, True)),
+        fp16_sqnr_db=min(golden_db(exact, folder / MODEL, golden, fused=fused) for fused in (False, True)),
     )
 
 
@@ -187,7 +187,7 @@ def cpu_speed(folder: Path, float_model: Path, given: Given) -> CpuSpeed:
         sqnr_db=mean_sqnr_db(
             joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [batch]), reference)
         ),
-        plain_sqnr_db=_golden_db(reference, folder / MODEL_FP32, batch),
+        plain_sqnr_db=golden_db(reference, folder / MODEL_FP32, batch),
     )
 
 
@@ -297,7 +297,7 @@ def verify_package(folder: Path) -> list[str]:
         return wrong
     given, reference, simulated = golden_arrays(folder / GOLDEN)
     recorded_db = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))
-    found = _golden_db(reference, folder / MODEL_FP32, given)
+    found = golden_db(reference, folder / MODEL_FP32, given)
     if not found >= recorded_db - MAX_DRIFT_DB:
         wrong.append(
             f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built"

@@ -22,10 +22,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.graph.constants import QUANTIZE, add_constant, constant
 from deploy.graph.integer_factors import OFFSET, Factors, factors, made_unsigned, only_user, zero_point
+from deploy.graph.integer_operators import CONVOLUTION, PRODUCT
 from deploy.graph.names import constant_name, node_name
 
 MICROSOFT = "com.microsoft"
-PRODUCT, CONVOLUTION = "MatMulIntegerToFloat", "QLinearConv"
 LARGEST_BIAS = 2.0**30  # leaves as much room for the sum of the products
 Step = tuple[str, np.ndarray]  # Max or Min and a bound, () or (1, N, 1, 1); or Pad and how many zeros where
 

@@ -9,10 +9,12 @@ such a name together or take one apart.
 import re
 from collections import Counter
 from collections.abc import Iterable
-
-import onnx
+from typing import TYPE_CHECKING
 
 from calib.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
 
 INPUT = "input"  # of every graph
 NETWORK = "net"  # the layer of nodes that lie in no module but the network itself
@@ -51,7 +53,7 @@ def constant_name(value: str, role: str) -> str:
     return f"{value}/{role}"
 
 
-def nodes_by_layer(model: onnx.ModelProto, *operators: str) -> dict[str, list[onnx.NodeProto]]:
+def nodes_by_layer(model: "onnx.ModelProto", *operators: str) -> "dict[str, list[onnx.NodeProto]]":
     """Layer -> its nodes with one of these operators, in graph order: one for every call of the layer."""
     found: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -60,7 +62,7 @@ def nodes_by_layer(model: onnx.ModelProto, *operators: str) -> dict[str, list[on
     return found
 
 
-def require_unique(model: onnx.ModelProto, names: Iterable[str]) -> tuple[str, ...]:
+def require_unique(model: "onnx.ModelProto", names: Iterable[str]) -> tuple[str, ...]:
     """`names`, each of which has to be the name of exactly one node of `model`. Raises UserError naming the first other."""
     names, uses = tuple(names), Counter(node.name for node in model.graph.node)
     if shared := [name for name in names if not name or uses[name] > 1]:

@@ -5,16 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.graph.integer_kernels import CONVOLUTION, PRODUCT, integer_kernels
+from deploy.graph.integer_operators import INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS
 from deploy.measure.onnx_runner import THREADS, readable
 from deploy.measure.ort_options import ort_options, saturates
 
 if TYPE_CHECKING:
     import onnx
-
-# operators of ONNX Runtime that multiply integers
-INTEGER_PRODUCTS = {PRODUCT, "MatMulInteger", "QLinearMatMul", "QGemm"}
-INTEGER_CONVOLUTIONS = {CONVOLUTION, "ConvInteger"}
 
 
 def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
@@ -23,6 +19,8 @@ def integer_graph(model: Path) -> tuple[Path | bytes, dict[str, int]]:
     It is `model` itself where the kernels for unsigned activations saturate on this processor.
     """
     import onnx
+
+    from deploy.graph.integer_kernels import integer_kernels
 
     if saturates():
         return model, {}

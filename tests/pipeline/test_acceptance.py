@@ -1,6 +1,7 @@
 """Limits that are kept, that layers go back to FP16 for, and that nothing keeps: exit code, place and what is said."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -88,3 +89,30 @@ def test_a_limit_that_cannot_be_measured_is_refused_before_anything_is_done(tmp_
     rtx = [*COMMAND[:-1], "tensorrt_rtx", "--min-speedup", "2", "--out", str(tmp_path)]
     assert cli.main(rtx) == cli.EXIT_USER_ERROR
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_runs_the_engine_where_it_can(out, tmp_path, capsys):
+    import shutil
+
+    import onnx
+    from onnx import numpy_helper
+
+    from calib.store.digests import file_sha256
+
+    package = tmp_path / "int8"
+    shutil.copytree(out / MODEL / "int8", package)
+    assert cli.main(["verify", str(package)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^engine run: model.engine reaches [0-9.]+ dB on the golden images where model.fp32.onnx", said, re.M
+    )
+    engine = onnx.load(package / "model.engine")  # of this backend it is a graph: its scales become wrong
+    scales = [each for each in engine.graph.initializer if each.data_type == onnx.TensorProto.FLOAT and not each.dims]
+    for scale in scales:
+        scale.CopyFrom(numpy_helper.from_array(np.float32(50) * numpy_helper.to_array(scale), scale.name))
+    onnx.save(engine, package / "model.engine")
+    manifest = read(package, "manifest.json")
+    manifest["files"]["model.engine"]["sha256"] = file_sha256(package / "model.engine")
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(package)]) == cli.EXIT_FAILED
+    assert re.search(r"model.engine reaches -?[0-9.]+ dB .*: expected at least", capsys.readouterr().err)

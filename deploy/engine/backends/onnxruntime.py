@@ -8,8 +8,7 @@ the graph itself. What is computed in integers is read from the graph as a sessi
 import importlib.metadata
 import platform
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from calib.errors import UserError
 from deploy.engine.backends import ONNXRUNTIME, Built
@@ -18,10 +17,13 @@ from deploy.engine.device import Device
 from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.kernels import Kernel, Kind
 from deploy.engine.loading import why_not_loaded
-from deploy.graph.integer_kernels import CONVOLUTION, PRODUCT, integer_kernels
+from deploy.graph.integer_operators import CONVOLUTION, INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, PRODUCT
 from deploy.host import processor
-from deploy.measure.integer_graph import INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, optimized
+from deploy.measure.integer_graph import optimized
 from deploy.measure.ort_options import saturates
+
+if TYPE_CHECKING:
+    import onnx
 
 NAME = ONNXRUNTIME
 INSTALL = "make setup"
@@ -66,7 +68,7 @@ def runner(plan: bytes, _gpu: Device | None = None, _kernels_file: Path | None =
     return GraphRunner(plan)
 
 
-def kernels_of(optimized: onnx.ModelProto) -> tuple[Kernel, ...]:
+def kernels_of(optimized: "onnx.ModelProto") -> tuple[Kernel, ...]:
     """One kernel per node of a graph as ONNX Runtime has optimized it.
 
     An integer kernel that deploy/graph/integer_kernels.py wrote bears the name of its layer's node and its own operator's.
@@ -80,11 +82,13 @@ def kernels_of(optimized: onnx.ModelProto) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None) -> Built:
     """Write the integer kernels of ONNX Runtime into the FP32-typed `model`; `profile` is recorded, any batch runs.
 
     Raises UserError for any GPU architecture in `sms`.
     """
+    from deploy.graph.integer_kernels import integer_kernels
+
     require_target(sms)
     rewritten, written = (model, {}) if saturates() else integer_kernels(model)
     plan = rewritten.SerializeToString()

@@ -3,8 +3,7 @@
 import importlib
 import json
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
@@ -16,7 +15,9 @@ from deploy.engine.loading import why_not_loaded
 from deploy.engine.logger import keeping_logger
 from deploy.engine.runner import EngineRunner
 from deploy.gpu import gpu, why_no_gpu
-from deploy.graph.separate_biases import joined_biases
+
+if TYPE_CHECKING:
+    import onnx
 
 NAME = "tensorrt"
 FP16 = True
@@ -65,12 +66,14 @@ def require_target(sms: tuple[int, ...] | None) -> None:
         raise UserError(f"TARGET=tensorrt builds for this host's SM{here} only, not for SM={','.join(map(str, sms))}")
 
 
-def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None) -> Built:
     """Build `model` for the GPU of this machine.
 
     Raises UserError if `sms` names another architecture, or if the engine cannot be built.
     """
     import tensorrt as trt
+
+    from deploy.graph.separate_biases import joined_biases
 
     require_target(sms)
     here = gpu()

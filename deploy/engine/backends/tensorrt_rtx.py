@@ -4,8 +4,7 @@ import importlib
 import importlib.metadata
 import re
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from calib.errors import UserError
 from deploy.engine.architectures import RTX_DEFAULT, RTX_SMS, why_not_rtx
@@ -16,8 +15,9 @@ from deploy.engine.loading import why_not_loaded
 from deploy.engine.plan_text import kernels_from_rtx_plan
 from deploy.engine.runner import EngineRunner
 from deploy.gpu import gpu, why_no_gpu
-from deploy.graph.names import operator_from_name
-from deploy.graph.split_channel_scales import split_channel_scales
+
+if TYPE_CHECKING:
+    import onnx
 
 NAME = "tensorrt_rtx"
 FP16 = True
@@ -65,12 +65,15 @@ def require_target(sms: tuple[int, ...] | None) -> None:
         )
 
 
-def build(model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None) -> Built:
     """Build `model` for the architectures `sms`; None: for RTX_DEFAULT, with an engine of the same size.
 
     Raises UserError for one that TensorRT-RTX does not support, or if the engine cannot be built.
     """
     import tensorrt_rtx as trt
+
+    from deploy.graph.names import operator_from_name
+    from deploy.graph.split_channel_scales import split_channel_scales
 
     require_target(sms)
     chosen = sms or ()
