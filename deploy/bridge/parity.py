@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,7 +24,7 @@ from calib.input_rows import arrays_from_rows, inputs_of
 from calib.network.qdq import QuantConv2d, Quantizer, QuantLinear
 from calib.outputs import named_outputs, separate_outputs
 from calib.quantizer import QParams, quantize
-from deploy.graph.names import nodes_by_layer
+from deploy.graph.names import layer_from_name, nodes_by_layer
 from deploy.measure.accuracy import relative_l2
 from deploy.measure.onnx_runner import OnnxRunner
 
@@ -52,7 +52,8 @@ class Parity:
 
     `rel_l2`: relative L2 difference of the outputs, the largest of several, if every layer reads the same integers.
     `suspect`: the first layer beyond the limits, or else the one with the largest mismatch; `mismatch`: the share of its
-    `integers` that differ; `steps`: their largest difference. `end_to_end_difference`: that of independent runs.
+    `integers` that differ; `steps`: their largest difference. `end_to_end_difference`: that of independent runs. `wrong`:
+    the first layer that computes something else from the same integers, looked for only where a limit is exceeded.
     """
 
     images: int
@@ -62,6 +63,7 @@ class Parity:
     integers: int
     steps: int
     end_to_end_difference: float
+    wrong: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The differences as plain values, for the report."""
@@ -72,11 +74,19 @@ class Parity:
         if Deviation(self.mismatch, self.integers, self.steps).beyond():
             return (
                 f"layer '{self.suspect}' gets other integers in ONNX than in the simulation: {self.mismatch:.2%} differ, "
-                f"by up to {self.steps} steps (at most {MAX_MISMATCH:.1%} by {MAX_STEPS} may)"
+                f"by up to {self.steps} steps (at most {MAX_MISMATCH:.1%} by {MAX_STEPS} may); {self._where()}"
             )
         if self.rel_l2 > MAX_REL_L2:
-            return f"the ONNX output is {self.rel_l2:.1e} from the simulation (relative L2, at most {MAX_REL_L2:.0e} may be)"
+            return (
+                f"the ONNX output is {self.rel_l2:.1e} from the simulation (relative L2, at most {MAX_REL_L2:.0e} may be); "
+                f"{self._where()}"
+            )
         return None
+
+    def _where(self) -> str:
+        if self.wrong:
+            return f"'{self.wrong}' is the first layer that computes something else from the same integers"
+        return "every quantized layer computes the same from the same integers, so it lies between them"
 
 
 def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple[onnx.ModelProto, dict[str, list[str]]]:
@@ -110,9 +120,15 @@ def _suspect(deviations: Mapping[str, Deviation]) -> str:
 
 
 def _forced_run(
-    net: nn.Module, images: Tensor, integers: Mapping[str, Sequence[Tensor]]
+    net: nn.Module,
+    images: Tensor,
+    integers: Mapping[str, Sequence[Tensor]],
+    look: Callable[[str, Tensor], None] = lambda _layer, _returned: None,
 ) -> tuple[Any, dict[str, Deviation]]:
-    """(what `net` returns if each call of a quantized layer reads `integers`, the deviations of its own from them)."""
+    """(what `net` returns if each call of a quantized layer reads `integers`, the deviations of its own from them).
+
+    `look` is given what each layer returns.
+    """
     deviations: dict[str, Deviation] = {}
     calls: Counter[str] = Counter()
 
@@ -121,7 +137,9 @@ def _forced_run(
         given, call = integers[name][calls[name]], f"{name}, call {calls[name] + 1}" if calls[name] else name
         calls[name] += 1
         deviations[call] = _deviation(quantize(x, QParams(scale)), given)
-        return compute(given.to(scale.dtype) * scale)
+        returned = compute(given.to(scale.dtype) * scale)
+        look(name, returned)
+        return returned
 
     with contextlib.ExitStack() as forced, torch.inference_mode():
         for name in integers:
@@ -129,6 +147,29 @@ def _forced_run(
             forward = functools.partial(force, name, layer, layer.forward)
             forced.enter_context(patch.object(layer, "forward", forward))
         return net(images), deviations
+
+
+def _wrong_layer(
+    net: nn.Module, model: onnx.ModelProto, images: Tensor, integers: Mapping[str, Sequence[Tensor]]
+) -> str:
+    """The first layer of `net` that returns something else in `model`, in its last call, though both read `integers`."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    last = {layer_from_name(node.name): node.output[0] for node in model.graph.node}
+    layers = {
+        name: last[name] for name in integers if name in last and not isinstance(net.get_submodule(name), Quantizer)
+    }
+    own: dict[str, np.ndarray] = {}
+
+    def look(layer: str, returned: Tensor) -> None:
+        if layer in layers:
+            own[layer] = returned.numpy().copy()  # an activation in place may follow
+
+    _forced_run(net, images, integers, look)
+    for name in {*layers.values()} - {output.name for output in model.graph.output}:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    runner = OnnxRunner(model.SerializeToString(), fused=False)
+    found = runner.named_outputs(arrays_from_rows(inputs_of(net), images.numpy()))
+    return next((layer for layer in own if not relative_l2(found[layers[layer]], own[layer]) <= MAX_REL_L2), "")
 
 
 def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray) -> Parity:
@@ -147,7 +188,7 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
         return max(relative_l2(outputs[name], value.numpy()) for name, value in own.items())
 
     suspect = _suspect(deviations)
-    return Parity(
+    found = Parity(
         images=len(images),
         rel_l2=apart_by(named_outputs(forced)),
         suspect=suspect,
@@ -156,3 +197,7 @@ def compare_with_onnx(net: nn.Module, model: onnx.ModelProto, images: np.ndarray
         steps=deviations[suspect].steps,
         end_to_end_difference=apart_by(alone),
     )
+    if found.failure() is None:
+        return found
+    with separate_outputs(net):
+        return replace(found, wrong=_wrong_layer(net, model, tensor, given))
