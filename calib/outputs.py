@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from calib.errors import UserError
 
 OUTPUT = "output"  # the name of a single one
-CLASSIFIER, FEATURES, VALUES = "classifier", "features", "values"  # tasks: what the outputs are
+CLASSIFIER, FEATURES, PICTURES, VALUES = "classifier", "features", "pictures", "values"  # tasks: what the outputs are
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,12 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
 
 
 def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> str:
-    """Return what the outputs are: logits of classes, features of an image, or values of any other kind."""
+    """Return what the outputs are: logits of classes, features, pictures, or values of any other kind.
+
+    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`.
+    """
+    if getattr(net, "returns_pictures", False) is True and [len(each.shape) for each in outputs] == [3]:
+        return PICTURES
     if len(outputs) > 1 or len(outputs[0].shape) > 1:
         return VALUES
     return CLASSIFIER if int(getattr(net, "num_classes", None) or 0) > 0 else FEATURES

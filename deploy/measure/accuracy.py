@@ -23,8 +23,9 @@ class Fidelity:
     `outputs` holds the SQNR of each. `cosine`: mean over images. `top1_agreement`: share of images with the same top-1
     result: the class of a classifier, or for features the nearest other image by cosine (`top1_kind` says which); None for
     outputs of another kind. `kl`: mean KL(reference || network) of the class probabilities in nats, None without classes.
-    `top1`, `reference_top1`: accuracy on labels, None without labels. `sources`: number of source images,
-    `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db` over them; None where the source images are not known.
+    `psnr_db`, `ssim`: of pictures to the float network's, None for other outputs. `top1`, `reference_top1`: accuracy on
+    labels, None without labels. `sources`: number of source images, `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db`
+    over them; None where the source images are not known.
     """
 
     count: int
@@ -36,6 +37,8 @@ class Fidelity:
     kl: float | None = None
     top1: float | None = None
     reference_top1: float | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
     sources: int | None = None
     sqnr_interval_db: tuple[float, float] | None = None
 
@@ -107,6 +110,8 @@ def fidelity(
     numbers of the images' source images.
     """
     exact, found = joined_rows(reference), joined_rows(output, reference)
+    one = len(reference) == 1
+    as_returned = (*reference.values(), *output.values()) if one else (exact, found)
     return Fidelity(
         count=len(found),
         sqnr_db=sqnr_db(exact, found),
@@ -114,5 +119,5 @@ def fidelity(
         outputs={name: sqnr_db(value, output[name]) for name, value in reference.items()},
         sources=None if sources is None else len(set(sources)),
         sqnr_interval_db=None if sources is None else sqnr_interval_db(exact, found, sources),
-        **task_module(task).measures(exact, found, labels),
+        **task_module(task).measures(*as_returned, labels),
     )

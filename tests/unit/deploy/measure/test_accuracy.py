@@ -80,5 +80,5 @@ def test_a_single_output_of_any_shape_is_compared_as_it_is():
 
 
 def test_an_unknown_task_is_no_task():
-    with pytest.raises(ValueError, match="expected classifier, features, values"):
+    with pytest.raises(ValueError, match="expected classifier, features, pictures, values"):
         task_module("boxes")

@@ -1,0 +1,32 @@
+"""PSNR and SSIM of pictures, against figures by hand."""
+
+import numpy as np
+import pytest
+
+from deploy.measure.accuracy import fidelity
+from deploy.measure.tasks.pictures import MOST_DB, psnr_db, ssim
+
+
+def test_the_psnr_is_the_mean_over_pictures_of_what_lies_in_range():
+    reference = np.full((2, 3, 8, 8), 0.5, np.float32)
+    output = reference.copy()
+    output[0] += 0.1  # 20 dB
+    output[1] += 0.01  # 40 dB
+    assert psnr_db(reference, output) == pytest.approx(30, abs=1e-3)
+    assert psnr_db(reference, reference) == MOST_DB
+    assert psnr_db(reference + 0.5, reference + 7) == MOST_DB  # both are white
+
+
+def test_the_similarity_is_one_of_equal_pictures_and_less_of_others():
+    reference = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
+    assert ssim(reference, reference) == pytest.approx(1)
+    assert ssim(reference, 1 - reference) < 0.1
+
+
+def test_pictures_are_measured_in_their_own_shape():
+    reference = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
+    found = fidelity({"output": reference}, {"output": reference * np.float32(0.99)}, "pictures")
+    assert found.psnr_db == pytest.approx(psnr_db(reference, reference * np.float32(0.99)))
+    assert found.sqnr_db == pytest.approx(40, abs=0.1)
+    assert found.ssim > 0.99
+    assert found.top1_agreement is None
