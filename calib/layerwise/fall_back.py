@@ -21,7 +21,8 @@ from calib.quant_model import QuantModel, StageRecord
 
 MOST = 0.5  # of the multiplications of all quantized layers
 ORDER_IMAGES = 6  # per half
-COUNT_IMAGES = 64  # per half
+COUNT_IMAGES = 64  # per half, or fewer where outputs are large
+FEWEST_IMAGES, MOST_VALUES = 8, 1 << 25  # per half; of all outputs together
 BATCH = 16
 
 # (outputs of the float network, outputs (N, ...), number of the source image of each) -> whether the limit is kept
@@ -75,10 +76,12 @@ def _outputs(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: Kept) -> QuantModel:
     """Return `model` with as few layers in FP16 as keep a limit on calibration images, or with `MOST` of the work."""
     start = time.perf_counter()
-    share = shares(model.net, model.quantized_layers, next(iter(halves[0]))[:1])
+    example = next(iter(halves[0]))[:1]
+    share = shares(model.net, model.quantized_layers, example)
     inside = tuple(f"{name}." for name in model.int8_attention)
     layers = [name for name in share if not name.startswith(inside)]
-    taken_of = [spread_with_sources(half.parts[1], COUNT_IMAGES) for half in halves]
+    few = max(FEWEST_IMAGES, min(COUNT_IMAGES, MOST_VALUES // _outputs(model.float_net, example).numel()))
+    taken_of = [spread_with_sources(half.parts[1], few) for half in halves]
     images = torch.cat([found for found, _ in taken_of])
     sources = [len(halves) * number + half for half, (_, numbers) in enumerate(taken_of) for number in numbers]
     exact = _outputs(model.float_net, images)
