@@ -65,3 +65,19 @@ def test_planned_convolutions_and_sample_images_are_limits(tmp_path):
     limits = verdict(contents_of(tmp_path, NOT_RUN, result=CNN)).limits
     assert any(limit.startswith("Convolutions planned for INT8 may run in another type") for limit in limits)
     assert any("crops of a few photographs" in limit for limit in limits)
+
+
+@pytest.mark.parametrize(("kept", "level"), [(True, GOOD), (False, BAD)])
+def test_a_limit_that_is_not_kept_is_the_worst_there_is_but_random_weights(tmp_path, kept, level):
+    report = read_report()
+    report["engine"] |= run_on_a_gpu()
+    report["warnings"] = []
+    check = {"limit": "MAX_DROP=1%", "kept": kept, "measured": "0.50 % of the top-1 results differ"}
+    report["acceptance"] = {"accepted": kept, "checks": [check]}
+    manifest = manifest_of(report)
+    manifest["calibration"] = {**manifest["calibration"], "sample": False}
+    found = verdict(read_contents(write_package(tmp_path / "p", report, manifest=manifest)))
+    assert found.level == level
+    assert ("does not keep the limits" in found.headline) is not kept
+    row = dict(found.points)["MAX_DROP=1%"]
+    assert "".join(map(str, row)) == f"{'kept' if kept else 'NOT kept'}: 0.50 % of the top-1 results differ"
