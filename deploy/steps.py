@@ -77,6 +77,7 @@ from deploy.verify import Reference, cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
 GOLDEN_IMAGES = 8
+KEPT_BYTES = 1 << 27  # of a set of images: 220 of 224 x 224
 RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
 COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
 
@@ -84,14 +85,22 @@ Lines = Sequence[str]  # what a stage tells
 
 
 class Batches:
-    """The images of a set as re-iterable arrays (B, 3, H, W) or rows (B, N), with a progress bar on each pass."""
+    """The images of a set as re-iterable arrays (B, 3, H, W) or rows (B, N), with a progress bar on each pass.
+
+    A set of at most KEPT_BYTES is kept in memory after the first pass, as reading files takes longer than many a network.
+    """
 
     def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
         self.images, self.progress, self.convert = images, progress, convert
+        self._kept: list[np.ndarray] = []
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.progress.bar(self.images.batches(BATCH), len(self)):
-            yield self.convert(batch)
+        kept: list[np.ndarray] = []
+        for batch in self.progress.bar(self._kept or self.images.batches(BATCH), len(self)):
+            if not self._kept and batch.nbytes * len(self) <= KEPT_BYTES:
+                kept.append(batch)
+            yield self.convert(batch.copy())  # who reads it may edit it
+        self._kept = self._kept or kept
 
     def __len__(self) -> int:
         return -(-self.images.count // BATCH)

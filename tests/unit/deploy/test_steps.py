@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
 from deploy import steps
 from deploy.engine.kernels import Kernel
+from deploy.progress import Progress
 from deploy.steps import _check_labels, _outputs
 
 PLAIN = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -56,3 +58,29 @@ def test_a_backend_without_fp16_has_no_twin():
     lists = steps._kernel_lists(run, (8, 8))
     assert (lists.int8, lists.fp16) == ((kernel,), None)
     assert lists.why_no_twin == "engines of cpu have FP32 types beside their integers"
+
+
+class Counted:
+    """A set of 20 images of one value each, which counts how often it is read."""
+
+    count, reads = 20, 0
+
+    def batches(self, size):
+        self.reads += 1
+        for start in range(0, self.count, size):
+            yield np.full((min(size, self.count - start), 3, 2, 2), start, np.float32)
+
+
+@pytest.mark.parametrize(("most", "reads"), [(20 * 12 * 4 + 12 * 4 * 12, 1), (100, 3)])
+def test_a_small_set_is_read_once_and_stays_what_it_was(monkeypatch, most, reads):
+    monkeypatch.setattr(steps, "KEPT_BYTES", most)
+    images = Counted()
+    batches = steps.Batches(images, Progress("test"), torch.from_numpy)
+    next(iter(batches))  # looked at, not read to the end: nothing is kept of it
+    images.reads = 0
+    for _ in range(3):
+        found = list(batches)
+        assert [float(batch.mean()) for batch in found] == [0, steps.BATCH]
+        for batch in found:
+            batch.fill_(7)
+    assert images.reads == reads
