@@ -116,7 +116,7 @@ test: $(VENV)/.ready-dev ## Run every test (two real networks through the whole 
 	@$(PYTEST_SIDE_BY_SIDE) -m "not alone"
 	@$(RUN) -m pytest -m alone
 
-test-fast: $(VENV)/.ready-dev ## Run the tests that need no real network
+test-fast: $(VENV)/.ready-dev ## Run the tests of parts: no network goes through the whole pipeline
 	@$(PYTEST_SIDE_BY_SIDE) -m "not slow"
 
 lint: $(VENV)/.ready-dev ## Style and types

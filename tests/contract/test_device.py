@@ -18,6 +18,8 @@ from deploy.stages import CalibrationImages, Simulator
 from tests.other_device import OTHER, other_device
 from tests.tiny import tiny_batches, tiny_model
 
+pytestmark = pytest.mark.slow
+
 RECIPES = {
     "rtn": {"method": {"name": "rtn", "bias_correction": True}},
     "branches": {"method": {"name": "rtn", "bias_correction": True}, "compensate": {"min_r2_per_kernel": 0.0}},

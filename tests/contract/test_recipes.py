@@ -7,6 +7,8 @@ import pytest
 from deploy import cli
 from deploy.recipe import load_recipe, recipe_names
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx")
 
 MODELS = {"vit": "test_vit", "cnn": "test_resnet"}

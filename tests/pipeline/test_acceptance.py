@@ -11,6 +11,8 @@ from deploy import cli
 from deploy.serve.preflight import Allowed, promise_faults
 from deploy.serve.shipped import shipped_from_package
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [
     "engine", "--model", "test_vit", "--weights", "random", "--calib-images", "32", "--target", "onnxruntime",
 ]  # fmt: skip

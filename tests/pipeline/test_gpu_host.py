@@ -12,6 +12,8 @@ from deploy.engine.architectures import RTX_DEFAULT
 from deploy.engine.backends import tensorrt_rtx
 from tests.gpu.host import gpu_host
 
+pytestmark = pytest.mark.slow
+
 COMMAND = ["engine", "--model", "test_vit", "--weights", "random", "--calib-images", "16", "--cache", "off"]
 
 

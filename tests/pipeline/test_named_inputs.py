@@ -11,6 +11,8 @@ from deploy import cli
 from deploy.engine.packaged import runner_of_package
 from deploy.verify import verify_package
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx")
 
 NETS = '''

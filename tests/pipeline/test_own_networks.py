@@ -8,6 +8,8 @@ import pytest
 from deploy import cli
 from tests.docs.pages import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "docs/examples"
 TINY = "hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8"
 

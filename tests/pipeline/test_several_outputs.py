@@ -9,6 +9,8 @@ import pytest
 from deploy import cli
 from deploy.verify import verify_package
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx")
 
 NETS = '''

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from deploy import cli
 from deploy.package import FILES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("tensorrt_rtx")
 

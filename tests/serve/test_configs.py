@@ -30,6 +30,7 @@ SHIPPED = Shipped(
     version="10.14.1.48",
     targets=("SM89",),
     executed=True,
+    failed=(),
     random=False,
     sample=False,
     driver=None,
