@@ -10,6 +10,8 @@ from calib.scales.equalise import Config, equalise
 from deploy.bridge.export import export_pair
 from tests.tiny import SIZE, rounded, tiny_batches, tiny_halves, tiny_model
 
+pytestmark = pytest.mark.slow
+
 HALVES = tiny_halves(2)
 
 

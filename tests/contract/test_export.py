@@ -28,6 +28,8 @@ from deploy.measure.onnx_runner import OnnxRunner
 from tests.families import family_net
 from tests.tiny import SIZE, TINY, half_of, rounded, tiny_batches, tiny_halves, tiny_model
 
+pytestmark = pytest.mark.slow
+
 BUILT: dict[str, tuple] = {}
 
 

@@ -12,6 +12,8 @@ from deploy.engine.audit import audit, planned_layers, require_int8
 from deploy.graph.check import check_strongly_typed
 from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def exported(family: str):

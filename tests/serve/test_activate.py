@@ -21,6 +21,8 @@ from deploy.serve.preflight import Allowed
 from deploy.serve.repository import write_repository
 from deploy.serve.shipped import shipped_from_package
 
+pytestmark = pytest.mark.slow
+
 
 class StandIn:
     """Loads what Triton would load, and answers with the graph of that version in ONNX Runtime."""

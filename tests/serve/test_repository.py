@@ -12,6 +12,8 @@ from deploy.serve.preflight import Allowed
 from deploy.serve.repository import write_repository
 from deploy.serve.shipped import shipped_from_package
 
+pytestmark = pytest.mark.slow
+
 
 def written(folders, target, allowed=None, labels=None):
     shipped = [shipped_from_package(each) for each in folders]

@@ -96,6 +96,7 @@ def test_attaching_copies_the_branch_and_the_network_can_be_copied():
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.slow
 def test_the_exported_branch_has_its_own_names_and_the_graph_agrees(family):
     model = with_branches(quantized_model(family), 0.01)
     net = quantized_net(model)
@@ -185,6 +186,7 @@ def test_the_bytes_of_an_engine_are_two_for_fp16_and_one_for_integers():
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.slow
 def test_a_dense_branch_adds_at_most_the_kernels_it_is_counted_with(family):
     pytest.importorskip("tensorrt_rtx")
     from deploy.engine.backends import tensorrt_rtx
@@ -262,6 +264,7 @@ def test_norm_and_quantizer_are_written_once_for_layer_and_branch(reader):
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.slow
 def test_a_shared_branch_costs_no_kernel_and_all_layers_are_int8(reader):
     pytest.importorskip("tensorrt_rtx")
     from deploy.engine.backends import tensorrt_rtx

@@ -114,6 +114,7 @@ def test_every_stage_replays_bit_for_bit(tmp_path, name):
         before, replayed = after, found
 
 
+@pytest.mark.slow
 def test_together_these_recipes_decide_all_that_can_be_kept():
     kinds, changed = set(), set()
     for name in RECIPES:

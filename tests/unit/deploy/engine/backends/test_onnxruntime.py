@@ -34,6 +34,7 @@ def images(count):
 
 
 @pytest.mark.parametrize("family", ["vit", "mobilenet"])
+@pytest.mark.slow
 def test_an_engine_computes_what_its_graph_does_with_every_layer_in_integers(family):
     graph, _ = graphs(family)
     built = onnxruntime.build(graph, Profile(2, 4), None)
