@@ -19,6 +19,7 @@ from calib.errors import UserError
 from deploy import host
 from deploy.cli import Parser, answered
 from deploy.engine.architectures import RTX_SMS
+from deploy.engine.backends import tensorrt_rtx
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.isolated import CrashError, isolated
 from deploy.engine.logger import first_error, keeping_logger
@@ -74,7 +75,7 @@ def _main(argv: Sequence[str]) -> int:
         rows.append(_tried(args.graph, target))
         print(json.dumps(rows[-1]), flush=True)
     found = {
-        "version": host.describe()["packages"].get("tensorrt_rtx"), "machine": host.describe(), "rows": rows,
+        "version": tensorrt_rtx.version(), "machine": host.describe(), "rows": rows,
         "commit": tool_commit(), "command": f"python -m benchmarks.rtx_targets {' '.join(argv)}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -126,18 +126,17 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
     kept = KeptStates(_states_folder(options, spec, progress))
     last = stages.index(plan[-1])
-    done: list[Run] = []
-    become = lambda: final if all(run.acceptance.accepted for run in done) else not_accepted(final)  # noqa: E731
-    with _folder(final, plan[-1] is stages[-1], become) as folder, tempfile.TemporaryDirectory() as scratch:
+    whole = plan[-1] is stages[-1]
+    run: Run
+    place = lambda: final if run.acceptance.accepted else not_accepted(final)  # noqa: E731 - of a whole run, in the end
+    with _folder(final, whole, place) as folder, tempfile.TemporaryDirectory() as scratch:
         run = Run(name, options, spec, recipe, backend, final, folder, Path(scratch), progress, kept, device)
         for stage in plan:
             run.anew = run.anew or stage.name == options.begin
             with progress.stage(stage.name) as note:
                 note(*stage.run(run))
-        if plan[-1] is stages[-1]:
-            done.append(run)
-    if done:
-        return become(), run.report
+    if whole:
+        return place(), run.report
     after = stages[last + 1].name
     go_on = f"go on with --from '{after}' (FROM='{after}')" if options.cache else "the cache is off: nothing was kept"
     return f"stopped after '{options.until}': nothing was written to {options.out}; {go_on}"

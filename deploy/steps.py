@@ -96,11 +96,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         kept: list[np.ndarray] = []
-        for batch in self.progress.bar(self._kept or self.images.batches(BATCH), len(self)):
-            if not self._kept and batch.nbytes * len(self) <= KEPT_BYTES:
+        small = False
+        for number, batch in enumerate(self.progress.bar(self._kept or self.images.batches(BATCH), len(self))):
+            if not number:  # the last one may be smaller than the others
+                small = batch.nbytes * len(self) <= KEPT_BYTES
+            if small:
                 kept.append(batch)
-            yield self.convert(batch.copy())  # who reads it may edit it
-        self._kept = self._kept or kept
+            yield self.convert(batch.copy() if small else batch)  # who reads it may edit it
+        self._kept = kept
 
     def __len__(self) -> int:
         return -(-self.images.count // BATCH)

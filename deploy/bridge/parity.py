@@ -86,7 +86,7 @@ class Parity:
     def _where(self) -> str:
         if self.wrong:
             return f"'{self.wrong}' is the first layer that computes something else from the same integers"
-        return "every quantized layer computes the same from the same integers, so it lies between them"
+        return "every quantized layer computes the same from the same integers, so the difference arises between them"
 
 
 def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple[onnx.ModelProto, dict[str, list[str]]]:

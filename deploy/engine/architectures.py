@@ -1,7 +1,7 @@
 """GPU architectures by compute capability, 89 for 8.9, and which of them TensorRT-RTX runs on.
 
-It refuses Hopper (9.0) and the data-centre Blackwell GPUs (10.x) whatever an engine was built for: an engine without SM=
-names 8.0, 8.6, 8.9, 12.0 and what follows, and on an H100 one built for that GPU was refused as well (docs/gpu.md).
+An engine without SM= names 8.0, 8.6, 8.9, 12.0, 12.1 and what follows. On an H100 (9.0) every engine was refused, also one
+built for that GPU (docs/gpu.md); 8.7, 10.x and 11.0, which the library does not name either, were not tried.
 """
 
 from deploy.gpu import NoGpuError, gpu

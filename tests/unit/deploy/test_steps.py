@@ -71,7 +71,7 @@ class Counted:
             yield np.full((min(size, self.count - start), 3, 2, 2), start, np.float32)
 
 
-@pytest.mark.parametrize(("most", "reads"), [(20 * 12 * 4 + 12 * 4 * 12, 1), (100, 3)])
+@pytest.mark.parametrize(("most", "reads"), [(20 * 12 * 4 + 12 * 4 * 12, 1), (100, 3), (4 * 12 * 4 * 2, 3)])
 def test_a_small_set_is_read_once_and_stays_what_it_was(monkeypatch, most, reads):
     monkeypatch.setattr(steps, "KEPT_BYTES", most)
     images = Counted()
