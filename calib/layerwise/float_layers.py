@@ -18,9 +18,9 @@ from calib.images.batches import ROTATIONS, Half, spread_images
 from calib.judge.choice import BATCH, output_terms
 from calib.judge.decibels import decibels
 from calib.judge.held_out import Candidate, Offer
-from calib.modules import replace_module
 from calib.network.qdq import quantized_net
 from calib.quant_model import QuantModel
+from calib.structure.in_front import replace_layer
 
 IMAGES = 6  # per part
 
@@ -84,7 +84,7 @@ def in_float(model: QuantModel, reasons: Mapping[str, str]) -> QuantModel:
     """Return `model` with the layers of `reasons` as they are in the exact network, unrounded."""
     net = copy.deepcopy(model.net)
     for name in reasons:
-        replace_module(net, name, copy.deepcopy(model.exact_net.get_submodule(name)))
+        replace_layer(net, name, copy.deepcopy(model.exact_net.get_submodule(name)))
     quantizers = {key: grid for key, grid in model.quantizers.items() if key.rpartition(":")[0] not in reasons}
     return replace(model, net=net, quantizers=quantizers, kept_float={**model.kept_float, **reasons})
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from calib.learned.learned_layer import ROUNDING, LearnedInput, LearnedLayer, Mode
 from calib.learned.soft_rounding import beta_at, undecided
-from calib.modules import replace_module
 from calib.network.unit_io import readers_and_sizes, unit_io
 from calib.quant_model import QuantModel
+from calib.structure.in_front import replace_layer
 
 LOOKS = 10  # at the images held out, in each phase
 BATCH = 16  # images at a time where nothing trains
@@ -189,7 +189,7 @@ def put_learned_layers(
         for name in group:
             layer, params = start.net.get_submodule(name), start.qparams(f"{name}:weight")
             found[name] = LearnedLayer(layer, params, reads, mode, nearest, sizes[name])
-            replace_module(running, name, found[name])
+            replace_layer(running, name, found[name])
     return found, mode
 
 

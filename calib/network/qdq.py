@@ -17,6 +17,7 @@ from calib.grids import Grid, gradient_of_clipping, straight_through, why_not_in
 from calib.modules import replace_module
 from calib.quant_model import ATTENTION_ROLES, QuantModel
 from calib.quantizer import QMAX, QParams, quantize
+from calib.structure.in_front import alone, replace_layer
 from calib.tensor_scale import tensor_scale
 
 
@@ -166,11 +167,11 @@ def rounding_module(quantizer: str, grid: Grid) -> nn.Module:
 
 
 class SimulatedLayer(nn.Module):
-    """A copy of `layer` whose weight is fake-quantized and whose input goes through `quantizer` first."""
+    """A copy of `layer`, with nothing in front, whose weight is fake-quantized and whose input goes through `quantizer`."""
 
     def __init__(self, layer: nn.Module, quantizer: nn.Module, weight_params: QParams) -> None:
         super().__init__()
-        self.quantizer, self.layer = quantizer, copy.deepcopy(layer)
+        self.quantizer, self.layer = quantizer, alone(layer)
         weight = self.layer.get_parameter("weight")
         weight.data = weight_params.fake_quantize(weight.data)
 
@@ -229,15 +230,15 @@ def quantized_net(model: QuantModel) -> nn.Module:
         layer = net.get_submodule(name)
         quantizer, weight = f"{name}:input", model.qparams(f"{name}:weight")
         if why_not_int8(model.quantizers[quantizer]):
-            replace_module(
+            replace_layer(
                 net, name, SimulatedLayer(layer, rounding_module(quantizer, model.quantizers[quantizer]), weight)
             )
         elif isinstance(layer, nn.Linear):
             output = model.quantizers.get(f"{name}:output")
             written = None if output is None else rounding_module(f"{name}:output", output)
-            replace_module(net, name, QuantLinear(layer, model.qparams(quantizer), weight, written))
+            replace_layer(net, name, QuantLinear(layer, model.qparams(quantizer), weight, written))
         elif isinstance(layer, nn.Conv2d):
-            replace_module(net, name, QuantConv2d(layer, model.qparams(quantizer), weight))
+            replace_layer(net, name, QuantConv2d(layer, model.qparams(quantizer), weight))
         else:
             raise TypeError(f"quantizer '{name}' is a {type(layer).__name__}, not a Linear or Conv2d")
     for name in model.int8_attention:

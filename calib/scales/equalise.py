@@ -39,7 +39,7 @@ from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
 from calib.scales.channel_scale import FoldScale, channel_scale
 from calib.scales.repq import Reparametrised, channel_ranges, reparametrised
-from calib.structure.moves import INSERT, NORM, Moved, Place, along_inputs, move
+from calib.structure.moves import FRONT, INSERT, NORM, Moved, Place, along_inputs, move
 from calib.structure.proof import preserving
 from calib.structure.structure import Structure
 
@@ -211,7 +211,7 @@ def within_fp16(net: nn.Module, place: Place, reach: Tensor, scale: Tensor) -> T
     """
     most = FP16_MAX / FP16_MARGIN
     least = reach / most
-    if place.kind != INSERT:
+    if place.kind not in (INSERT, FRONT):
         weight = net.get_submodule(place.producer).get_parameter("weight")[list(place.rows)]
         least = torch.maximum(least, weight.abs().reshape(len(weight), -1).amax(1) / most)
     largest = torch.stack([largest_by_input(net.get_submodule(name)) for name in place.readers]).amax(0)

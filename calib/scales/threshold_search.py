@@ -4,7 +4,8 @@ A layer's own error does not tell: in a transformer it favours clipping the few 
 What the error of every threshold at every layer does to the output, to first order (calib/judge/first_order.py), ranks
 rules that all layers follow, and picks a threshold for each layer. The plainest choice is the best rule; then a layer leaves
 the rule only where its gain exceeds the standard error over source images; then every layer takes the threshold with the
-least error. A choice replaces a plainer one only if the judge says so (calib/judge/held_out.py).
+least error. Layers that read one tensor choose together, by the sum of their errors, so that an engine rounds it once. A
+choice replaces a plainer one only if the judge says so (calib/judge/held_out.py).
 
 Thresholds come from one half of the calibration images, the images that choose and judge from the other. Both halves must
 be new to each other, equalisation included (calib/scales/channel_scale.py): with the channel scales of all calibration
@@ -141,6 +142,20 @@ def _joined(parts: Sequence[Noise]) -> Noise:
     }
 
 
+def together(noise: Noise, groups: Sequence[Sequence[str]]) -> Noise:
+    """Return `noise` with the sum over all layers of a group in the place of each: they choose alike."""
+    joined = dict(noise)
+    for group in groups:
+        members = [noise[layer] for layer in group if layer in noise]
+        sums = (
+            {each: torch.stack([of_layer[each] for of_layer in members]).sum(0) for each in members[0]}
+            if members
+            else {}
+        )
+        joined |= {layer: sums for layer in group if layer in noise}
+    return joined
+
+
 def least(of_layer: Mapping[str, Tensor]) -> str:
     """Return the candidate with the least noise over all source images."""
     return min(of_layer, key=lambda each: float(of_layer[each].sum()))
@@ -181,7 +196,7 @@ def search(inputs: RoundedInputs, offers: Sequence[Offers]) -> tuple[Picks, Gain
 
     `offers`: by half, the same candidates for every layer.
     """
-    alone = inputs.alone(offers)
+    alone = [together(part, inputs.model.structure.read_together) for part in inputs.alone(offers)]
     found = Search(inputs, offers, _joined(alone), [choose for choose, _ in ROTATIONS])
     errors = Errors(len(found.choices))
     for choose, judge in ROTATIONS:

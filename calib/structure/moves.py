@@ -7,7 +7,8 @@ padded)
     x' = (x - m) / r        W' = W diag(r)        b' = b + W m        =>   W' x' + b' = W x + b
 
 and the producer of x has to return x' instead. A norm absorbs r and m in its affine parameters, a layer in its rows and
-biases, if what lies between is positively homogeneous, and behind any other activation an element-wise operation is added.
+biases, if what lies between is positively homogeneous. Elsewhere an element-wise operation is added: behind an activation,
+or in front of the readers, where something else reads x as it is, as a residual sum does behind the norm of BERT's blocks.
 """
 
 from dataclasses import dataclass
@@ -17,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from calib.modules import replace_module
+from calib.structure.in_front import in_front, put_in_front
 
 
 class ChannelAffine(nn.Module):
-    """The operation (x - shift) / scale per channel, behind an `activation` that an engine fuses it into.
+    """The operation (x - shift) / scale per channel, behind `before`: an activation that an engine fuses it into.
 
     `scale` and `shift` have a shape that broadcasts over x.
     """
 
-    def __init__(self, activation: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, before: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
-        self.activation = activation
+        self.before = before
         self.factor = nn.Buffer(1 / scale)
         self.offset = nn.Buffer(-shift / scale)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the activation returns, shifted and scaled, in the same shape."""
-        return self.activation(*args, **kwargs) * self.factor + self.offset
+        """Return what `before` returns, shifted and scaled, in the same shape."""
+        return self.before(*args, **kwargs) * self.factor + self.offset
 
 
 class ChannelClamp(nn.Module):
@@ -49,18 +51,18 @@ class ChannelClamp(nn.Module):
         return torch.minimum(torch.relu(x) if self.low is None else torch.maximum(x, self.low), self.high)
 
 
-NORM, LAYER, INSERT = "norm", "layer", "insert"
+NORM, LAYER, INSERT, FRONT = "norm", "layer", "insert", "front"
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a tensor can be scaled per channel: all that has to change with it.
 
-    `kind`: what absorbs the scale, a norm or layer called `producer`, or an operation inserted behind the activation
-    `producer`. `rows`: the producer's channel that each channel of the readers is. `readers`: all layers that read it.
-    `shifts`: whether a shift can move as well. `limits`: a ReLU6 on the way, which gets limits per channel. `axis`: that of
-    the channels that an activation returns, counted from the last. `attention`: whether an attention lies between, which
-    mixes tokens with weights that sum to 1, never channels.
+    `kind`: what absorbs the scale, a norm or layer called `producer`, or an operation that is added, behind the activation
+    `producer` or in front of each reader of what `producer` computes. `rows`: the producer's channel that each channel of
+    the readers is. `readers`: all layers that read it. `shifts`: whether a shift can move as well. `limits`: a ReLU6 on the
+    way, which gets limits per channel. `axis`: that of the channels that an activation returns, counted from the last.
+    `attention`: whether an attention lies between, which mixes tokens with weights that sum to 1, never channels.
     """
 
     kind: str
@@ -100,6 +102,11 @@ def _add_bias(module: nn.Module) -> None:
 
 def produce(net: nn.Module, place: Place, scale: Tensor, shift: Tensor) -> None:
     """Make what is read at `place` (x - shift) / scale instead of x, both (C,) (edits `net`)."""
+    if place.kind == FRONT:
+        for name in place.readers:
+            layer = net.get_submodule(name)
+            put_in_front(layer, ChannelAffine(in_front(layer) or nn.Identity(), scale, shift))
+        return
     if place.kind == INSERT:
         module = net.get_submodule(place.producer)
         along = [-1, *[1] * (-1 - place.axis)]

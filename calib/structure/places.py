@@ -1,12 +1,12 @@
 """Where scales can move in a traced network: between what produces a tensor and every layer that reads it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import fx, nn
 
-from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, ZERO, Reach, reach_of, source_of
-from calib.structure.moves import INSERT, LAYER, NORM, Place
+from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, SAME, ZERO, Reach, reach_of, source_of
+from calib.structure.moves import FRONT, INSERT, LAYER, NORM, Place
 from calib.structure.trace import Trace, aten, calls, shape
 
 NORMS = {aten.layer_norm.default: 2, aten.rms_norm.default: 2, aten.group_norm.default: 2, aten.batch_norm.default: 1}
@@ -101,12 +101,27 @@ def _insertions(trace: Trace, layers: Mapping[fx.Node, str], placed: Iterable[st
                 break
 
 
-def places_of(trace: Trace, plain: Mapping[fx.Node, str]) -> tuple[Place, ...]:
-    """Return all places where scales can move, each layer in at most one as a reader; `plain`: calls of layers by name."""
+def _in_front(trace: Trace, layers: Mapping[fx.Node, str], wanted: Collection[str]) -> Iterator[Place]:
+    """Yield a place for each tensor that linear layers of `wanted` read, in front of them."""
+    readers: dict[fx.Node, list[str]] = {}
+    for node, name in layers.items():
+        read = source_of(node.args[0], SAME)
+        if name in wanted and node.target is aten.linear.default and read is not None and read not in trace.constants:
+            readers.setdefault(read, []).append(name)
+    for read, names in readers.items():
+        yield Place(FRONT, trace.owner(read), tuple(range(shape(read)[-1])), tuple(names), shifts=True)
+
+
+def places_of(trace: Trace, plain: Mapping[fx.Node, str], quantized: Iterable[str]) -> tuple[Place, ...]:
+    """Return all places where scales can move, each layer in at most one as a reader.
+
+    `plain`: calls of layers by name. Only in front of `quantized` layers an operation is worth its time.
+    """
     layers = absorbing(trace, plain)
     found: list[Place] = []
     for place in (*_norm_places(trace, layers), *_layer_places(trace, layers)):
         if not any({*place.readers} & {*other.readers} for other in found):
             found.append(place)
-    placed = [name for place in found for name in place.readers]
-    return (*found, *_insertions(trace, layers, placed))
+    found += _insertions(trace, layers, [name for place in found for name in place.readers])
+    placed = {name for place in found for name in place.readers}
+    return (*found, *_in_front(trace, layers, {*quantized} - placed))

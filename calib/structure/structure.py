@@ -1,13 +1,14 @@
 """What a network tells of itself, as one value: read from a trace; the places for scales are proved on an example."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
 from calib.structure.blocks import Block, blocks_of
-from calib.structure.channels import PASSED_ON, source_of
+from calib.structure.channels import PASSED_ON, SAME, source_of
 from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
 from calib.structure.moves import NORM, Place
 from calib.structure.places import places_of
@@ -33,7 +34,8 @@ class Structure:
     changed the function. `blocks` by name. `attentions`: modules with a packed qkv that can compute in INT8;
     `float_attentions`: the others, with the reason. `after_gelu`: layers that read what a GELU returns. `shared`: by block,
     form of a branch -> the layer whose integers it reads, named relative to the block. `shortcuts`: modules that return an
-    operand of a residual sum beside a convolution -> layers to be quantized that read the same tensor.
+    operand of a residual sum beside a convolution -> layers to be quantized that read the same tensor. `read_together`:
+    layers to be quantized that read one tensor, such as a separate query, key and value, wherever there are several.
     """
 
     kind: str  # the class of the network
@@ -47,6 +49,7 @@ class Structure:
     after_gelu: frozenset[str] = frozenset()
     shared: dict[str, dict[str, str]] = field(default_factory=dict)
     shortcuts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    read_together: tuple[tuple[str, ...], ...] = ()
     percentile: float = PERCENTILE
 
     def why_float(self, layer: str) -> str | None:
@@ -131,6 +134,17 @@ def _behind_gelu(plain: Mapping[fx.Node, str]) -> frozenset[str]:
     return frozenset(plain.values()) - others
 
 
+def _read_together(plain: Mapping[fx.Node, str], quantized: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the layers of `quantized` that read one tensor, wherever there are several; each of them is called once."""
+    calls_of = Counter(plain.values())
+    readers: dict[fx.Node, list[str]] = {}
+    for node, name in plain.items():
+        read = source_of(node.args[0], SAME)
+        if read is not None and calls_of[name] == 1 and name in quantized:
+            readers.setdefault(read, []).append(name)
+    return tuple(tuple(names) for names in readers.values() if len(names) > 1)
+
+
 def _shared(
     trace: Trace,
     plain: Mapping[fx.Node, str],
@@ -160,11 +174,9 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
     trace = trace or Trace(net, example)
     plain = plain_calls(trace)
     layers = layers_of(trace, plain)
-    useful = [
-        place for place in places_of(trace, plain) if any(layers[name].why_float is None for name in place.readers)
-    ]
-    places, refused = preserving(net, useful, move_by_chance, example)
     quantized = [name for name, layer in layers.items() if layer.why_float is None]
+    useful = [place for place in places_of(trace, plain, quantized) if {*quantized} & {*place.readers}]
+    places, refused = preserving(net, useful, move_by_chance, example)
     blocks = blocks_of(trace, plain, quantized, example)
     attentions = _attentions(trace, plain, places)
     attention = any(True for _ in calls(trace.nodes, aten.scaled_dot_product_attention.default, aten.softmax.int))
@@ -180,5 +192,6 @@ def structure_of(net: nn.Module, example: Tensor, trace: Trace | None = None) ->
         _behind_gelu(plain),
         _shared(trace, plain, places, layers, blocks),
         shortcuts_of(trace, plain, layers),
+        _read_together(plain, quantized),
         PERCENTILE_WITH_ATTENTION if attention else PERCENTILE,
     )

@@ -19,6 +19,7 @@ from calib.scales.threshold_search import (
     least,
     rounded_inputs,
     search,
+    together,
 )
 from calib.statistics.observers import Histogram
 from calib.structure.layers import Layer
@@ -182,3 +183,16 @@ def test_equalised_halves_are_new_to_each_other():
     plain, _ = inputs_of(model, halves)
     assert all(scale.widening == 1 and bool((scale.factor == 1).all()) for scale in plain.scales[0].values())
     assert isinstance(plain.scales[0]["blocks.0.attn.qkv"], FoldScale)
+
+
+def test_layers_that_read_one_tensor_choose_by_the_sum_of_their_errors():
+    noise = {
+        "query": {"max": torch.tensor([1.0, 2.0]), "mse": torch.tensor([3.0, 4.0])},
+        "key": {"max": torch.tensor([7.0, 7.0]), "mse": torch.tensor([1.0, 1.0])},
+        "proj": {"max": torch.tensor([1.0, 1.0]), "mse": torch.tensor([0.0, 0.0])},
+    }
+    found = together(noise, [("query", "key", "in float"), ("in float",)])
+    assert least(noise["query"]) == "max"
+    assert {layer: least(of_layer) for layer, of_layer in found.items()} == dict.fromkeys(noise, "mse")
+    assert found["query"]["max"].tolist() == found["key"]["max"].tolist() == [8.0, 9.0]
+    assert found["proj"] is noise["proj"]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from calib.errors import UserError
 from calib.network.fold import fold_affine
 from calib.quant_model import QuantModel
-from calib.structure.moves import INSERT, LAYER, NORM, move
+from calib.structure.moves import FRONT, INSERT, LAYER, NORM, move
 from calib.structure.proof import MAX_REL_L2, difference, output_of
 from calib.structure.structure import structure_of
 from deploy.report.structure import structure_lines
@@ -30,28 +30,28 @@ def folded(family):
     return FOLDED[family]
 
 
-# family -> (quantized layers, blocks, places by kind: norm, layer, insertion; attentions that can be INT8)
+# family -> (quantized layers, blocks, places by kind: norm, layer, insertion, front; attentions that can be INT8)
 EXPECTED = {
-    "vit": (8, 2, (4, 2, 2), 2),
-    "deit distilled": (8, 2, (4, 2, 2), 2),
-    "eva02": (8, 2, (4, 4, 0), 0),
-    "dinov3": (8, 2, (4, 2, 2), 0),
-    "beit": (8, 2, (4, 2, 2), 0),
-    "swin": (17, 4, (9, 4, 4), 0),
-    "swin v2": (17, 4, (0, 4, 4), 0),
-    "convnext": (30, 9, (12, 0, 9), 0),
-    "resnet": (13, 4, (0, 7, 0), 0),
-    "mobilenet v3": (33, 12, (0, 6, 9), 0),
-    "efficientnet, same padding": (12, 5, (0, 4, 4), 0),
-    "regnet y": (43, 13, (0, 27, 0), 0),
-    "nfnet": (24, 4, (0, 0, 15), 0),
-    "mixer": (32, 8, (8, 0, 16), 0),
-    "levit": (15, 3, (0, 0, 8), 0),
-    "hiera": (23, 5, (10, 5, 5), 0),
-    "own module": (8, 2, (2, 3, 0), 0),
-    "chain": (3, 3, (0, 3, 0), 0),
-    "pyramid": (6, 4, (0, 1, 0), 0),
-    "odd layers": (4, 4, (0, 2, 0), 0),
+    "vit": (8, 2, (4, 2, 2, 0), 2),
+    "deit distilled": (8, 2, (4, 2, 2, 0), 2),
+    "eva02": (8, 2, (4, 4, 0, 0), 0),
+    "dinov3": (8, 2, (4, 2, 2, 0), 0),
+    "beit": (8, 2, (4, 2, 2, 0), 0),
+    "swin": (17, 4, (9, 4, 4, 0), 0),
+    "swin v2": (17, 4, (0, 4, 4, 9), 0),
+    "convnext": (30, 9, (12, 0, 9, 0), 0),
+    "resnet": (13, 4, (0, 7, 0, 0), 0),
+    "mobilenet v3": (33, 12, (0, 6, 9, 0), 0),
+    "efficientnet, same padding": (12, 5, (0, 4, 4, 0), 0),
+    "regnet y": (43, 13, (0, 27, 0, 0), 0),
+    "nfnet": (24, 4, (0, 0, 15, 0), 0),
+    "mixer": (32, 8, (8, 0, 16, 8), 0),
+    "levit": (15, 3, (0, 0, 8, 7), 0),
+    "hiera": (23, 5, (10, 5, 5, 0), 0),
+    "own module": (8, 2, (2, 3, 0, 0), 0),
+    "chain": (3, 3, (0, 3, 0, 0), 0),
+    "pyramid": (6, 4, (0, 1, 0, 1), 0),
+    "odd layers": (4, 4, (0, 2, 0, 0), 0),
 }
 
 
@@ -75,7 +75,7 @@ def test_attentions_that_stay_in_float_are_told_with_the_reason(family):
 def test_the_structure_is_what_a_reader_of_the_network_expects(family):
     _, model, _ = folded(family)
     found = model.structure
-    kinds = tuple(sum(place.kind == kind for place in found.places) for kind in (NORM, LAYER, INSERT))
+    kinds = tuple(sum(place.kind == kind for place in found.places) for kind in (NORM, LAYER, INSERT, FRONT))
     assert (len(model.layers), len(found.blocks), kinds, len(found.attentions)) == EXPECTED[family]
     assert found.refused == ()
 
@@ -188,7 +188,7 @@ def test_scales_move_between_two_layers_exactly_where_the_operator_between_allow
     assert bool(found) == reads
 
 
-def test_every_reader_of_a_norm_gets_the_scale_and_a_shortcut_forbids_it():
+def test_every_reader_of_a_norm_gets_the_scale_or_has_it_in_front_beside_a_shortcut():
     class Readers(nn.Module):
         def __init__(self, shortcut):
             super().__init__()
@@ -199,12 +199,11 @@ def test_every_reader_of_a_norm_gets_the_scale_and_a_shortcut_forbids_it():
             x = self.norm(x)
             return self.end(self.one(x) + self.two(x) + (x if self.shortcut else 0))
 
-    def places(shortcut):
-        return structure_of(Readers(shortcut).eval(), torch.randn(1, 5, 12)).places
-
-    (place,) = places(shortcut=False)
-    assert (place.producer, place.readers, place.shifts) == ("norm", ("one", "two"), True)
-    assert places(shortcut=True) == ()
+    for shortcut, kind in ((False, NORM), (True, FRONT)):
+        found = structure_of(Readers(shortcut).eval(), torch.randn(1, 5, 12))
+        (place,) = found.places
+        assert (place.kind, place.producer, place.readers, place.shifts) == (kind, "norm", ("one", "two"), True)
+        assert found.read_together == (("one", "two"),)
 
 
 def test_a_shift_does_not_move_where_a_convolution_pads_with_zeros():
