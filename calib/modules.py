@@ -1,8 +1,9 @@
-"""Modules inside a network by name: their replacement, and the one name of a module that lies at several places."""
+"""Modules inside a network: by name, their replacement, the one name of one at several places, what one returns."""
 
 import re
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
@@ -27,3 +28,13 @@ def first_names(net: nn.Module) -> dict[str, str]:
 def without_call(name: str) -> str:
     """Return the name of a module without the number that torch.export gives to its second and later calls."""
     return re.sub(r"@\d+", "", name)
+
+
+def returned(output: Any) -> Any:
+    """Return the first of several things that a module returns in a tuple or list; a lone one as it is."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def with_returned(output: Any, tensor: Tensor) -> Any:
+    """Return `output` with `tensor` in the place of what `returned` gives."""
+    return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from calib.modules import returned
 from compensation.carry import Call
 
 
 class Seen(NamedTuple):
-    """One call of a block, and what it returned."""
+    """One call of a block, and the tensor that it returned."""
 
     call: Call
     output: Tensor
@@ -40,10 +41,10 @@ def seen_blocks(net: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[s
     def before(name: str, args: tuple[Any, ...]) -> None:
         versions[name] = args[0]._version
 
-    def after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if args[0]._version != versions[name]:
             raise ValueError(f"block '{name}' edits its input in place: a branch cannot read it any more")
-        found[name] = Seen(Call(args[0], args[1:], kwargs), output)
+        found[name] = Seen(Call(args[0], args[1:], kwargs), returned(output))
 
     handles = []
     for name in blocks:

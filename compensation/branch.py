@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calib.modules import returned, with_returned
 from calib.network.qdq import QuantLinear, dequantize_weight
 from calib.quantizer import QParams, channel_qparams
 from compensation.carry import Call, call_of, plus
@@ -29,14 +30,14 @@ def keep_input(reader: Any, inputs: tuple[Any, ...]) -> None:
     reader.shared_input = inputs[0]
 
 
-def add_branch(block: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+def add_branch(block: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     """The forward hook of a block with a branch. Plain functions, so that copies of the block keep working."""
     if not block.branch.reader:
-        return plus(output, block.branch(inputs[0]))
+        return with_returned(output, plus(returned(output), block.branch(inputs[0])))
     reader = block.get_submodule(block.branch.reader)
     shared = reader.shared_input
     del reader.shared_input
-    return plus(output, block.branch(shared))
+    return with_returned(output, plus(returned(output), block.branch(shared)))
 
 
 class BlockBranch(nn.Module):

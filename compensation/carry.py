@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from calib.images.batches import Batches
+from calib.modules import returned
 
 
 class Call(NamedTuple):
@@ -17,8 +18,8 @@ class Call(NamedTuple):
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
     def run(self, block: nn.Module) -> Tensor:
-        """The output of `block`."""
-        return block(self.x, *self.args, **self.kwargs)
+        """The output of `block`, the first one if it returns several."""
+        return returned(block(self.x, *self.args, **self.kwargs))
 
 
 class _ReachedError(Exception):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.hooks import input_hooks, output_hooks
+from calib.modules import returned
 
 
 class _ReachedError(Exception):
@@ -25,8 +26,8 @@ class UnitIO:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def run(self, unit: nn.Module, x: Tensor) -> Tensor:
-        """The output of `unit` for the input `x` with the recorded further arguments."""
-        return unit(x, *self.args, **self.kwargs)
+        """The output of `unit`, the first one if it returns several, for `x` with the recorded further arguments."""
+        return returned(unit(x, *self.args, **self.kwargs))
 
 
 @torch.no_grad()
@@ -38,18 +39,26 @@ def unit_io(net: nn.Module, unit: str, batches: Iterable[Tensor]) -> UnitIO:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Tensor] = []
 
-    def after(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
-        outputs.append(output)
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(returned(output))
         raise _ReachedError
 
-    handle = net.get_submodule(unit).register_forward_hook(after, with_kwargs=True)
+    module = net.get_submodule(unit)
+    handles = [
+        # the first of all: what stands in front of a layer runs again with it
+        module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        module.register_forward_hook(after),
+    ]
     try:
         for batch in batches:
             with suppress(_ReachedError):
                 net(batch)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     args, kwargs = calls[0]
     return UnitIO(torch.cat([call[0][0] for call in calls]), torch.cat(outputs), args[1:], kwargs)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from calib.modules import returned
 from calib.structure.channels import SUMS
 from calib.structure.plain_layers import SequenceConv
 from calib.structure.trace import Trace, calls, shape
@@ -16,7 +17,7 @@ from calib.structure.trace import Trace, calls, shape
 
 @dataclass(frozen=True)
 class Block:
-    """A module that reads one tensor first and returns one; `channels_last`: (B, ..., C) instead of (B, C, H, W)."""
+    """A module that reads a tensor first and returns one first; `channels_last`: (B, ..., C) instead of (B, C, H, W)."""
 
     name: str
     channels_last: bool
@@ -78,14 +79,14 @@ def _alike(trace: Trace, layers: Collection[str], names: Collection[str]) -> lis
 
 
 def _shapes(net: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Return the shapes (input, output) of the modules that are called once, with a tensor first, and return one."""
+    """Return the shapes (input, output) of the modules that are called once, with a tensor first, and return one first."""
     found: dict[str, tuple[torch.Size, torch.Size]] = {}
     count: Counter[str] = Counter()
 
     def after(name: str, args: tuple[Any, ...], output: Any) -> None:
         count[name] += 1
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            found[name] = args[0].shape, output.shape
+        if args and isinstance(args[0], Tensor) and isinstance(tensor := returned(output), Tensor):
+            found[name] = args[0].shape, tensor.shape
 
     handles = [
         net.get_submodule(name).register_forward_hook(lambda _m, args, y, name=name: after(name, args, y))
@@ -108,9 +109,9 @@ def _usable(trace: Trace, plain: Mapping[fx.Node, str], names: Sequence[str], ex
             if f"{layer}.".startswith(f"{name}."):
                 first.setdefault(name, layer)
     found = {}
-    for name, (given, returned) in _shapes(trace.net, names, example).items():
+    for name, (given, gives) in _shapes(trace.net, names, example).items():
         maps = len(given) == 4 and name in first and isinstance(trace.net.get_submodule(first[name]), nn.Conv2d)
-        if len(given) == len(returned) and len(given) >= 2:
+        if len(given) == len(gives) and len(given) >= 2:
             found[name] = Block(name, not maps)
     return {name: found[name] for name in names if name in found}
 
@@ -120,8 +121,8 @@ def blocks_of(
 ) -> dict[str, Block]:
     """Return the blocks by name, none inside another, in order of definition.
 
-    They are the outermost modules that add a shortcut, read one tensor and return one. Where there are none, they are such
-    modules of a repeated class; in a plain chain of layers they are the layers to be quantized.
+    They are the outermost modules that add a shortcut, read a tensor first and return one first. Where there are none, they
+    are such modules of a repeated class; in a plain chain of layers they are the layers to be quantized.
     `plain`: calls of layers by name; `quantized`: names of those to be quantized.
     """
     layers = {*plain.values()}

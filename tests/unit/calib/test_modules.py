@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from calib.modules import first_names, replace_module, without_call
+from calib.modules import first_names, replace_module, returned, with_returned, without_call
 
 
 def shared():
@@ -39,3 +39,13 @@ def test_a_module_may_be_replaced_by_one_around_it():
 @pytest.mark.parametrize(("name", "own"), [("a.b@1", "a.b"), ("a@12.b", "a.b"), ("a.b", "a.b")])
 def test_the_number_of_a_call_is_no_part_of_the_name(name, own):
     assert without_call(name) == own
+
+
+@pytest.mark.parametrize("output", [(1, 2), [1, 2], (1,), 1])
+def test_the_first_of_what_a_module_returns_is_read_and_replaced(output):
+    assert returned(output) == 1
+    changed = with_returned(output, 3)
+    assert returned(changed) == 3
+    assert type(changed) is type(output)
+    if not isinstance(output, int):
+        assert changed[1:] == output[1:]

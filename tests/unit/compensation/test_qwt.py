@@ -142,6 +142,42 @@ def test_planted_maps_are_returned():
     assert offer.notes[0] == "2 of 2 blocks compensated (dense x2), held-out R2 1.00 to 1.00"
 
 
+class Sized(nn.Module):
+    """A block that passes a size on beside its tensor, in a tuple or a list."""
+
+    def __init__(self, block, kind):
+        super().__init__()
+        self.block, self.kind = block, kind
+
+    def forward(self, given):
+        x, size = given if isinstance(given, self.kind) else (given, 7)
+        return self.kind((self.block(x), size))
+
+
+class SizedChain(nn.ModuleList):
+    """Such blocks one after another."""
+
+    def forward(self, x):
+        size = 7
+        for block in self:
+            x, size = block(x)
+        return x * size
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_branch_stands_beside_the_first_of_what_a_block_returns(kind):
+    model, maps = planted()
+    nets = [SizedChain(Sized(block, kind) for block in net).eval() for net in (model.float_net, model.net)]
+    model = dataclasses.replace(QuantModel.of("chain", nets[0], chain_of(2)), net=nets[1])
+    found = candidates(model, halves(), DENSE).candidates[-1].whole
+    for name, (weight, bias) in enumerate(maps):
+        torch.testing.assert_close(found.branches[str(name)].weight.flatten(1), weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.branches[str(name)].bias, bias, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        x = tokens(1, seed=9)[0]
+        torch.testing.assert_close(quantized_net(found)(x), model.float_net(x), rtol=1e-5, atol=1e-5)
+
+
 # which images fit, and which are told the truth
 
 

@@ -13,6 +13,7 @@ from calib.precision import Precision
 from calib.quantizer import fp16_scale
 from calib.store.checkpoint import Checkpoint
 from calib.store.watch import UNWATCHED, Watch
+from calib.structure.in_front import put_in_front
 from tests.tiny import calibrated, output_db, rounded, same_numbers, tiny_batches, tiny_halves, tiny_model
 
 FAST = adaround.Config(iterations=20, batch=4)
@@ -216,6 +217,25 @@ def test_a_unit_reads_and_returns_what_hooks_see():
     torch.testing.assert_close(found.inputs, net[0](x))
     torch.testing.assert_close(found.outputs, net[1](net[0](x)))
     assert (found.outputs < 0).any()  # taken before ReLU edits it
+
+
+def test_what_stands_in_front_of_a_unit_runs_once_with_it():
+    net, batches = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).requires_grad_(False), [torch.randn(5, 4)]
+    put_in_front(net[1], nn.Softsign())
+    found = unit_io(net, "1", batches)
+    torch.testing.assert_close(found.inputs, net[0](batches[0]))
+    torch.testing.assert_close(found.run(net[1], found.inputs), found.outputs)
+
+
+def test_the_first_of_what_a_unit_returns_is_taken():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x.shape
+
+    net, batches = nn.Sequential(Pair(4, 3)), [torch.randn(2, 4), torch.randn(3, 4)]
+    found = unit_io(net, "0", batches)
+    torch.testing.assert_close(found.outputs, net(torch.cat(batches))[0].detach())
+    torch.testing.assert_close(found.run(net[0], found.inputs).detach(), found.outputs)
 
 
 class TwoReaders(nn.Module):

@@ -91,3 +91,23 @@ def test_a_block_that_is_called_twice_is_none():
             return self.head(self.once(self.block(self.block(self.stem(x)))).mean((2, 3)))
 
     assert [*blocks(Twice())] == ["once"]
+
+
+def test_a_block_may_return_something_beside_its_tensor():
+    class Sized(Residual):
+        def forward(self, x, size):
+            return super().forward(x), size
+
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 10)
+            self.blocks = nn.ModuleList(Sized() for _ in range(2))
+
+        def forward(self, x):
+            x, size = self.stem(x), (10, 10)
+            for block in self.blocks:
+                x, size = block(x, size)
+            return self.head(x.mean((2, 3)))
+
+    assert [*blocks(Sizes())] == ["blocks.0", "blocks.1"]

@@ -97,9 +97,13 @@ def test_in_front_of_the_readers_of_a_residual_stream_scales_can_move():
     model, _, x = post_norm()
     fronts = [place for place in model.structure.places if place.kind == FRONT]
     assert [place.readers for place in fronts] == [(f"query.{i}", f"key.{i}") for i in range(2)]
-    moved = apply_moves(model, [Moved(p.producer, p.readers, torch.rand(len(p.rows)) + 0.5, torch.randn(len(p.rows))) for p in fronts])
+    moved = apply_moves(
+        model, [Moved(p.producer, p.readers, torch.rand(len(p.rows)) + 0.5, torch.randn(len(p.rows))) for p in fronts]
+    )
     torch.testing.assert_close(moved.net(x), model.net(x), rtol=1e-4, atol=1e-4)
-    twice = apply_moves(moved, [Moved(p.producer, p.readers, torch.rand(len(p.rows)) + 0.5, torch.randn(len(p.rows))) for p in fronts])
+    twice = apply_moves(
+        moved, [Moved(p.producer, p.readers, torch.rand(len(p.rows)) + 0.5, torch.randn(len(p.rows))) for p in fronts]
+    )
     torch.testing.assert_close(twice.net(x), model.net(x), rtol=1e-4, atol=1e-4)
 
 
