@@ -1,12 +1,14 @@
-"""`make coverage`: takes the smallest networks of every architecture file of timm through the whole pipeline.
+"""`make coverage`: takes the tool's own networks and the smallest of every architecture file of timm through the pipeline.
 
-    python -m benchmarks.coverage                 the `PER_FILE` smallest of every file; goes on where it was interrupted
+    python -m benchmarks.coverage                 short names and the `PER_FILE` smallest of every file; goes on where it
+                                                  was interrupted
     python -m benchmarks.coverage 'vit_*' resnet18   those that match, by pattern; figures of others stay
     python -m benchmarks.coverage --intake-only   the structure of every architecture alone (benchmarks/intake.py)
 
 Weights are random and images few: what is tried is tracing, the proofs, export, parity layer by layer, building with
 TensorRT-RTX and the audit, not accuracy. Writes `results/coverage.json`: for every network the layers planned and found in
-INT8, kernels, the difference of simulation and graph, seconds, or the line that says why there is no package.
+INT8, kernels, the difference of simulation and graph, seconds, or the line that says why there is no package; and
+docs/coverage.md, the same as a table.
 """
 
 import json
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import intake
+from calib.weights.zoo import ZOO
 from deploy import host
 from deploy.report.evidence import tool_commit
 
-RESULT = Path(__file__).parent / "results" / "coverage.json"
+ROOT = Path(__file__).parents[1]
+RESULT, PAGE = ROOT / "benchmarks/results/coverage.json", ROOT / "docs/coverage.md"
 PER_FILE = 2
 TIMEOUT_S = 900
 OPTIONS = (
@@ -32,6 +36,18 @@ OPTIONS = (
     "--batch", "1", "--max-batch", "4", "--cache", "off",
 )  # fmt: skip
 INTAKE_ONLY = "--intake-only"
+INTRODUCTION = """# Networks that were tried
+
+Written by `make coverage` from [coverage.json](../benchmarks/results/coverage.json): {green} of {tried} networks reached a
+verified package{rest}. They are the tool's short names at full size, and the {per_file} smallest networks of every file of
+timm. Weights are random, images few and the recipe `int8_plain`: this is about structure, not accuracy. INT8 layers found
+are those that TensorRT-RTX has an INT8 kernel for (GEMMs), or plans in INT8 (convolutions). Nothing was run on a GPU.
+Measured at commit {commits}, on {machine}.
+
+| network | INT8 layers planned | INT8 GEMMs | planned INT8 convolutions | fused attention | kernels | seconds |
+|---|---:|---:|---:|---:|---:|---:|
+"""
+COLUMNS = ("planned", "int8_gemms", "int8_convs", "fused_attention", "kernels", "seconds")
 
 
 def smallest() -> list[str]:
@@ -72,8 +88,26 @@ def taken(name: str) -> dict[str, Any]:
     return {"reason": last[:300], "bug": done.returncode not in (1, 2), "seconds": seconds}
 
 
+def page(report: dict[str, Any]) -> str:
+    """docs/coverage.md: a table of all rows of `report`, then the reasons of those without a package."""
+    rows, machine = report["networks"], report["machine"]
+    rest = "" if report["complete"] else f" so far, of {report['chosen']}"
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows.values()))
+    head = INTRODUCTION.format(
+        green=report["green"], tried=report["tried"], rest=rest, per_file=PER_FILE, commits=commits,
+        machine=f"{machine['cores']} cores ({machine['processor']})",
+    )  # fmt: skip
+    green = [
+        f"| {name} | {' | '.join(str(row[column]) for column in COLUMNS)} |"
+        for name, row in rows.items()
+        if "reason" not in row
+    ]
+    others = [f"- {name}: {row['reason']}" for name, row in rows.items() if "reason" in row]
+    return head + "\n".join([*green, *(["", "Without a package:", "", *others] if others else []), ""])
+
+
 def write(rows: dict[str, dict[str, Any]], chosen: Sequence[str]) -> dict[str, Any]:
-    """Write `results/coverage.json` and return it."""
+    """Write `results/coverage.json` and docs/coverage.md; returns the former."""
     green = sum("reason" not in row for row in rows.values())
     report = {
         "networks": dict(sorted(rows.items())),
@@ -82,24 +116,29 @@ def write(rows: dict[str, dict[str, Any]], chosen: Sequence[str]) -> dict[str, A
         "machine": host.describe(), "commit": tool_commit(), "command": "make coverage",
     }  # fmt: skip
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    PAGE.write_text(page(report))
     return report
 
 
 def main(patterns: Sequence[str]) -> int:
-    """Take the networks that match `patterns`, or the smallest of every file; returns the exit code."""
+    """Take the networks that match `patterns`, or the tool's own and the smallest of every file; returns the exit code."""
     if patterns and patterns[0] == INTAKE_ONLY:
         return intake.main(patterns[1:])
     import timm
 
-    chosen = smallest() if not patterns else [n for n in timm.list_models() if any(fnmatch(n, p) for p in patterns)]
+    known = [*ZOO, *timm.list_models()]
+    chosen = [n for n in known if any(fnmatch(n, p) for p in patterns)] if patterns else [*ZOO, *smallest()]
     if not chosen:
-        print(f"no architecture of timm matches {', '.join(patterns)}", file=sys.stderr)
+        print(
+            f"no network matches {', '.join(patterns)}: expected short names or architectures of timm", file=sys.stderr
+        )
         return 2
+    commit = tool_commit()
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    goes_on = before.get("commit") == tool_commit() and not before.get("complete")
+    goes_on = before.get("commit") == commit and not before.get("complete")
     rows = before["networks"] if before and (patterns or goes_on) else {}
     for name in [name for name in chosen if patterns or name not in rows]:
-        rows[name] = taken(name)
+        rows[name] = {**taken(name), "commit": commit}
         report = write(rows, chosen)
         print(f"{report['tried']}/{len(chosen)} {name}: {json.dumps(rows[name])}", flush=True)
     print(f"{report['green']} of {report['tried']} networks reached a verified package")

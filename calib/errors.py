@@ -1,7 +1,13 @@
-"""The exception for bad input, and the suggestion of a similar name for its message."""
+"""The exception for bad input, the suggestion of a similar name for its message, and what an unreadable file raises."""
 
 import difflib
+import zipfile
+import zlib
 from collections.abc import Iterable
+
+# What np.load and its archive raise for a damaged file. TypeError: a bare array in the place of an archive, which is no
+# context manager.
+UNREADABLE_ARRAYS = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class UserError(Exception):

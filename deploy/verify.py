@@ -2,15 +2,13 @@
 
 import functools
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from calib.errors import UserError
+from calib.errors import UNREADABLE_ARRAYS, UserError
 from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
@@ -248,17 +246,7 @@ def golden_arrays(path: Path) -> tuple[Given, Outputs, Outputs]:
             arrays = {name: golden[name] for name in golden.files}
         given = _under(GOLDEN_INPUT, arrays) or arrays[GOLDEN_ONLY]
         reference, simulated = (_under(prefix, arrays) for prefix in (GOLDEN_FLOAT, GOLDEN_SIMULATED))
-    # np.load also returns a bare array, which is no context manager: TypeError
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (*UNREADABLE_ARRAYS, KeyError, AttributeError) as error:
         raise UserError(f"'{path}' holds no golden images and outputs ({error}): build the package again") from error
     if not _sound(given, reference, simulated):
         found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())

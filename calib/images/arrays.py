@@ -5,15 +5,13 @@ A .npz file may hold `labels` (N,) and `groups` (N,) beside them.
 
 import functools
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from calib.errors import UserError
+from calib.errors import UNREADABLE_ARRAYS, UserError
 from calib.images.picture import ImageCandidate, Picture
 from calib.images.preprocess import Preprocessing, array_from_image
 
@@ -31,7 +29,7 @@ def _extra(path: Path, name: str) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name] if name in arrays.files else None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE_ARRAYS as error:
         raise UserError(
             f"array file '{path}' holds {name} that cannot be read ({' '.join(str(error).split())}): expected numbers"
         ) from error
@@ -56,7 +54,7 @@ def _loaded(path: Path) -> np.ndarray:
             return loaded
         with loaded:
             return _only_array(path, loaded)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE_ARRAYS as error:
         raise UserError(
             f"array file '{path}' cannot be read ({' '.join(str(error).split())}): expected a numeric array; "
             f"write it again with np.save"

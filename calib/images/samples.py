@@ -6,14 +6,12 @@ and `groups` (N,) may lie beside them, as beside images.
 
 import functools
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from calib.errors import UserError
+from calib.errors import UNREADABLE_ARRAYS, UserError
 from calib.images.arrays import BESIDE
 from calib.images.picture import ImageCandidate, Picture
 from calib.inputs import DTYPES, Input, Inputs
@@ -26,8 +24,7 @@ def _loaded(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files if name not in BESIDE}
-    # np.load also returns a bare array, which is no context manager: TypeError
-    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE_ARRAYS as error:
         raise UserError(
             f"array file '{path}' cannot be read ({' '.join(str(error).split())}): expected numeric arrays; write it again "
             f"with np.savez"

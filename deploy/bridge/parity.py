@@ -89,12 +89,20 @@ class Parity:
         return "every quantized layer computes the same from the same integers, so the difference arises between them"
 
 
+def _also_returning(model: onnx.ModelProto, names: Iterable[str], dtype: int) -> onnx.ModelProto:
+    """A copy of `model` that returns the tensors `names` of this type as well."""
+    copied = onnx.ModelProto.FromString(model.SerializeToString())
+    present = {output.name for output in model.graph.output}
+    for name in (name for name in names if name not in present):
+        copied.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, None))
+    return copied
+
+
 def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple[onnx.ModelProto, dict[str, list[str]]]:
     """(a copy of `model` that also returns the integers that `layers` read, layer -> name of that output in each call).
 
     Layers that read the same tensor with the same scale share a QuantizeLinear; a Quantizer has one of its own.
     """
-    model = onnx.ModelProto.FromString(model.SerializeToString())
     producers = {output: node for node in model.graph.node for output in node.output}
     readers, own = nodes_by_layer(model, "MatMul", "Conv"), nodes_by_layer(model, "QuantizeLinear")
     integers = {
@@ -103,9 +111,8 @@ def with_integer_outputs(model: onnx.ModelProto, layers: Iterable[str]) -> tuple
         else [node.output[0] for node in own[layer]]
         for layer in layers
     }
-    for name in dict.fromkeys(name for calls in integers.values() for name in calls):
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
-    return model, integers
+    names = dict.fromkeys(name for calls in integers.values() for name in calls)
+    return _also_returning(model, names, onnx.TensorProto.INT8), integers
 
 
 def _deviation(own: Tensor, given: Tensor) -> Deviation:
@@ -153,7 +160,6 @@ def _wrong_layer(
     net: nn.Module, model: onnx.ModelProto, images: Tensor, integers: Mapping[str, Sequence[Tensor]]
 ) -> str:
     """The first layer of `net` that returns something else in `model`, in its last call, though both read `integers`."""
-    model = onnx.ModelProto.FromString(model.SerializeToString())
     last = {layer_from_name(node.name): node.output[0] for node in model.graph.node}
     layers = {
         name: last[name] for name in integers if name in last and not isinstance(net.get_submodule(name), Quantizer)
@@ -165,9 +171,8 @@ def _wrong_layer(
             own[layer] = returned.numpy().copy()  # an activation in place may follow
 
     _forced_run(net, images, integers, look)
-    for name in {*layers.values()} - {output.name for output in model.graph.output}:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    runner = OnnxRunner(model.SerializeToString(), fused=False)
+    probe = _also_returning(model, layers.values(), onnx.TensorProto.FLOAT)
+    runner = OnnxRunner(probe.SerializeToString(), fused=False)
     found = runner.named_outputs(arrays_from_rows(inputs_of(net), images.numpy()))
     return next((layer for layer in own if not relative_l2(found[layers[layer]], own[layer]) <= MAX_REL_L2), "")
 

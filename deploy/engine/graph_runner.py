@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from calib.errors import UserError
-from deploy.engine.tensors import Tensor, Tensors, batches, require_inputs
+from deploy.engine.tensors import EngineTensor, EngineTensors, batches, require_inputs
 from deploy.measure.onnx_runner import OnnxRunner
 
 MOST = 64  # images at a time: any number runs, but each takes memory
@@ -17,9 +17,9 @@ DTYPES = {
 }  # fmt: skip
 
 
-def _tensor(found: Any) -> Tensor:
+def _tensor(found: Any) -> EngineTensor:
     dtype = np.dtype(DTYPES[found.type.removeprefix("tensor(").removesuffix(")")])
-    return Tensor(found.name, dtype, tuple(found.shape[1:]))
+    return EngineTensor(found.name, dtype, tuple(found.shape[1:]))
 
 
 class GraphRunner:
@@ -39,7 +39,7 @@ class GraphRunner:
                 f"that TARGET=onnxruntime built; copy or build it again"
             ) from error
         inputs, outputs = self._runner.inputs, self._runner.session.get_outputs()
-        self.tensors = Tensors(
+        self.tensors = EngineTensors(
             {each.name: _tensor(each) for each in inputs}, {each.name: _tensor(each) for each in outputs}, 1, MOST
         )
         return self

@@ -23,8 +23,8 @@ from typing import Any
 from calib.errors import UserError
 from deploy.engine.kernels import (
     Kernel,
+    KernelTensor,
     Kind,
-    Tensor,
     attention_factors,
     attention_macs,
     dtype_from_text,
@@ -54,26 +54,28 @@ _OTHER_TACTICS = (  # first pattern found decides; names that predate the scheme
 )
 
 
-def _tensor(tensor: Mapping[str, Any]) -> Tensor:
+def _tensor(tensor: Mapping[str, Any]) -> KernelTensor:
     dtype = next((dtype_from_text(str(tensor[key])) for key in _DTYPE_FIELDS if key in tensor), "unknown")
     name, dims = str(tensor.get("Name") or ""), tensor.get("Dimensions")
     if not isinstance(dims, list) or not all(isinstance(dim, int) and dim >= -1 for dim in dims) or dims.count(-1) > 1:
-        return Tensor(name, dtype, None)
-    return Tensor(name, dtype, tuple(abs(dim) for dim in dims), -1 in dims)
+        return KernelTensor(name, dtype, None)
+    return KernelTensor(name, dtype, tuple(abs(dim) for dim in dims), -1 in dims)
 
 
-def _tensors(listed: Any) -> tuple[Tensor, ...]:
+def _tensors(listed: Any) -> tuple[KernelTensor, ...]:
     return tuple(_tensor(tensor) for tensor in listed or ())
 
 
-def _weight(listed: Mapping[str, Any]) -> Tensor:
+def _weight(listed: Mapping[str, Any]) -> KernelTensor:
     """The weight of a layer, of which the document tells how many numbers it has, and not its shape."""
     count = listed.get("Count")
-    return Tensor("weight", dtype_from_text(str(listed.get("Type"))), (count,) if isinstance(count, int) else None)
+    return KernelTensor(
+        "weight", dtype_from_text(str(listed.get("Type"))), (count,) if isinstance(count, int) else None
+    )
 
 
 def _macs(
-    kind: Kind, activations: Sequence[Tensor], weights: Sequence[Tensor], outputs: Sequence[Tensor]
+    kind: Kind, activations: Sequence[KernelTensor], weights: Sequence[KernelTensor], outputs: Sequence[KernelTensor]
 ) -> int | None:
     """The multiply-adds per image of a kernel; None if they are unknown."""
     if kind == "attention":

@@ -30,7 +30,7 @@ _COPIES = _MOVES | {"Slic", "Conc", "Repl"}
 
 
 @dataclass(frozen=True)
-class Tensor:
+class KernelTensor:
     """A tensor that a kernel reads or writes. `dims`: its shape for one image; None if it cannot be read.
 
     `grows`: whether it has so many elements for every image of a batch, as activations have and weights do not.
@@ -66,8 +66,8 @@ class Kernel:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     layers: tuple[str, ...]
-    reads: tuple[Tensor, ...] = ()
-    writes: tuple[Tensor, ...] = ()
+    reads: tuple[KernelTensor, ...] = ()
+    writes: tuple[KernelTensor, ...] = ()
     macs: int | None = None
 
     @property
@@ -78,7 +78,7 @@ class Kernel:
         return max(factors, key=PRECISIONS.index) if factors and len(factors) == count else "unknown"
 
 
-def attention_factors(reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def attention_factors(reads: Sequence[KernelTensor]) -> tuple[KernelTensor, ...]:
     """(q, k, v) among the tensors of a fused attention, which lists q, k, masks and v, then perhaps scales of one element.
 
     Fewer than three if it has fewer tensors.
@@ -87,7 +87,7 @@ def attention_factors(reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (*tensors[:2], *tensors[2:][-1:])
 
 
-def attention_macs(factors: Sequence[Tensor], written: Sequence[Tensor]) -> int | None:
+def attention_macs(factors: Sequence[KernelTensor], written: Sequence[KernelTensor]) -> int | None:
     """The multiply-adds per image of q k^T and P v; None if a shape is unknown.
 
     q (.., S, D) and k with D S_k elements for every D S of q, in any order; the output has D_v values for every row of q.
@@ -100,7 +100,7 @@ def attention_macs(factors: Sequence[Tensor], written: Sequence[Tensor]) -> int 
     return (q.elements + out.elements) * keys
 
 
-def product_macs(weight: Tensor, out: Tensor) -> int | None:
+def product_macs(weight: KernelTensor, out: KernelTensor) -> int | None:
     """The multiply-adds per image of a product with `weight` (.., K, N) that returns `out` (.., M, N); None if unknown."""
     if weight.dims is None or not out.dims:
         return None
@@ -108,7 +108,7 @@ def product_macs(weight: Tensor, out: Tensor) -> int | None:
     return out.elements * (weight.elements // columns) if columns and weight.elements % columns == 0 else None
 
 
-def conv_macs(weight: Tensor, out: Tensor) -> int | None:
+def conv_macs(weight: KernelTensor, out: KernelTensor) -> int | None:
     """The multiply-adds per image of a convolution with `weight` (C_out, C_in / groups, ..) that returns `out`."""
     if weight.dims is None or out.dims is None:
         return None

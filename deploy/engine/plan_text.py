@@ -37,8 +37,8 @@ from calib.errors import UserError
 from deploy.engine.kernels import (
     PRECISIONS,
     Kernel,
+    KernelTensor,
     Kind,
-    Tensor,
     attention_factors,
     attention_macs,
     conv_macs,
@@ -77,7 +77,7 @@ _LAYERS = re.compile(r' layers="([^"]*)"')
 class _Program:
     outputs: tuple[str, ...]  # without the profile in their names
     is_inside: bool  # of a launch of the program before it
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, KernelTensor]
     main: str
 
 
@@ -85,15 +85,15 @@ def _of_any_profile(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(re.sub(r" \[profile \d+\]", "", name) for name in names)
 
 
-def _tensor(descriptor: re.Match[str], one: Mapping[str, int], two: Mapping[str, int]) -> Tensor:
+def _tensor(descriptor: re.Match[str], one: Mapping[str, int], two: Mapping[str, int]) -> KernelTensor:
     """The tensor of a `descriptor`. `one`, `two`: the values of named dimensions for one and for two images."""
     dims, name, dtype = descriptor[1], descriptor[2], dtype_from_text(descriptor[3])
     listed = [] if dims is None else [quoted or number for quoted, number in _DIM.findall(dims)]
     first, second = shape(listed, one), shape(listed, two)
     if dims is None or first is None or second is None:
-        return Tensor(name, dtype, None)
+        return KernelTensor(name, dtype, None)
     grows = prod(second) != prod(first)
-    return Tensor(name, dtype, None if grows and prod(second) != 2 * prod(first) else first, grows)
+    return KernelTensor(name, dtype, None if grows and prod(second) != 2 * prod(first) else first, grows)
 
 
 def _programs(plan: bytes) -> list[_Program]:
@@ -116,7 +116,7 @@ def _programs(plan: bytes) -> list[_Program]:
     return programs
 
 
-def _macs(operation: str, kind: Kind, reads: tuple[Tensor, ...], writes: tuple[Tensor, ...]) -> int | None:
+def _macs(operation: str, kind: Kind, reads: tuple[KernelTensor, ...], writes: tuple[KernelTensor, ...]) -> int | None:
     """The multiply-adds per image of a kernel without an inside; None if they are unknown."""
     if kind == "attention":
         return attention_macs(attention_factors(reads), writes)
@@ -127,9 +127,11 @@ def _macs(operation: str, kind: Kind, reads: tuple[Tensor, ...], writes: tuple[T
     return conv_macs(reads[1], writes[0] if operation == "corrltn" else reads[0])
 
 
-def _kernel(operation: str, name: str, text: str, tensors: Mapping[str, Tensor], inside: tuple[Kernel, ...]) -> Kernel:
-    def operands(pattern: re.Pattern[str]) -> tuple[Tensor, ...]:
-        found = (tensors.get(each, Tensor(each, "unknown", None)) for each in names_from(pattern, text))
+def _kernel(
+    operation: str, name: str, text: str, tensors: Mapping[str, KernelTensor], inside: tuple[Kernel, ...]
+) -> Kernel:
+    def operands(pattern: re.Pattern[str]) -> tuple[KernelTensor, ...]:
+        found = (tensors.get(each, KernelTensor(each, "unknown", None)) for each in names_from(pattern, text))
         return tuple(each for each in found if not (each.dtype in ("int64", "bool") and each.dims == (1,)))
 
     reads, writes = operands(_INPUTS), operands(_OUTPUTS)

@@ -16,7 +16,7 @@ from calib.errors import UserError
 from deploy.engine.device import Device, open_device
 from deploy.engine.load import Context, loaded_engine
 from deploy.engine.logger import first_error, keeping_logger
-from deploy.engine.tensors import Tensor, batches, require_inputs, tensors_of
+from deploy.engine.tensors import EngineTensor, batches, require_inputs, tensors_of
 from deploy.errors import ContractError
 
 
@@ -91,7 +91,7 @@ class EngineRunner:
         """Put the engine's work for the batch bound last on `stream`."""
         self._require(self._context.execute_async_v3(self.stream), "to run")
 
-    def _output(self, tensor: Tensor) -> np.ndarray:
+    def _output(self, tensor: EngineTensor) -> np.ndarray:
         found = np.empty(tuple(self._context.get_tensor_shape(tensor.name)), tensor.dtype)
         self.device.copy_out(found, self._addresses[tensor.name], self.stream)
         return found

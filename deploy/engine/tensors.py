@@ -17,7 +17,7 @@ PROFILE = 0  # the only one that engines of this tool have
 
 
 @dataclass(frozen=True)
-class Tensor:
+class EngineTensor:
     """An input or output of an engine. `shape`: of one image, without the batch."""
 
     name: str
@@ -30,23 +30,23 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Tensors:
+class EngineTensors:
     """All inputs and outputs by name; the engine takes batches of `least` to `most` images."""
 
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
+    inputs: Mapping[str, EngineTensor]
+    outputs: Mapping[str, EngineTensor]
     least: int
     most: int
 
 
-def _tensor(engine: Any, name: str) -> Tensor:
+def _tensor(engine: Any, name: str) -> EngineTensor:
     kind = engine.get_tensor_dtype(name).name
     if kind not in DTYPES:
         raise UserError(f"tensor '{name}' of the engine has type {kind}: expected one of {', '.join(DTYPES)}")
-    return Tensor(name, np.dtype(DTYPES[kind]), tuple(engine.get_tensor_shape(name))[1:])
+    return EngineTensor(name, np.dtype(DTYPES[kind]), tuple(engine.get_tensor_shape(name))[1:])
 
 
-def tensors_of(trt: ModuleType, engine: Any) -> Tensors:
+def tensors_of(trt: ModuleType, engine: Any) -> EngineTensors:
     """What `engine` reads and writes, with its first optimization profile.
 
     Raises UserError for a type that numpy lacks, or for an engine without inputs.
@@ -56,7 +56,7 @@ def tensors_of(trt: ModuleType, engine: Any) -> Tensors:
     if not inputs:
         raise UserError("the engine has no input: expected one that takes images")
     limits = [engine.get_tensor_profile_shape(name, PROFILE) for name in inputs]
-    return Tensors(
+    return EngineTensors(
         {name: _tensor(engine, name) for name in inputs},
         {name: _tensor(engine, name) for name in names if name not in inputs},
         least=max(shapes[0][0] for shapes in limits),
@@ -64,7 +64,7 @@ def tensors_of(trt: ModuleType, engine: Any) -> Tensors:
     )
 
 
-def require_inputs(tensors: Tensors, given: Mapping[str, np.ndarray]) -> int:
+def require_inputs(tensors: EngineTensors, given: Mapping[str, np.ndarray]) -> int:
     """The number of images in `given`. Raises UserError unless it is what the engine takes: names, types and shapes."""
     if given.keys() != tensors.inputs.keys():
         raise UserError(f"the engine takes {', '.join(tensors.inputs)}, but was given {', '.join(given) or 'nothing'}")

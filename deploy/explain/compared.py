@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deploy.engine.kernels import Kernel
-from deploy.explain.gpus import Gpu
+from deploy.explain.gpus import GpuPeaks
 from deploy.explain.roofline import seconds
 from deploy.graph.names import operator_from_name
 
@@ -17,7 +17,7 @@ class Compared:
 
     int8: tuple[Kernel, ...]
     fp16: tuple[Kernel, ...] | None
-    gpu: Gpu
+    gpu: GpuPeaks
     batch: int
 
     def ratio(self, batch: int | None = None, cached: bool = False) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
-from deploy.engine.kernels import Kernel, Tensor, megabytes_per_image
+from deploy.engine.kernels import Kernel, KernelTensor, megabytes_per_image
 from deploy.package import KERNELS, read_json
 
 LARGEST, AXES = 1 << 50, 16  # elements or multiply-adds, and axes: what has more is no kernel of ours
@@ -46,8 +46,8 @@ def _size(number: Any) -> bool:
     return type(number) is int and 0 <= number <= LARGEST
 
 
-def _tensor(plain: Mapping[str, Any]) -> Tensor:
-    tensor = Tensor(**{**plain, "dims": None if plain["dims"] is None else tuple(plain["dims"])})
+def _tensor(plain: Mapping[str, Any]) -> KernelTensor:
+    tensor = KernelTensor(**{**plain, "dims": None if plain["dims"] is None else tuple(plain["dims"])})
     sizes = (*(tensor.dims or ()), tensor.elements) if len(tensor.dims or ()) <= AXES else (-1,)
     if not (isinstance(tensor.name, str) and isinstance(tensor.dtype, str) and all(map(_size, sizes))):
         raise TypeError(f"a tensor {str(plain)[:80]}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from deploy.engine.kernels import Kernel, megabytes_per_image, only_moves
 from deploy.explain.causes import causes
 from deploy.explain.compared import Compared
-from deploy.explain.gpus import GPUS, Gpu
+from deploy.explain.gpus import GPUS, GpuPeaks
 from deploy.explain.kernel_list import KernelLists
 from deploy.explain.roofline import ASSUMPTIONS, BATCHES, limit, seconds
 
@@ -32,7 +32,7 @@ def group_of(kernel: Kernel) -> str:
     return GROUPS[-2] if only_moves(kernel) else GROUPS[-1]
 
 
-def _figures(kernels: Sequence[Kernel], gpu: Gpu, batch: int) -> tuple[str, ...]:
+def _figures(kernels: Sequence[Kernel], gpu: GpuPeaks, batch: int) -> tuple[str, ...]:
     """How many `kernels`, MB and multiply-adds per image, the estimated time of the batch and what limits most of them."""
     if not kernels:
         return ("", "", "", "", "")
@@ -55,7 +55,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _work(lists: KernelLists, gpu: Gpu, batch: int) -> Table:
+def _work(lists: KernelLists, gpu: GpuPeaks, batch: int) -> Table:
     sides = [("INT8", lists.int8), *([("FP16", lists.fp16)] if lists.fp16 is not None else [])]
     columns = [f"{side}\n{column}" for side, _ in sides for column in ("kernels", "MB", "GMAC", "us", "limit")]
     table = _table(
@@ -92,7 +92,7 @@ def _unread(kernels: Sequence[Kernel]) -> str | None:
     )
 
 
-def print_page(title: str, lists: KernelLists, gpu: Gpu, batch: int, stream: TextIO | None = None) -> None:
+def print_page(title: str, lists: KernelLists, gpu: GpuPeaks, batch: int, stream: TextIO | None = None) -> None:
     """Print where the time of an engine goes, on `stream` (stdout by default)."""
     terminal = stream is None and os.isatty(1)
     console = Console(file=stream, highlight=False, width=None if terminal else _WIDTH)

@@ -10,7 +10,7 @@ LAUNCH_SECONDS is an assumption. What the estimates are good for is a comparison
 from collections.abc import Iterable
 
 from deploy.engine.kernels import Kernel, bytes_moved
-from deploy.explain.gpus import Gpu
+from deploy.explain.gpus import GpuPeaks
 
 LAUNCH_SECONDS = 2e-6  # assumed, not measured: the least time from one kernel to the next, also in a CUDA graph
 BATCHES = (1, 8, 32, 128)
@@ -23,19 +23,19 @@ ASSUMPTIONS = (
 )
 
 
-def memory_seconds(kernel: Kernel, gpu: Gpu, batch: int, cached: bool = False) -> float:
+def memory_seconds(kernel: Kernel, gpu: GpuPeaks, batch: int, cached: bool = False) -> float:
     """The time to move what `kernel` reads and writes for a `batch` of images; weights alone if activations are `cached`."""
     if not cached:
         return bytes_moved([kernel], batch) / gpu.bandwidth
     return sum(tensor.bytes(batch) for tensor in kernel.reads if not tensor.grows) / gpu.bandwidth
 
 
-def compute_seconds(kernel: Kernel, gpu: Gpu, batch: int) -> float:
+def compute_seconds(kernel: Kernel, gpu: GpuPeaks, batch: int) -> float:
     """The time of the products of `kernel` for a `batch` of images at the peak of their type."""
     return 2 * (kernel.macs or 0) * batch / (gpu.int8 if kernel.precision == "int8" else gpu.fp16)
 
 
-def seconds(kernels: Iterable[Kernel], gpu: Gpu, batch: int, cached: bool = False) -> float:
+def seconds(kernels: Iterable[Kernel], gpu: GpuPeaks, batch: int, cached: bool = False) -> float:
     """The estimated time of the `kernels` for a `batch` of images."""
     return sum(
         max(memory_seconds(kernel, gpu, batch, cached), compute_seconds(kernel, gpu, batch), LAUNCH_SECONDS)
@@ -43,7 +43,7 @@ def seconds(kernels: Iterable[Kernel], gpu: Gpu, batch: int, cached: bool = Fals
     )
 
 
-def limit(kernel: Kernel, gpu: Gpu, batch: int) -> str:
+def limit(kernel: Kernel, gpu: GpuPeaks, batch: int) -> str:
     """What limits `kernel` in the estimate without a cache: "launch", "memory" or "compute"."""
     memory, compute = memory_seconds(kernel, gpu, batch), compute_seconds(kernel, gpu, batch)
     if max(memory, compute) < LAUNCH_SECONDS:

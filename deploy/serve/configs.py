@@ -8,7 +8,7 @@ Triton's own protobuf class, which the server reads back: a misspelt field canno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy.serve.shipped import Shipped, Tensor
+from deploy.serve.shipped import ServedTensor, Shipped
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -23,7 +23,7 @@ TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32"}
 CPU_DTYPE = "float32"  # of model.fp32.onnx
 
 
-def _tensor(tensor: Tensor, dtype: str | None = None, labels: bool = False) -> dict[str, Any]:
+def _tensor(tensor: ServedTensor, dtype: str | None = None, labels: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {"name": tensor.name, "data_type": TYPES[dtype or tensor.dtype], "dims": tensor.shape}
     return {**found, "label_filename": LABELS} if labels else found
 

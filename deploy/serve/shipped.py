@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Tensor:
+class ServedTensor:
     """An input or output of the engine: its dtype ("float16" or "float32") and its shape without the batch axis."""
 
     name: str
@@ -48,8 +48,8 @@ class Shipped:
     id: str
     model: str
     task: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[ServedTensor, ...]
+    outputs: tuple[ServedTensor, ...]
     opt: int
     largest: int
     preprocessing: Preprocessing
@@ -101,7 +101,7 @@ class _Manifest:
         return tuple(found)
 
 
-def _tensors(manifest: _Manifest, kind: str) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+def _tensors(manifest: _Manifest, kind: str) -> tuple[tuple[ServedTensor, ...], tuple[int, int]]:
     """(the tensors of `kind`, the usual and the largest batch size)."""
     found, batches = [], set()
     for each in manifest.get(f"io.{kind}", list):
@@ -110,7 +110,7 @@ def _tensors(manifest: _Manifest, kind: str) -> tuple[tuple[Tensor, ...], tuple[
         if len({shape[1:] for shape in shapes}) != 1:
             raise manifest.wrong(f"'io.{kind}' has a tensor of shapes {shapes}", "one shape but for the batch")
         dtype = manifest.text("dtype", "|".join(DTYPES), values)
-        found.append(Tensor(manifest.text("name", TENSOR_NAME, values), dtype, shapes[0][1:]))
+        found.append(ServedTensor(manifest.text("name", TENSOR_NAME, values), dtype, shapes[0][1:]))
         batches.add(tuple(shape[0] for shape in shapes))
     if not found or len({each.name for each in found}) != len(found) or len(batches) != 1:
         raise manifest.wrong(f"'io.{kind}' lists no tensors, or several of one name or of other batches", "each once")

@@ -14,15 +14,15 @@ from deploy.serve.configs import (
     served_version,
     text_from_config,
 )
-from deploy.serve.shipped import Shipped, Tensor
+from deploy.serve.shipped import ServedTensor, Shipped
 
 SHIPPED = Shipped(
     folder=Path("nowhere"),
     id="ab" * 32,
     model="net",
     task="values",
-    inputs=(Tensor("input", "float16", (3, 32, 48)),),
-    outputs=(Tensor("scores_0", "float16", (8, 4, 6)), Tensor("boxes", "float16", (24, 4))),
+    inputs=(ServedTensor("input", "float16", (3, 32, 48)),),
+    outputs=(ServedTensor("scores_0", "float16", (8, 4, 6)), ServedTensor("boxes", "float16", (24, 4))),
     opt=8,
     largest=32,
     preprocessing=Preprocessing(32, 48, 36, 54, "bicubic", (0.5,) * 3, (0.5,) * 3),

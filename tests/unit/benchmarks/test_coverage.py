@@ -29,10 +29,18 @@ def test_a_refusal_is_its_line_and_a_traceback_is_a_bug(monkeypatch):
     assert coverage.taken("resnet18")["bug"]
 
 
+ROW = {
+    "planned": 8, "int8_gemms": 7, "int8_convs": 1, "fused_attention": 2, "kernels": 30, "in_float": 2, "parity": 1e-6,
+    "seconds": 12.5,
+}  # fmt: skip
+
+
 @pytest.fixture
 def result(tmp_path, monkeypatch):
     path = tmp_path / "coverage.json"
     monkeypatch.setattr(coverage, "RESULT", path)
+    monkeypatch.setattr(coverage, "PAGE", tmp_path / "coverage.md")
+    monkeypatch.setattr(coverage, "ZOO", {"vit_s": None})
     monkeypatch.setattr(coverage, "smallest", lambda: ["resnet18", "vgg11"])
     monkeypatch.setattr(coverage, "tool_commit", lambda: "abc")
     return path
@@ -45,7 +53,7 @@ def test_an_interrupted_run_goes_on(result, monkeypatch):
         if len(tried) == 1:
             raise KeyboardInterrupt
         tried.append(name)
-        return {"kernels": 3}
+        return ROW
 
     monkeypatch.setattr(coverage, "taken", taken)
     with pytest.raises(KeyboardInterrupt):
@@ -53,14 +61,27 @@ def test_an_interrupted_run_goes_on(result, monkeypatch):
     assert not json.loads(result.read_text())["complete"]
     monkeypatch.setattr(coverage, "taken", lambda name: tried.append(name) or {"reason": "no"})
     assert coverage.main([]) == 0
-    assert tried == ["resnet18", "vgg11"]
+    assert tried == ["vit_s", "resnet18", "vgg11"]
     found = json.loads(result.read_text())
-    assert (found["complete"], found["tried"], found["green"]) == (True, 2, 1)
+    assert (found["complete"], found["tried"], found["green"]) == (True, 3, 1)
+    page = (result.parent / "coverage.md").read_text()
+    assert "1 of 3 networks reached a" in page
+    assert "| vit_s | 8 | 7 | 1 | 2 | 30 | 12.5 |\n" in page
+    assert page.endswith("Without a package:\n\n- resnet18: no\n- vgg11: no\n")
     assert coverage.main([]) == 0, "a complete run begins anew"
-    assert tried[2:] == ["resnet18", "vgg11"]
+    assert tried[3:] == ["vit_s", "resnet18", "vgg11"]
+
+
+def test_short_names_and_architectures_are_chosen_by_pattern(result, monkeypatch):
+    monkeypatch.setattr(coverage, "taken", lambda _name: ROW)
+    assert coverage.main(["vit_s*", "resnet18"]) == 0
+    found = json.loads(result.read_text())["networks"]
+    assert {"vit_s", "resnet18", "vit_small_patch16_224"} <= {*found}
+    assert all("vit_s" in name or name == "resnet18" for name in found)
+    assert all(row == {**ROW, "commit": "abc"} for row in found.values())
 
 
 def test_no_network_of_that_name(result, capsys):
     assert coverage.main(["no_such_*"]) == 2
-    assert "no architecture of timm matches no_such_*" in capsys.readouterr().err
+    assert "no network matches no_such_*" in capsys.readouterr().err
     assert not result.exists()

@@ -6,7 +6,7 @@ from benchmarks.structural_table import NETWORKS, PAGE, RESULT, figures, merged,
 from calib.methods import rtn
 from calib.network.qdq import quantized_net
 from compensation.branch import ConvBranch, DenseBranch, SharedBranch
-from deploy.engine.kernels import Kernel, Tensor
+from deploy.engine.kernels import Kernel, KernelTensor
 from deploy.package import read_json
 from tests.tiny import SIZE, calibrated, tiny_halves
 
@@ -46,9 +46,16 @@ def test_noise_is_16_images_and_the_same_every_time():
 
 
 def test_figures_of_an_engine():
-    x, w = Tensor("x", "int8", (1000,), True), Tensor("w", "int8", (8000,))
+    x, w = KernelTensor("x", "int8", (1000,), True), KernelTensor("w", "int8", (8000,))
     gemm = Kernel(
-        "k", "gemm", ("int8", "int8"), ("fp16",), ("fc/MatMul",), (x, w), (Tensor("y", "fp16", (500,), True),), 10**9
+        "k",
+        "gemm",
+        ("int8", "int8"),
+        ("fp16",),
+        ("fc/MatMul",),
+        (x, w),
+        (KernelTensor("y", "fp16", (500,), True),),
+        10**9,
     )
     found = figures([gemm, gemm], ["fc/MatMul", "fc2/MatMul"])
     assert (found["kernels"], found["int8_gemms"], found["lost"]) == (2, 2, ["fc2/MatMul"])

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from deploy import cli
-from deploy.engine.kernels import Kernel, Tensor
+from deploy.engine.kernels import Kernel, KernelTensor
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 
 ROOT = Path(__file__).parents[3]
@@ -128,7 +128,7 @@ def test_list_and_recipe_show_what_exists(capsys):
 
 
 def test_explain_reads_the_kernels_of_a_package(capsys, tmp_path):
-    kernel = Kernel("k", "other", (), (), (), (Tensor("x", "fp16", (1000,), True),), ())
+    kernel = Kernel("k", "other", (), (), (), (KernelTensor("x", "fp16", (1000,), True),), ())
     (tmp_path / "kernels.json").write_text(json.dumps(lists_to_json(KernelLists((kernel,), (kernel,)))))
     code, out, _ = run(capsys, "explain", str(tmp_path), "--gpu", "l4", "--batch", "32")
     assert code == 0

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from deploy.engine.kernels import Kernel, Tensor
+from deploy.engine.kernels import Kernel, KernelTensor
 from deploy.explain.causes import CAUSES, causes
 from deploy.explain.compared import Compared
 from deploy.explain.gpus import GPUS
@@ -48,8 +48,8 @@ def test_an_fp32_island_is_named():
 
 def norm(name, out, residuals=0):
     """A kernel inside LayerNorm, which computes in FP32 and writes `out`; `residuals`: FP16 tensors it reads beside."""
-    x, y = Tensor("x", "fp32", (64, 96), True), Tensor("y", out, (64, 96), True)
-    beside = (Tensor("r", "fp16", (64, 96), True),) * residuals
+    x, y = KernelTensor("x", "fp32", (64, 96), True), KernelTensor("y", out, (64, 96), True)
+    beside = (KernelTensor("r", "fp16", (64, 96), True),) * residuals
     return Kernel(name, "other", (), (out,), ("norm/LayerNormalization", f"fc/{name}"), (x, *beside), (y,))
 
 
@@ -99,12 +99,12 @@ def test_an_activation_that_two_kernels_cover_is_part_of_its_product():
 
 
 def tensor(name, dtype, grows=True):
-    return Tensor(name, dtype, (1, 32, 16, 16), grows)
+    return KernelTensor(name, dtype, (1, 32, 16, 16), grows)
 
 
 def convolution(other, fused=False):
     """A convolution and the sum behind it, as TensorRT lists them; `other`: the type of the sum's other operand."""
-    reads = (tensor("x", "int8"), Tensor("w", "int8", (32, 32, 3, 3)))
+    reads = (tensor("x", "int8"), KernelTensor("w", "int8", (32, 32, 3, 3)))
     conv, add = ("conv2/Conv",), ("block/Add", "act/Relu")
     if fused:
         return (
@@ -134,7 +134,7 @@ def test_a_shortcut_without_a_quantizer_is_named():
 
 
 def pointwise(elements, count=1, dtype="fp16"):
-    x, y = Tensor("x", dtype, (elements,), True), Tensor("y", dtype, (elements,), True)
+    x, y = KernelTensor("x", dtype, (elements,), True), KernelTensor("y", dtype, (elements,), True)
     return tuple(Kernel(f"p{index}", "other", (), (), (), (x,), (y,)) for index in range(count))
 
 
@@ -152,9 +152,9 @@ def test_what_depends_on_size_is_told_by_size():
 
 def test_products_that_arithmetic_limits_are_large_enough():
     x, w, y = (
-        Tensor("x", "int8", (4096, 4096), True),
-        Tensor("w", "int8", (4096, 4096)),
-        Tensor("y", "int8", (4096, 4096), True),
+        KernelTensor("x", "int8", (4096, 4096), True),
+        KernelTensor("w", "int8", (4096, 4096)),
+        KernelTensor("y", "int8", (4096, 4096), True),
     )
     one = Kernel("k", "gemm", ("int8", "int8"), ("int8",), ("fc/MatMul",), (x, w), (y,), 4096**3)
     assert "Products are too small" not in found((one,), None)

@@ -3,13 +3,14 @@ import json
 import pytest
 
 from calib.errors import UserError
-from deploy.engine.kernels import Kernel, Tensor
+from deploy.engine.kernels import Kernel, KernelTensor
 from deploy.explain.kernel_list import KernelLists, lists_to_json, read_lists
 from deploy.package import KERNELS
 
 ONE = Kernel(
     "k", "gemm", ("int8", "int8"), ("fp16",), ("fc/MatMul",),
-    (Tensor("x", "int8", (16, 64), True), Tensor("w", "int8", None)), (Tensor("y", "fp16", (), True),), 1024,
+    (KernelTensor("x", "int8", (16, 64), True), KernelTensor("w", "int8", None)), (KernelTensor("y", "fp16", (), True),),
+    1024,
 )  # fmt: skip
 
 

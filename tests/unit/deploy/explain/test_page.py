@@ -1,6 +1,6 @@
 import io
 
-from deploy.engine.kernels import Kernel, Tensor
+from deploy.engine.kernels import Kernel, KernelTensor
 from deploy.explain.gpus import GPUS
 from deploy.explain.kernel_list import KernelLists
 from deploy.explain.page import group_of, print_page
@@ -8,9 +8,9 @@ from deploy.explain.page import group_of, print_page
 
 def gemm(dtype, macs=10**6):
     x, w, y = (
-        Tensor("x", dtype, (100, 100), True),
-        Tensor("w", dtype, (100, 100)),
-        Tensor("y", "fp16", (100, 100), True),
+        KernelTensor("x", dtype, (100, 100), True),
+        KernelTensor("w", dtype, (100, 100)),
+        KernelTensor("y", "fp16", (100, 100), True),
     )
     return Kernel("k", "gemm", (dtype, dtype), ("fp16",), ("fc/MatMul",), (x, w), (y,), macs)
 
@@ -44,6 +44,6 @@ def test_without_a_twin_there_are_no_ratios():
 
 
 def test_what_cannot_be_read_is_said():
-    unread = Kernel("k", "gemm", ("int8", "int8"), ("fp16",), (), (Tensor("x", "int8", None),), ())
+    unread = Kernel("k", "gemm", ("int8", "int8"), ("fp16",), (), (KernelTensor("x", "int8", None),), ())
     assert "the sizes of 1 tensors, the work of 1 products" in printed(KernelLists((unread,), None))
     assert "left out" not in printed(KernelLists((gemm("int8"),), None))

@@ -1,15 +1,19 @@
 import pytest
 
-from deploy.engine.kernels import Kernel, Tensor
-from deploy.explain.gpus import Gpu
+from deploy.engine.kernels import Kernel, KernelTensor
+from deploy.explain.gpus import GpuPeaks
 from deploy.explain.roofline import LAUNCH_SECONDS, limit, seconds
 
-GPU = Gpu("G", 80, bandwidth=1e9, fp16=1e12, int8=4e12)
+GPU = GpuPeaks("G", 80, bandwidth=1e9, fp16=1e12, int8=4e12)
 
 
 def kernel(dtype, rows, macs=None):
     """A product of (rows, 100) by a weight of 1000 elements; reads, writes and weight have one type."""
-    x, w, y = Tensor("x", dtype, (rows, 100), True), Tensor("w", dtype, (1000,)), Tensor("y", dtype, (rows, 10), True)
+    x, w, y = (
+        KernelTensor("x", dtype, (rows, 100), True),
+        KernelTensor("w", dtype, (1000,)),
+        KernelTensor("y", dtype, (rows, 10), True),
+    )
     return Kernel("k", "gemm", (dtype, dtype), (dtype,), (), (x, w), (y,), macs)
 
 

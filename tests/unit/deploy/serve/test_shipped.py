@@ -6,7 +6,7 @@ import json
 import pytest
 
 from calib.errors import UserError
-from deploy.serve.shipped import Tensor, served_name, shipped_from_package
+from deploy.serve.shipped import ServedTensor, served_name, shipped_from_package
 
 SHAPES = {"min": [1, 3, 32, 48], "opt": [8, 3, 32, 48], "max": [32, 3, 32, 48]}
 MANIFEST = {
@@ -37,8 +37,8 @@ def read(folder, change=lambda _: None):
 
 def test_a_manifest_is_read(tmp_path):
     found = read(tmp_path)
-    assert found.inputs == (Tensor("input", "float16", (3, 32, 48)),)
-    assert found.outputs == (Tensor("output", "float16", (10,)),)
+    assert found.inputs == (ServedTensor("input", "float16", (3, 32, 48)),)
+    assert found.outputs == (ServedTensor("output", "float16", (10,)),)
     assert (found.opt, found.largest, found.engine_bytes, found.bytes) == (8, 32, 70, 100)
     assert (found.sample, found.random, found.driver) == (True, False, "580.95.05")
     assert len(found.id) == 64
