@@ -6,8 +6,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         fresh.replace(path)
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
+def tensors_sha256(tensors: "Mapping[str, Tensor]", text: str = "") -> str:
     """Hex digest of `text` and of the tensors' names, types, shapes and values."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
@@ -32,7 +34,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
-def nets_sha256(nets: Mapping[str, nn.Module]) -> str:
+def nets_sha256(nets: "Mapping[str, nn.Module]") -> str:
     """Hex digest of the parameters and buffers of named networks."""
     return tensors_sha256(
         {f"{kind}.{name}": value for kind, net in nets.items() for name, value in net.state_dict().items()}

@@ -86,8 +86,17 @@ class FakeTensorRT(ModuleType):
             assert config.profiling_verbosity == self.ProfilingVerbosity.DETAILED
             return pickle.dumps((made._does["model"], config._does["profile"]))
 
+        def timing_cache(content):
+            if content == b"damaged":
+                return None
+            return Faked(self.api, "ITimingCache", serialize=lambda: memoryview(content + b"timed "))
+
+        def taken(cache, ignore_mismatch):
+            assert ignore_mismatch is False
+            return not bytes(cache.serialize()).startswith(b"another GPU")
+
         def config():
-            made = Faked(self.api, "IBuilderConfig")
+            made = Faked(self.api, "IBuilderConfig", create_timing_cache=timing_cache, set_timing_cache=taken)
             made._does["add_optimization_profile"] = lambda profile: made._does.update(profile=profile._does["shapes"])
             return made
 

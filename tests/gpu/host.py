@@ -23,6 +23,7 @@ def gpu_host(monkeypatch, api, **broken):
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(tensorrt, "gpu", lambda: HERE)
     monkeypatch.setattr(tensorrt, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(tensorrt, "timings_file", lambda *_: None)  # nothing goes into the user's cache
     monkeypatch.setattr(tensorrt, "why_not_loaded", lambda *_: None)
     monkeypatch.setattr(deploy.engine.runner, "open_device", device)
     # in this process, where the stand-in is

@@ -14,6 +14,7 @@ from deploy.engine.load import loaded_engine
 from deploy.engine.loading import why_not_loaded
 from deploy.engine.logger import keeping_logger
 from deploy.engine.runner import EngineRunner
+from deploy.engine.timing_cache import Timings, timings_file
 from deploy.gpu import gpu, why_no_gpu
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
 
     require_target(sms)
     here = gpu()
-    plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, lambda _config: None)
+    timings = Timings(timings_file(version(), here.name))
+    plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, timings.give)
+    lost = timings.keep()
     logger = keeping_logger(trt)
     runtime = trt.Runtime(logger)
     engine = loaded_engine(trt, runtime, logger, plan)
@@ -90,5 +93,5 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
         kernels=kernels_from_inspector(text),
         layers={"inspector": json.loads(text)},
         settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": ["joined_biases"]},
-        notes=warnings[:5],
+        notes=(*warnings[:5], *filter(None, (lost,))),
     )

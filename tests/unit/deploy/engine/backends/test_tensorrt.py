@@ -1,6 +1,7 @@
 """The backend TensorRT builds strongly typed engines through the real bindings, and they give what the graph computes."""
 
 import functools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from calib.errors import UserError
 from calib.network.qdq import quantized_net
 from deploy.bridge.export import export_pair
+from deploy.engine import timing_cache
 from deploy.engine.audit import audit, planned_layers
 from deploy.engine.backends import tensorrt
 from deploy.engine.build import Profile
@@ -27,6 +29,19 @@ def exported():
 @pytest.fixture(scope="module")
 def graph():
     return exported()
+
+
+@pytest.fixture
+def keeping(tmp_path, monkeypatch, installed):
+    """As `installed`, with an empty cache of the user; returns (what installs, the folder of the cache)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def install(api, **broken):
+        trt = installed(api, **broken)
+        monkeypatch.setattr(tensorrt, "timings_file", timing_cache.timings_file)
+        return trt
+
+    return install, tmp_path / "cache"
 
 
 @pytest.fixture
@@ -77,3 +92,35 @@ def test_an_old_version_and_another_architecture_are_refused(api_of, installed, 
     with pytest.raises(UserError, match="builds for this host's SM89 only, not for SM=86"):
         tensorrt.build(graph, Profile(), (86,))
     tensorrt.require_target((89,))
+
+
+@pytest.mark.parametrize("version", WHEELS)
+def test_what_was_timed_is_kept_for_the_next_build_of_the_version_on_the_gpu(api_of, keeping, graph, version):
+    install, cache = keeping
+    trt = install(api_of(version))
+    for timed in (b"timed ", b"timed timed "):
+        tensorrt.build(graph, Profile(), None)
+        (file,) = (path for path in cache.rglob("*") if path.is_file())
+        assert file.read_bytes() == timed
+    assert file.name == f"tensorrt_{trt.__version__.replace('.', '_')}_Made_up_GPU.cache"
+
+
+@pytest.mark.parametrize("content", [b"damaged", b"another GPU"])
+def test_timings_that_do_not_fit_are_made_anew(api_of, keeping, graph, content):
+    install, cache = keeping
+    install(api_of("11.4"))
+    tensorrt.build(graph, Profile(), None)
+    (file,) = (path for path in cache.rglob("*") if path.is_file())
+    file.write_bytes(content)
+    assert tensorrt.build(graph, Profile(), None).notes == ("a warning",)
+    assert file.read_bytes() == b"timed "
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_no_home_is_no_fault(api_of, keeping, graph, monkeypatch):
+    install, cache = keeping
+    install(api_of("11.4"))
+    cache.write_text("a file in the place of the folder")
+    *_, note = tensorrt.build(graph, Profile(), None).notes
+    assert note.startswith("timings of kernels are not kept for the next build: ")
+    monkeypatch.setattr(timing_cache, "cache_folder", Mock(side_effect=UserError("no home")))
+    assert tensorrt.build(graph, Profile(), None).notes == ("a warning",)
