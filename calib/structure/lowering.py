@@ -5,7 +5,8 @@
     a weight that is computed in the forward pass (standardised)   the weight as it comes out
     a weight that is read outside its module, with a bias of       the module with that bias, called as it is where the
     query and value alone (BEiT, EVA, Swin v2)                     bias is absent
-    torch's MultiheadAttention over one tensor                     attention with the layers qkv and proj
+    torch's MultiheadAttention                                     attention with the layers qkv and proj, or over several
+                                                                   tensors query, key, value and proj
     branches that training keeps apart (RepVGG, MobileOne)         one convolution, as the network's own code merges them
 
 Every replacement is proved by the network's output; one that changes it is taken back, and the layer stays in float.
@@ -24,7 +25,7 @@ from calib.modules import replace_module
 from calib.structure.layers import FEWEST, plain_calls
 from calib.structure.plain_layers import BORDERS, is_turned, plain_conv, plain_linear, turned_conv
 from calib.structure.proof import MAX_REL_L2, difference, output_of, preserving
-from calib.structure.self_attention import SelfAttention
+from calib.structure.torch_attention import plain_attention
 from calib.structure.trace import CONV1D, CONV2D, LAYER_OPERATORS, PADS, Trace, aten, calls, padding_of
 
 Edit = tuple[str, Callable[[nn.Module], None]]  # name of the module, what to do to a copy of the network
@@ -109,18 +110,24 @@ def _split_bias(trace: Trace, node: fx.Node) -> Edit | None:
     return layer, edit
 
 
-def _self_attention(trace: Trace, node: fx.Node) -> Edit | None:
-    """torch's MultiheadAttention whose query, key and value are one tensor: one product with the packed weight."""
+def _torchs_attention(trace: Trace, node: fx.Node) -> Edit | None:
+    """torch's MultiheadAttention, over one tensor where one product reads the packed weight in every call."""
     name = trace.owner(node)
-    if not isinstance(trace.net.get_submodule(name), nn.MultiheadAttention):
+    module = trace.net.get_submodule(name)
+    if not isinstance(module, nn.MultiheadAttention):
         return None
-    if trace.parameter(node.args[1]) != f"{name}.in_proj_weight":
+    products = [each for each in trace.owned[name] if each.target in LAYER_OPERATORS]
+    packed = sum(trace.parameter(each.args[1]) == f"{name}.in_proj_weight" for each in products)
+    one_tensor = 2 * packed == len(products)  # each call has one for its output
+    if plain_attention(module, one_tensor) is None:
         return None
 
     def edit(net: nn.Module) -> None:
         attention = net.get_submodule(name)
         assert isinstance(attention, nn.MultiheadAttention)
-        replace_module(net, name, SelfAttention(attention))
+        plain = plain_attention(attention, one_tensor)
+        assert plain is not None
+        replace_module(net, name, plain)
 
     return name, edit
 
@@ -140,7 +147,7 @@ def _edits(trace: Trace) -> list[Edit]:
         if node in trace.constants or (node in plain and not _is_lowered(node, trace.net.get_submodule(name))):
             continue
         edit = _own_layer(trace, name, owned[name]) if name and name not in found else None
-        edit = edit or _split_bias(trace, node) or _self_attention(trace, node)
+        edit = edit or _split_bias(trace, node) or _torchs_attention(trace, node)
         if edit:
             found.setdefault(edit[0], edit)
     return list(found.values())
