@@ -10,8 +10,12 @@ OutputHook = Callable[[str, Tensor], Tensor | None]
 
 
 @contextmanager
-def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Iterator[None]:
-    """Call `hook(name, layer, x)` before each of `layers` reads x; a tensor that the hook returns is read instead."""
+def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook, first: bool = False) -> Iterator[None]:
+    """Call `hook(name, layer, x)` before each of `layers` reads x; a tensor that the hook returns is read instead.
+
+    `first`: x is what the layer is called with, before what stands in front of it (calib/structure/in_front.py), so that
+    the layer can be called with x again. Else x is what the layer itself reads.
+    """
 
     def bound(name: str) -> Callable:
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -20,7 +24,7 @@ def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook) -> Itera
 
         return before
 
-    handles = [net.get_submodule(name).register_forward_pre_hook(bound(name)) for name in layers]
+    handles = [net.get_submodule(name).register_forward_pre_hook(bound(name), prepend=first) for name in layers]
     try:
         yield
     finally:

@@ -37,4 +37,6 @@ def returned(output: Any) -> Any:
 
 def with_returned(output: Any, tensor: Tensor) -> Any:
     """Return `output` with `tensor` in the place of what `returned` gives."""
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: tensor})
     return type(output)((tensor, *output[1:])) if isinstance(output, tuple | list) else tensor

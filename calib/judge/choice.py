@@ -39,7 +39,11 @@ def output_terms(
         outputs[name].append(leaf(y))
         return outputs[name][-1].clone()  # an activation in place may follow: gradients are wanted before it
 
-    with torch.enable_grad(), input_hooks(net, modules, keep_input), output_hooks(net, modules, keep_output):
+    with (
+        torch.enable_grad(),
+        input_hooks(net, modules, keep_input, first=True),
+        output_hooks(net, modules, keep_output),
+    ):
         y = net(images)
     wanted = [each for name in modules for each in outputs[name]]
     difference, found = exact(images).detach() - y.detach(), []

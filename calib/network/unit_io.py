@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calib.hooks import input_hooks, output_hooks
 from calib.modules import returned
+from calib.structure.in_front import in_front
 
 
 class _ReachedError(Exception):
@@ -71,11 +72,13 @@ def readers_and_sizes(
     read: dict[str, list[Tensor]] = {}  # one tensor per call
     sizes: dict[str, float] = {}
     with (
-        input_hooks(net, layers, lambda name, _layer, x: read.setdefault(name, []).append(x)),
+        input_hooks(net, layers, lambda name, _layer, x: read.setdefault(name, []).append(x), first=True),
         output_hooks(net, layers, lambda name, y: sizes.update({name: float(y.std())})),
     ):
         run()
-    groups: dict[tuple[int, ...], list[str]] = {}  # by identity, which is unique because `read` keeps the tensors alive
+    # by identity, which is unique because `read` keeps the tensors alive; readers of one tensor have the same in front
+    groups: dict[tuple[int | bool, ...], list[str]] = {}
     for name, calls in read.items():
-        groups.setdefault(tuple(map(id, calls)), []).append(name)
+        scaled = in_front(net.get_submodule(name)) is not None
+        groups.setdefault((scaled, *map(id, calls)), []).append(name)
     return list(groups.values()), sizes

@@ -85,8 +85,9 @@ def _shapes(net: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, 
 
     def after(name: str, args: tuple[Any, ...], output: Any) -> None:
         count[name] += 1
-        if args and isinstance(args[0], Tensor) and isinstance(tensor := returned(output), Tensor):
-            found[name] = args[0].shape, tensor.shape
+        gives = returned(output)
+        if args and all(isinstance(each, Tensor) and each.is_floating_point() for each in (args[0], gives)):
+            found[name] = args[0].shape, gives.shape
 
     handles = [
         net.get_submodule(name).register_forward_hook(lambda _m, args, y, name=name: after(name, args, y))

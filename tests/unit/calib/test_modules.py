@@ -1,5 +1,7 @@
 """A module that lies at several places of a network has one name, and is replaced at all of them."""
 
+from collections import namedtuple
+
 import pytest
 from torch import nn
 
@@ -41,7 +43,10 @@ def test_the_number_of_a_call_is_no_part_of_the_name(name, own):
     assert without_call(name) == own
 
 
-@pytest.mark.parametrize("output", [(1, 2), [1, 2], (1,), 1])
+Named = namedtuple("Named", "first second")
+
+
+@pytest.mark.parametrize("output", [(1, 2), [1, 2], (1,), 1, Named(1, 2)])
 def test_the_first_of_what_a_module_returns_is_read_and_replaced(output):
     assert returned(output) == 1
     changed = with_returned(output, 3)

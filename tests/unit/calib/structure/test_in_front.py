@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from calib.images.batches import Half
+from calib.judge.choice import output_terms
 from calib.methods import rtn
 from calib.network.qdq import QuantLinear, SimulatedLayer, quantized_net
+from calib.network.unit_io import readers_and_sizes
 from calib.quant_model import QuantModel
 from calib.quantizer import channel_qparams, qparams_from_amax
 from calib.scales.calibrate import Config as CalibrateConfig
@@ -116,3 +118,28 @@ def test_layers_behind_such_norms_lose_less_when_their_inputs_are_scaled():
         return float((quantized_net(done)(x) - model.net(x)).square().sum())
 
     assert error((0.0, 0.5, 0.9)) < 0.7 * error((0.0,))
+
+
+def test_a_layer_that_is_replaced_by_itself_changes_nothing():
+    model, halves, x = post_norm()
+    done = rtn.nearest(calibrate(equalise(model, halves, Config()), halves, CalibrateConfig())).whole
+    net, other, layers = quantized_net(done), quantized_net(done), [*done.layers]
+    assert all(in_front(net.get_submodule(name)) is not None for name in layers if "query" in name or "key" in name)
+
+    def same(name, read, returned):
+        return other.get_submodule(name)(read) - returned
+
+    terms = output_terms(net, done.float_net, layers, x[:4], same, torch.Generator().manual_seed(0))
+    assert float(terms[:, 0].abs().max()) > 0
+    assert float(terms[:, 1:].abs().max()) < 1e-6 * float(terms[:, 0].abs().max())
+
+
+def test_readers_of_one_tensor_are_a_group_behind_what_stands_in_front_of_each():
+    model, halves, x = post_norm()
+    moved = equalise(model, halves, Config(exponents=(0.7,)))
+    for each in (model, moved):
+        groups, _ = readers_and_sizes(each.net, ["query.0", "key.0"], lambda net=each.net: net(x))
+        assert groups == [["query.0", "key.0"]]
+    put_in_front(model.net.query[0], nn.Identity())
+    groups, _ = readers_and_sizes(model.net, ["query.0", "key.0"], lambda: model.net(x))
+    assert groups == [["query.0"], ["key.0"]]
