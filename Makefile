@@ -73,9 +73,9 @@ setup-pycuda: $(READY) ## Compile PyCUDA on a GPU host: engines then run through
 	  LDFLAGS=-Wl,-rpath,$(abspath $(HEADERS))/nvidia/cu13/lib \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-cache-dir pycuda==2026.1
 
-engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= RECIPE= TARGET= SM= BATCH= MAX_BATCH= MAX_DROP= MIN_SPEEDUP= DEVICE= OUT= CACHE= FROM= UNTIL=
+engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= CALIB_IMAGES= RECIPE= TARGET= SM= BATCH= MAX_BATCH= MAX_DROP= MIN_SPEEDUP= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
-	  --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
+	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
 	  --out "$(OUT)" --cache "$(CACHE)" $(if $(MAX_DROP),--max-drop "$(MAX_DROP)") \
 	  $(if $(MIN_SPEEDUP),--min-speedup "$(MIN_SPEEDUP)") $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
@@ -86,7 +86,7 @@ explain: $(READY) ## Where the time of a package's engine goes, and why INT8 is 
 	@$(RUN) -m deploy explain --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)" \
 	  --gpu "$(GPU)" --batch "$(BATCH)"
 
-report: $(READY) ## Write a finished package as one page (report.html) and as a model card, beside its folder: as for verify
+report: $(READY) ## Write a finished package as one page and as a model card, int8.report.html and int8.MODEL_CARD.md beside its folder: as for verify
 	@$(RUN) -m deploy report --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"
 
 doctor: $(READY) ## What is installed, which backends build and run, what is missing

@@ -89,8 +89,10 @@ def _why_attention_is_float(
     if len(node.args) > 3 or any(node.kwargs.get(key) for key in ("attn_mask", "is_causal", "enable_gqa")):
         return "it has a mask, or fewer heads of keys than of queries, which no INT8 kernel takes"
     qkv, proj = (nodes.get(f"{name}.{layer}") for layer in ("qkv", "proj"))
-    if qkv is None or proj is None or not all(hasattr(module, each) for each in PACKED):
+    if qkv is None or proj is None:
         return "its query, key and value are not one layer 'qkv', followed by a layer 'proj'"
+    if missing := [each for each in PACKED if not hasattr(module, each)]:
+        return f"its module has no {', '.join(missing)}, which an INT8 attention takes from it as from timm's Attention"
     if scale is not None and not math.isclose(float(scale), float(module.head_dim) ** -0.5):  # type: ignore[arg-type]
         return "it scales its scores in another way than by the width of a head"
     factors = zip(node.args[:3], (f"{name}.q_norm", f"{name}.k_norm", ""), strict=True)

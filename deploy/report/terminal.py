@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deploy.package import ENGINE, MODEL
 from deploy.report.evidence import waterfall
+from deploy.report.proof import proven_and_planned
 
 TABLE_WIDTH = 118  # characters, where there is no terminal to ask
 
@@ -69,6 +70,19 @@ def _traffic(engine: dict[str, Any]) -> str:
     return f"{own}; in FP16 {found['fp16_kernels']} and {found['fp16_mb_per_image']:.1f} MB (batch {found['batch']})"
 
 
+def _proof(engine: dict[str, Any]) -> str:
+    """What the engine's kernels show: INT8 convolutions are only planned where they do not tell."""
+    _, planned_only = proven_and_planned(
+        engine["backend"], engine["planned"], len(engine["lost"]), engine["int8_convs"]
+    )
+    convolutions = f"{engine['int8_convs']} INT8 convolutions{' planned, not proven' if planned_only else ''}"
+    return (
+        f"{engine['int8_gemms']} INT8 GEMMs, {convolutions}, "
+        f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
+        f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}"
+    )
+
+
 def _kind(report: dict[str, Any]) -> str:
     """What was calibrated on: images, or samples of named inputs."""
     return report["calibration"].get("kind", "images")  # which a report of an older version lacks
@@ -114,9 +128,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("engine", f"{engine['backend']} {engine['version']} for {', '.join(engine['targets'])}"),
         *([("engine was run", _executed(engine))] if "executed" in engine else []),  # which an older report lacks
         *([("kernels, memory", _traffic(engine))] if "traffic" in engine else []),  # which an older report lacks
-        ("INT8 proof", f"{engine['int8_gemms']} INT8 GEMMs, {engine['int8_convs']} INT8 convolutions, "
-                       f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
-                       f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}"),
+        ("INT8 proof", _proof(engine)),
         *[(each["limit"], f"{'kept' if each['kept'] else 'NOT kept'}: {each['measured']}") for each in _checks(report)],
         ("time, peak memory", f"{report['seconds']['total']:.0f} s, {report['peak_rss_mb']:.0f} MB"),
     ]  # fmt: skip

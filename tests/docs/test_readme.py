@@ -1,6 +1,7 @@
 """The figures in README and docs are those of benchmarks/results, each table at one commit."""
 
 import copy
+import json
 
 import pytest
 
@@ -40,6 +41,12 @@ def test_a_page_with_a_missing_block_is_refused(file):
 
 def test_the_readme_fits_two_screens():
     assert len(README.splitlines()) <= 120
+
+
+def test_the_number_of_networks_is_that_of_the_result():
+    intake = json.loads((RESULTS / "intake.json").read_text())
+    assert intake["complete"]
+    assert f"({intake['with_places_and_blocks']} of the {intake['tried']} tried, " in README
 
 
 def test_the_first_command_is_shown_with_its_real_output():

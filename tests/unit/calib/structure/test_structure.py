@@ -58,7 +58,7 @@ EXPECTED = {
 WHY_FLOAT = {  # family -> how the reason begins
     "eva02": "something other than a norm lies between", "dinov3": "something other than a norm lies between",
     "beit": "it has a mask", "swin": "its code multiplies query and key itself",
-    "levit": "its code multiplies query and key itself", "hiera": "its query, key and value are not one layer 'qkv'",
+    "levit": "its code multiplies query and key itself", "hiera": "its module has no q_norm, k_norm, num_heads",
 }  # fmt: skip
 
 
@@ -346,3 +346,18 @@ def test_branches_of_training_become_one_convolution(name):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.net.modules())
     assert model.structure.places
     assert difference(output_of(net, x), output_of(model.net, x)) < 1e-5
+
+
+def test_an_attention_that_lacks_what_an_int8_one_takes_from_it_says_what():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.num_heads, self.head_dim = nn.Linear(16, 48), nn.Linear(16, 16), 2, 8
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    net = nn.Sequential(nn.LayerNorm(16), Attention(), nn.LayerNorm(16)).eval()
+    (why,) = structure_of(net, torch.randn(1, 5, 16)).float_attentions.values()
+    assert why == "its module has no q_norm, k_norm, which an INT8 attention takes from it as from timm's Attention"
