@@ -121,6 +121,8 @@ def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
 
 def _why_unwritten(module: nn.Module) -> str | None:
     """Return why a graph has no INT8 form of a layer of this kind, or None."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks of its own, which an INT8 layer in its place would not run"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "a transposed convolution: TensorRT-RTX runs it in FP16 even where its input and its weight are INT8"
     if not isinstance(module, nn.Linear | nn.Conv2d):

@@ -218,3 +218,15 @@ def test_weights_of_a_layer_that_is_called_twice_have_one_gradient():
         y = net.head(torch.cat([first, layer(first[..., :2, :4].sigmoid())], 1).tanh())
         expected = expected + torch.autograd.grad((vector * y).sum(), weight)[0].square()
     torch.testing.assert_close(seen.weights["one"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_that_keeps_a_tensor_of_its_last_run_can_be_copied_afterwards():
+    class Keeps(torch.nn.Sequential):
+        def forward(self, x):
+            self.kept = self[0](x)
+            return self[1](self.kept)
+
+    net = Keeps(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).requires_grad_(False)
+    for _ in output_gradients(net, ["0", "1"], torch.randn(3, 4)):
+        pass
+    assert copy.deepcopy(net).kept.shape == (1, 4)

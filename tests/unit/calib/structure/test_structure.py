@@ -361,3 +361,12 @@ def test_an_attention_that_lacks_what_an_int8_one_takes_from_it_says_what():
     net = nn.Sequential(nn.LayerNorm(16), Attention(), nn.LayerNorm(16)).eval()
     (why,) = structure_of(net, torch.randn(1, 5, 16)).float_attentions.values()
     assert why == "its module has no q_norm, k_norm, which an INT8 attention takes from it as from timm's Attention"
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_layer_with_hooks_of_its_own_stays_in_float(register):
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).eval()
+    getattr(net[1], register)(lambda *_: None)
+    found = structure_of(net, torch.randn(1, 5, 16))
+    assert found.why_float("0") is None
+    assert found.why_float("1") == "it has hooks of its own, which an INT8 layer in its place would not run"
