@@ -146,13 +146,11 @@ def together(noise: Noise, groups: Sequence[Sequence[str]]) -> Noise:
     """Return `noise` with the sum over all layers of a group in the place of each: they choose alike."""
     joined = dict(noise)
     for group in groups:
-        members = [noise[layer] for layer in group if layer in noise]
-        sums = (
-            {each: torch.stack([of_layer[each] for of_layer in members]).sum(0) for each in members[0]}
-            if members
-            else {}
-        )
-        joined |= {layer: sums for layer in group if layer in noise}
+        present = [layer for layer in group if layer in noise]
+        if present:
+            names = noise[present[0]]
+            sums = {each: torch.stack([noise[layer][each] for layer in present]).sum(0) for each in names}
+            joined |= dict.fromkeys(present, sums)
     return joined
 
 

@@ -78,7 +78,7 @@ def _alike(trace: Trace, layers: Collection[str], names: Collection[str]) -> lis
     return [name for name in alike if name in kept]
 
 
-def _is_plain(x: Any) -> bool:
+def _is_of_numbers(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested
 
 
@@ -90,7 +90,7 @@ def _shapes(net: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, 
     def after(name: str, args: tuple[Any, ...], output: Any) -> None:
         count[name] += 1
         gives = returned(output)
-        if args and all(_is_plain(each) for each in (args[0], gives)):
+        if args and all(_is_of_numbers(each) for each in (args[0], gives)):
             found[name] = args[0].shape, gives.shape
 
     handles = [

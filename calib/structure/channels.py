@@ -80,6 +80,15 @@ def source_of(node: object, passed_on: Collection[object]) -> fx.Node | None:
     return node if isinstance(node, fx.Node) else None
 
 
+def readers_by_tensor(layers: Mapping[fx.Node, str]) -> dict[fx.Node, list[str]]:
+    """Return the names of the layers that read each tensor; `layers`: calls of layers and their names."""
+    readers: dict[fx.Node, list[str]] = {}
+    for node, name in layers.items():
+        if (read := source_of(node.args[0], SAME)) is not None:
+            readers.setdefault(read, []).append(name)
+    return readers
+
+
 Labels = Any  # a Tensor, or a tuple of them
 
 

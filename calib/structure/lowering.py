@@ -119,17 +119,10 @@ def _torchs_attention(trace: Trace, node: fx.Node) -> Edit | None:
     products = [each for each in trace.owned[name] if each.target in LAYER_OPERATORS]
     packed = sum(trace.parameter(each.args[1]) == f"{name}.in_proj_weight" for each in products)
     one_tensor = 2 * packed == len(products)  # each call has one for its output
-    if plain_attention(module, one_tensor) is None:
+    plain = plain_attention(module, one_tensor)
+    if plain is None:
         return None
-
-    def edit(net: nn.Module) -> None:
-        attention = net.get_submodule(name)
-        assert isinstance(attention, nn.MultiheadAttention)
-        plain = plain_attention(attention, one_tensor)
-        assert plain is not None
-        replace_module(net, name, plain)
-
-    return name, edit
+    return name, lambda net: replace_module(net, name, copy.deepcopy(plain))
 
 
 def _is_lowered(node: fx.Node, module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from calib.structure.in_front import in_front, put_in_front
 
 
 class ChannelAffine(nn.Module):
-    """The operation (x - shift) / scale per channel, behind `before`: an activation that an engine fuses it into.
+    """The operation (x - shift) / scale per channel on what `before` returns: an activation, or what a layer reads.
 
     `scale` and `shift` have a shape that broadcasts over x.
     """

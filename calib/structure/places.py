@@ -5,7 +5,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from calib.structure.channels import HOMOGENEOUS, LIMITS, PASSED_ON, SAME, ZERO, Reach, reach_of, source_of
+from calib.structure.channels import (
+    HOMOGENEOUS,
+    LIMITS,
+    PASSED_ON,
+    ZERO,
+    Reach,
+    reach_of,
+    readers_by_tensor,
+    source_of,
+)  # fmt: skip
 from calib.structure.moves import FRONT, INSERT, LAYER, NORM, Place
 from calib.structure.trace import Trace, aten, calls, shape
 
@@ -103,13 +112,10 @@ def _insertions(trace: Trace, layers: Mapping[fx.Node, str], placed: Iterable[st
 
 def _in_front(trace: Trace, layers: Mapping[fx.Node, str], wanted: Collection[str]) -> Iterator[Place]:
     """Yield a place for each tensor that linear layers of `wanted` read, in front of them."""
-    readers: dict[fx.Node, list[str]] = {}
-    for node, name in layers.items():
-        read = source_of(node.args[0], SAME)
-        if name in wanted and node.target is aten.linear.default and read is not None and read not in trace.constants:
-            readers.setdefault(read, []).append(name)
-    for read, names in readers.items():
-        yield Place(FRONT, trace.owner(read), tuple(range(shape(read)[-1])), tuple(names), shifts=True)
+    linear = {node: name for node, name in layers.items() if name in wanted and node.target is aten.linear.default}
+    for read, names in readers_by_tensor(linear).items():
+        if read not in trace.constants:
+            yield Place(FRONT, trace.owner(read), tuple(range(shape(read)[-1])), tuple(names), shifts=True)
 
 
 def places_of(trace: Trace, plain: Mapping[fx.Node, str], quantized: Iterable[str]) -> tuple[Place, ...]:

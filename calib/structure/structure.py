@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from calib.structure.blocks import Block, blocks_of
-from calib.structure.channels import PASSED_ON, SAME, source_of
+from calib.structure.channels import PASSED_ON, readers_by_tensor, source_of
 from calib.structure.layers import Layer, layers_of, not_plain, plain_calls
 from calib.structure.moves import NORM, Place
 from calib.structure.places import places_of
@@ -139,12 +139,8 @@ def _behind_gelu(plain: Mapping[fx.Node, str]) -> frozenset[str]:
 def _read_together(plain: Mapping[fx.Node, str], quantized: Collection[str]) -> tuple[tuple[str, ...], ...]:
     """Return the layers of `quantized` that read one tensor, wherever there are several; each of them is called once."""
     calls_of = Counter(plain.values())
-    readers: dict[fx.Node, list[str]] = {}
-    for node, name in plain.items():
-        read = source_of(node.args[0], SAME)
-        if read is not None and calls_of[name] == 1 and name in quantized:
-            readers.setdefault(read, []).append(name)
-    return tuple(tuple(names) for names in readers.values() if len(names) > 1)
+    once = {node: name for node, name in plain.items() if calls_of[name] == 1 and name in quantized}
+    return tuple(tuple(names) for names in readers_by_tensor(once).values() if len(names) > 1)
 
 
 def _shared(

@@ -18,8 +18,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _allowed(mask: Tensor) -> Tensor:
-    """What is added to scores as it is; a mask of truths says then what is seen, not what is hidden."""
+def _seen(mask: Tensor) -> Tensor:
+    """A mask as scaled_dot_product_attention reads it: truths say what is seen, where torch's module has what is hidden."""
     return mask if mask.is_floating_point() else mask.logical_not()
 
 
@@ -27,9 +27,9 @@ def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, head
     """One mask that broadcasts to (B, heads, N, S), of one (N, S) or (B heads, N, S) and one of padding (B, S)."""
     given = []
     if attn_mask is not None:
-        given.append(_allowed(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask))
+        given.append(_seen(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask))
     if key_padding_mask is not None:
-        given.append(_allowed(key_padding_mask[:, None, None]))
+        given.append(_seen(key_padding_mask[:, None, None]))
     if len(given) < 2:
         return given[0] if given else None
     one, other = given
@@ -40,6 +40,8 @@ def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, head
 
 
 class _PlainAttention(nn.Module):
+    """What both have in common: torch's arguments, the attention itself, and its last layer."""
+
     in_proj_bias = None
 
     def __init__(self, attention: nn.MultiheadAttention, **layers: nn.Linear) -> None:
@@ -50,54 +52,9 @@ class _PlainAttention(nn.Module):
         self.num_heads, self.head_dim = attention.num_heads, attention.embed_dim // attention.num_heads
         self.batch_first = attention.batch_first
 
-    def first(self, x: Tensor) -> Tensor:
-        """(B, N, C) of what torch's module gets."""
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
-        """What torch's module returns for (B, heads, N, d)."""
-        values = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = self.proj(values.transpose(1, 2).flatten(2))
-        return (y if self.batch_first else y.transpose(0, 1)), None
-
-
-class SelfAttention(_PlainAttention):
-    """Computes what `attention`, called with query = key = value, computes."""
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__(attention, qkv=_linear(attention.in_proj_weight, attention.in_proj_bias))
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,  # noqa: ARG002 - the same as `query`, in the order of torch's module
-        value: Tensor,  # noqa: ARG002
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,  # noqa: ARG002 - there are none
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,  # noqa: ARG002
-        is_causal: bool = False,  # noqa: ARG002 - a hint beside the mask, which torch wants as well
-    ) -> tuple[Tensor, None]:
-        """(B, N, C), or (N, B, C) if not `batch_first` -> (the same, None)."""
-        x = self.first(query)
-        packed = self.get_submodule("qkv")(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.mixed(q, k, v, _joined_mask(attn_mask, key_padding_mask, self.num_heads))
-
-
-class SeparateAttention(_PlainAttention):
-    """Computes what `attention` computes, whatever its query, key and value are; it adds no keys of its own."""
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        apart = (
-            attention.q_proj_weight,
-            attention.k_proj_weight,
-            attention.v_proj_weight,
-        )  # None unless the widths differ
-        weights = attention.in_proj_weight.chunk(3) if apart[0] is None else apart
-        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
-        layers = [_linear(*pair) for pair in zip(weights, biases, strict=True)]
-        super().__init__(attention, **dict(zip(("query", "key", "value"), layers, strict=True)))
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return q (B, heads, N, d), k and v (B, heads, S, d) of (B, N, C), (B, S, C') and (B, S, C'')."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -111,11 +68,44 @@ class SeparateAttention(_PlainAttention):
         is_causal: bool = False,  # noqa: ARG002 - a hint beside the mask, which torch wants as well
     ) -> tuple[Tensor, None]:
         """(B, N, C), (B, S, C'), (B, S, C''), or with the first two axes swapped if not `batch_first` -> (B, N, C), None."""
-        q, k, v = (
-            self.get_submodule(name)(self.first(x)).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        given = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self.projected(*given)
+        values = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_joined_mask(attn_mask, key_padding_mask, self.num_heads)
+        )
+        y = self.proj(values.transpose(1, 2).flatten(2))
+        return (y if self.batch_first else y.transpose(0, 1)), None
+
+
+class SelfAttention(_PlainAttention):
+    """Computes what `attention`, called with query = key = value, computes."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__(attention, qkv=_linear(attention.in_proj_weight, attention.in_proj_bias))
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - all are one
+        """Return q, k and v of what all three are."""
+        packed = self.get_submodule("qkv")(query).reshape(*query.shape[:2], 3, self.num_heads, self.head_dim)
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class SeparateAttention(_PlainAttention):
+    """Computes what `attention` computes, whatever its query, key and value are; it adds no keys of its own."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        # each is None unless keys or values have another width
+        apart = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+        weights = attention.in_proj_weight.chunk(3) if apart[0] is None else apart
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        layers = [_linear(*pair) for pair in zip(weights, biases, strict=True)]
+        super().__init__(attention, **dict(zip(("query", "key", "value"), layers, strict=True)))
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layers of the same names make of each."""
+        return tuple(
+            self.get_submodule(name)(x).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
             for name, x in (("query", query), ("key", key), ("value", value))
         )
-        return self.mixed(q, k, v, _joined_mask(attn_mask, key_padding_mask, self.num_heads))
 
 
 def plain_attention(attention: nn.MultiheadAttention, one_tensor: bool) -> nn.Module | None:

@@ -37,7 +37,7 @@ class Timings:
             kept = self.path.read_bytes() if self.path else b""
         except OSError:
             kept = b""
-        for content in (kept, b"") if kept else (b"",):
+        for content in dict.fromkeys((kept, b"")):
             self.cache = config.create_timing_cache(content)
             # False, after a message, for timings of another version or GPU; damaged ones give no cache at all
             if self.cache is not None and config.set_timing_cache(self.cache, False):

@@ -80,7 +80,7 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
     here = gpu()
     timings = Timings(timings_file(version(), here.name))
     plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, timings.give)
-    lost = timings.keep()
+    why_not_kept = timings.keep()
     logger = keeping_logger(trt)
     runtime = trt.Runtime(logger)
     engine = loaded_engine(trt, runtime, logger, plan)
@@ -93,5 +93,5 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
         kernels=kernels_from_inspector(text),
         layers={"inspector": json.loads(text)},
         settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": ["joined_biases"]},
-        notes=(*warnings[:5], *filter(None, (lost,))),
+        notes=(*warnings[:5], *filter(None, (why_not_kept,))),
     )
