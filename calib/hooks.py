@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,13 +19,19 @@ def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook, first: b
     """
 
     def bound(name: str) -> Callable:
-        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            replaced = hook(name, layer, inputs[0])
-            return None if replaced is None else (replaced, *inputs[1:])
+        def before(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Any, Any] | None:
+            given = (*inputs, *named.values())  # a layer may be called as layer(input=x)
+            replaced = hook(name, layer, given[0])
+            if replaced is None:
+                return None
+            return ((replaced, *inputs[1:]), named) if inputs else ((), {**named, next(iter(named)): replaced})
 
         return before
 
-    handles = [net.get_submodule(name).register_forward_pre_hook(bound(name), prepend=first) for name in layers]
+    handles = [
+        net.get_submodule(name).register_forward_pre_hook(bound(name), prepend=first, with_kwargs=True)
+        for name in layers
+    ]
     try:
         yield
     finally:

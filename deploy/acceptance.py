@@ -47,6 +47,8 @@ class MaxDrop:
             raise UserError(
                 f"MAX_DROP='{text}': expected 1% (of top-1 results) or 30dB (least SQNR to the float network's outputs)"
             )
+        if found[2] == "%" and float(found[1]) >= 100:
+            raise UserError(f"MAX_DROP='{text}': expected a percentage below 100, such as 1%")
         return cls(float(found[1]), "%" if found[2] == "%" else "dB")
 
     def __str__(self) -> str:
@@ -59,6 +61,14 @@ class MaxDrop:
             raise UserError(
                 f"MAX_DROP={self}: the outputs of this network are neither classes nor features, so they have no top-1 "
                 f"result; expected a least SQNR, such as MAX_DROP=30dB"
+            )
+
+    def require_images(self, count: int) -> None:
+        """Raise UserError if one of `count` evaluation images alone is more than what may be lost."""
+        if self.unit == "%" and 0 < count * self.amount < 100:
+            raise UserError(
+                f"MAX_DROP={self}: one of {count} evaluation images is {100 / count:.3g} %, so they cannot show it: "
+                f"expected {math.ceil(100 / self.amount)} or more in EVAL= (or CALIB=)"
             )
 
     def measured(self, found: Fidelity) -> tuple[bool, str]:

@@ -293,6 +293,7 @@ def _explain(args: argparse.Namespace) -> int:
     from deploy.explain.gpus import gpu_from_name
     from deploy.explain.kernel_list import read_lists
     from deploy.explain.page import print_page
+    from deploy.package import engine_targets
 
     folder, gpu = folder_from_options(args, args.folder), gpu_from_name(args.gpu)
     lists = read_lists(folder)
@@ -301,7 +302,7 @@ def _explain(args: argparse.Namespace) -> int:
             f"the kernels of the engine in '{folder}' do not tell what they read and write: expected an engine of "
             f"TARGET=tensorrt or tensorrt_rtx; one of onnxruntime runs on a CPU and is measured by make engine"
         )
-    print_page(folder.as_posix(), lists, gpu, args.batch)
+    print_page(folder.as_posix(), lists, gpu, args.batch, engine_targets(folder))
     return 0
 
 
@@ -379,7 +380,7 @@ def answered(command: Callable[[], int]) -> int:
         print(f"failed: {error}; no package was written", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: no package was written; what is kept of finished stages stays", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         said = " ".join(str(error).split())

@@ -32,6 +32,8 @@ def read_toml(path: Path, where: str) -> dict[str, Any]:
 
     Raises UserError, which begins with `where`, if the file cannot be read or has a syntax error.
     """
+    if not path.is_file():
+        raise UserError(f"{where}: no such file; give the path of a .toml file, or a name without .toml")
     try:
         return tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

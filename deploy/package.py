@@ -53,6 +53,16 @@ def recipe_name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith(".toml") else recipe
 
 
+def engine_targets(folder: Path) -> tuple[str, ...]:
+    """Return what the engine of the package in `folder` was built for, such as SM89; empty where that is not told."""
+    try:
+        engine = read_json(folder / MANIFEST).get("engine")
+    except UserError:
+        return ()
+    targets = engine.get("targets") if isinstance(engine, dict) else None
+    return tuple(each for each in targets if isinstance(each, str)) if isinstance(targets, list) else ()
+
+
 def _leftovers(final: Path, kind: str) -> list[Path]:
     """Folders that killed runs left behind, as `.int8.tmp-1234`; who holds the lock knows that no run is writing them."""
     return [path for path in final.parent.glob(f".{final.name}.{kind}-*") if path.name.rpartition("-")[2].isdigit()]

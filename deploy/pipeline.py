@@ -138,5 +138,5 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     if whole:
         return place(), run.report
     after = stages[last + 1].name
-    go_on = f"go on with --from '{after}' (FROM='{after}')" if options.cache else "the cache is off: nothing was kept"
+    go_on = f"go on with --from '{after}' (FROM='{after}')" if kept.folder else "nothing was kept to go on from"
     return f"stopped after '{options.until}': nothing was written to {options.out}; {go_on}"

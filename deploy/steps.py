@@ -70,7 +70,7 @@ from deploy.package import (
 )
 from deploy.progress import Progress
 from deploy.report.evidence import report_json
-from deploy.report.manifest import manifest_json
+from deploy.report.manifest import manifest_json, replaced
 from deploy.run import Run
 from deploy.stages import FOLD, CalibrationImages, Stage, halves_of
 from deploy.verify import Reference, cpu_speed, verify_fidelity
@@ -140,12 +140,16 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
     return found[0] if found else ""
 
 
-def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, error: Exception) -> UserError:
+def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, own: bool, error: Exception) -> UserError:
     said = (str(error).strip().splitlines() or [""])[0]
     if inputs is None:
+        others = (
+            ", or for a network that takes other inputs than one image leave it out and give CALIB=, a .npz file with an "
+            "array for each"
+        )
         return UserError(
-            f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): set INPUT=, or for a network "
-            f"that takes other inputs than one image leave it out and give CALIB=, a .npz file with an array for each"
+            f"{kind} cannot read images of {'x'.join(map(str, images.shape[1:]))} ({said}): give another INPUT="
+            f"{others if own else ', or none for the size that it was trained on'}"
         )
     return UserError(
         f"{kind} cannot read {inputs.described()} ({type(error).__name__}: {said}): expected in CALIB= what its forward "
@@ -153,9 +157,12 @@ def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, error: 
     )
 
 
-def _outputs(net: nn.Module, images: torch.Tensor, inputs: Inputs | None = None) -> tuple[Output, ...]:
+def _outputs(
+    net: nn.Module, images: torch.Tensor, inputs: Inputs | None = None, own: bool = False
+) -> tuple[Output, ...]:
     """Return the outputs that `net` computes from two or more `images` (B, 3, H, W), or rows (B, N) of its `inputs`.
 
+    `own`: it is a network of the user's own, whose inputs may be others than images.
     Raises UserError unless it turns them into finite floating-point values.
     """
     kind = type(net).__name__
@@ -163,7 +170,7 @@ def _outputs(net: nn.Module, images: torch.Tensor, inputs: Inputs | None = None)
         with ids_in_embeddings(net):
             found = checked_outputs(net, images)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-        raise _cannot_read(kind, images, inputs, error) from error
+        raise _cannot_read(kind, images, inputs, own, error) from error
     outputs, classes = outputs_from(found), getattr(net, "num_classes", None)
     if task_of(net, outputs) == CLASSIFIER and outputs[0].shape != (classes,):
         raise UserError(
@@ -197,7 +204,7 @@ def load(run: Run) -> Lines:
         run.outputs = _outputs(net, samples, inputs)
         require_used(net, inputs, samples[:1])
     else:
-        run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]))
+        run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]), own=bool(run.spec.factory))
     run.task = task_of(net, run.outputs)
     if run.options.limits.max_drop is not None:
         run.options.limits.max_drop.require_measurable(task_module(run.task).TOP1)
@@ -211,6 +218,8 @@ def read_images(run: Run) -> Lines:
     run.calibration, run.evaluation = image_sets(
         options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
     )
+    if options.limits.max_drop is not None:
+        options.limits.max_drop.require_images(run.evaluation.count)
     if run.task == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
@@ -438,5 +447,6 @@ def package(run: Run) -> Lines:
     write_json(run.folder / KERNELS, lists_to_json(run.kernels))
     run.report = report_json(run)
     write_json(run.folder / REPORT, run.report)
-    write_json(run.folder / MANIFEST, manifest_json(run))
-    return (f"{len(FILES)} files",)
+    manifest = manifest_json(run)
+    write_json(run.folder / MANIFEST, manifest)
+    return (f"{len(FILES)} files", *replaced(run.final, manifest))

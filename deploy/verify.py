@@ -63,7 +63,8 @@ class Verdict:
         if not self.fp16_sqnr_db >= least_fp16_db(self.fp32_sqnr_db):
             return (
                 f"{MODEL} (FP16) reaches {self.fp16_sqnr_db:.1f} dB where {MODEL_FP32} reaches {self.fp32_sqnr_db:.1f} dB: "
-                f"expected at least {least_fp16_db(self.fp32_sqnr_db):.1f} dB, look for overflow"
+                f"expected at least {least_fp16_db(self.fp32_sqnr_db):.1f} dB. Values overflow FP16, or the "
+                f"network amplifies its rounding"
             )
         return None
 

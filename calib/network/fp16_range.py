@@ -6,6 +6,7 @@ return (they are computed separately). It does not observe the sums inside an op
 normalisations in FP32, so only the results of operations can overflow.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ class _Watch(TorchFunctionMode):
 
     def _see(self, module: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            low, high = (float(each) for each in torch.aminmax(value.detach()))
+            held = value.detach()
+            low, high = (float(each) for each in torch.aminmax(held))
+            if low == -math.inf:  # a mask of attention, which FP16 holds as well
+                low, high = (float(each) for each in torch.aminmax(torch.where(held == -math.inf, 0.0, held)))
             # NaN compares as false: the expression is written so that a NaN replaces any number and is kept
             before, now = self.largest.get(module, 0.0), max(-low, high)
             self.largest[module] = before if before > now or before != before else now

@@ -67,7 +67,9 @@ class Coverage:
     def summary(self) -> str:
         """One line for the user."""
         halves = (
-            f"halves differ by a factor {statistics.median(self.spread.values()):.2f}" if self.spread else "no halves"
+            f"thresholds of the halves of the images differ by a factor of {statistics.median(self.spread.values()):.2f}"
+            if self.spread
+            else "one half of images only"
         )
         worst = self.outside[0]
         return f"{halves}; at most {worst.fraction:.2%} of {self.images} other images clipped, in {worst.layer}"

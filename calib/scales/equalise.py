@@ -281,8 +281,8 @@ def equalise(model: QuantModel, halves: Sequence[Half], config: Config) -> Quant
     exponents = [chosen[place][0] for place in places if place.readers in kept]
     counts = ", ".join(f"{a:g} x{exponents.count(a)}" for a in sorted(set(exponents)))
     notes = (
-        f"{sum(map(bool, exponents))} of {len(places)} places rescaled, {sum(bool(e.shift.any()) for e in moved)} centred; "
-        f"exponents {counts or 'none'}",
+        f"channel scales moved at {sum(map(bool, exponents))} of {len(places)} places, shifts at "
+        f"{sum(bool(e.shift.any()) for e in moved)}; exponents of the scales {counts or 'none'}",
         *taken_back,
     )
     record = StageRecord("equalise", asdict(config), time.perf_counter() - start, notes=notes)

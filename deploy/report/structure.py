@@ -50,6 +50,11 @@ def _by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
         yield from _wrapped(names)
 
 
+def _place(place: dict[str, Any]) -> str:
+    before = "in front of" if place["kind"] == "front" else f"{place['producer']} ->"
+    return f"{before} {' & '.join(place['readers'])}{' +' * place['shifts']}"
+
+
 def structure_lines(structure: "Structure") -> Iterator[str]:
     """Yield the report line by line."""
     found = structure_json(structure)
@@ -59,9 +64,7 @@ def structure_lines(structure: "Structure") -> Iterator[str]:
     yield from _by_reason("in float", found["float"])
     if found["places"]:
         yield f"channel scales can move ({len(found['places'])}), + where a shift can as well:"
-        yield from _wrapped(
-            f"{each['producer']} -> {' & '.join(each['readers'])}{' +' * each['shifts']}" for each in found["places"]
-        )
+        yield from _wrapped(_place(each) for each in found["places"])
     for each in found["refused_places"]:
         yield f"not moved, a trial changed the output by {each['difference']:.1e}: {each['producer']} -> {each['readers']}"
     for title, names in (

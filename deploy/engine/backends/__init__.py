@@ -62,6 +62,6 @@ def choose_backend(target: str) -> tuple[ModuleType, str]:
     reasons = {name: known[name].cannot_build() for name in PREFERENCE}
     for name, reason in reasons.items():
         if reason is None:
-            refused = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
-            return known[name], f"first that can build here ({refused})" if refused else "preferred and able to build"
+            refused = "; ".join(f"{other}, {why}" for other, why in reasons.items() if why)
+            return known[name], f"not {refused}" if refused else "preferred"
     raise UserError("no backend can build here: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))

@@ -28,6 +28,21 @@ def test_other_texts_are_refused_with_both_forms(text):
         MaxDrop.from_text(text)
 
 
+@pytest.mark.parametrize("text", ["100%", "200 %"])
+def test_a_share_that_everything_keeps_is_refused(text):
+    with pytest.raises(UserError, match="expected a percentage below 100"):
+        MaxDrop.from_text(text)
+
+
+@pytest.mark.parametrize(("limit", "enough"), [("1%", 100), ("0.5%", 200), ("3%", 34), ("0%", 1), ("30dB", 1)])
+def test_a_share_smaller_than_one_image_cannot_be_shown(limit, enough):
+    wanted = MaxDrop.from_text(limit)
+    wanted.require_images(enough)
+    if enough > 1:
+        with pytest.raises(UserError, match=f"expected {enough} or more in EVAL="):
+            wanted.require_images(enough - 1)
+
+
 @pytest.mark.parametrize(
     ("limit", "figures", "kept", "said"),
     [
@@ -51,7 +66,7 @@ def test_labels_count_first_then_agreement(limit, figures, kept, said):
 def test_what_is_not_a_number_keeps_no_limit():
     found = Fidelity(count=2, sqnr_db=float("nan"), cosine=0.0, top1_agreement=float("nan"))
     assert not Limits(MaxDrop(0, "dB")).check(found, SPEED).accepted
-    assert not Limits(MaxDrop(100, "%")).check(found, SPEED).accepted
+    assert not Limits(MaxDrop(99, "%")).check(found, SPEED).accepted
 
 
 @pytest.mark.parametrize(("least", "kept"), [(1.8, True), (1.85, False), (1.9, False)])

@@ -1,3 +1,4 @@
+import argparse
 import errno
 import os
 import subprocess
@@ -6,7 +7,9 @@ import sys
 import pytest
 
 from calib.errors import UserError
-from deploy.package import MANIFEST, package_folder, read_json, staging, write_json
+from calib.store.digests import file_sha256
+from deploy.package import MANIFEST, engine_targets, package_folder, read_json, staging, write_json
+from deploy.package_options import add_package, folder_from_options
 
 
 def names(folder):
@@ -207,3 +210,33 @@ def test_a_closed_input_is_not_called_a_closed_output(tmp_path):
 )
 def test_the_folder_of_a_package_follows_its_options(model, module, weights, recipe, folder):
     assert str(package_folder("out", model, module, weights, recipe)) == folder
+
+
+def test_a_checkpoint_names_only_the_package_that_was_built_from_it(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_package(parser)
+    built, other = tmp_path / "built.pt", tmp_path / "other.pt"
+    built.write_bytes(b"one")
+    other.write_bytes(b"two")
+    folder = tmp_path / "out" / "test_vit" / "int8"
+    folder.mkdir(parents=True)
+    weights = {"source": "file built.pt", "file_sha256": file_sha256(built)}
+    write_json(folder / MANIFEST, {"weights": weights})
+
+    def named(*given):
+        args = parser.parse_args(["--model", "test_vit", "--out", str(tmp_path / "out"), *given])
+        return folder_from_options(args, args.folder)
+
+    assert named() == named("--weights", str(built)) == named(str(folder), "--weights", str(other)) == folder
+    for wrong in (other, tmp_path / "missing.pt"):
+        with pytest.raises(UserError, match=r"was built from other weights .file built.pt.: give the file"):
+            named("--weights", str(wrong))
+    assert named("--weights", str(other), "--recipe", "int8_erq") == folder.with_name("int8_erq")  # there is none
+
+
+def test_what_an_engine_is_for_is_read_from_the_manifest(tmp_path):
+    assert engine_targets(tmp_path) == ()
+    write_json(tmp_path / MANIFEST, {"engine": {"targets": ["SM89", 3]}})
+    assert engine_targets(tmp_path) == ("SM89",)
+    write_json(tmp_path / MANIFEST, {"engine": []})
+    assert engine_targets(tmp_path) == ()

@@ -42,7 +42,7 @@ def test_overflow_is_a_failure_and_a_perfect_graph_is_none(overflown):
     def verdict(fp32, fp16):
         return Verdict(fidelity=None, fp32_sqnr_db=fp32, fp16_sqnr_db=fp16)
 
-    assert "look for overflow" in verdict(30.0, overflown).failure()
+    assert "overflow FP16" in verdict(30.0, overflown).failure()
     assert verdict(30.0, 29.0).failure() is None
     assert verdict(30.0, 31.0).failure() is None
     assert verdict(float("inf"), float("inf")).failure() is None

@@ -123,3 +123,19 @@ def test_every_module_that_computes_is_seen():
     with torch.inference_mode(), watched(net) as seen:
         net(torch.zeros(1, 3, SIZE, SIZE))
     assert {"blocks.0", "blocks.0.attn", "blocks.0.attn (attention scores)", "blocks.1.mlp.fc2", "norm"} <= seen.keys()
+
+
+class Masked(nn.Module):
+    """A mask of minus infinity, and a value beside it."""
+
+    def forward(self, x):
+        return (x.masked_fill(x > 0, -torch.inf)).softmax(-1)
+
+
+def test_a_mask_of_minus_infinity_does_not_overflow_and_hides_nothing_beside_it():
+    rows = torch.tensor([[-300.0, 2.0, -1.0]])
+    assert fp16_range(nn.Sequential(Masked()), [rows]).largest == 300
+    with pytest.raises(UserError, match="beyond FP16"):
+        fp16_range(nn.Sequential(Masked()), [rows * 1000])
+    with pytest.raises(UserError, match="reaches inf"):
+        fp16_range(nn.Sequential(Gain(1.0)), [torch.tensor([[torch.inf, 1.0]])])

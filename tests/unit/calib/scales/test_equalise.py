@@ -41,7 +41,8 @@ def test_the_float_function_is_unchanged_in_float64(family):
     x = tiny_batches(1, seed=3)[0].double()
     with torch.no_grad():
         before, after = model.net(x), moved.net(x)
-    assert moved.history[-1].notes[0].startswith(f"{len(model.structure.places)} of")
+    count = len(model.structure.places)
+    assert moved.history[-1].notes[0].startswith(f"channel scales moved at {count} of {count} places")
     assert float((after - before).norm() / before.norm()) < 1e-5
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from calib.errors import UserError
+from calib.hooks import input_hooks
 from calib.network.fold import fold_affine
 from calib.quant_model import QuantModel
 from calib.structure.moves import FRONT, INSERT, LAYER, NORM, move
@@ -370,3 +371,81 @@ def test_a_layer_with_hooks_of_its_own_stays_in_float(register):
     found = structure_of(net, torch.randn(1, 5, 16))
     assert found.why_float("0") is None
     assert found.why_float("1") == "it has hooks of its own, which an INT8 layer in its place would not run"
+
+
+class Scaled(nn.Linear):
+    """A layer of a user's own with another argument."""
+
+    def forward(self, x, scale=None):
+        assert scale == 2
+        return super().forward(x)
+
+
+class CalledUnusually(nn.Module):
+    """Layers that are called by keyword, with two arguments, and as usual."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.usual, self.named = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.scaled, self.before, self.head = Scaled(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.before(x)
+        x = self.norm(x)
+        x = self.usual(x) + self.named(input=x)
+        return self.head(self.scaled(x.relu(), 2.0))
+
+
+def test_a_layer_that_is_called_unlike_torchs_own_stays_float_and_the_others_are_rounded():
+    net, x = CalledUnusually().eval(), torch.randn(64, 4, 16)
+    structure = structure_of(net, x[:1])
+    floats = [name for name in ("usual", "named", "scaled") if "other arguments" in str(structure.why_float(name))]
+    assert floats == ["named", "scaled"]
+    model = fold_affine(QuantModel.of("own", net), x[:1])
+    read = []
+    with input_hooks(model.net, ("named", "usual"), lambda name, _layer, given: read.append((name, given.shape))):
+        model.net(x)
+    assert read == [("usual", x.shape), ("named", x.shape)]
+    with input_hooks(model.net, ("named",), lambda _name, _layer, given: given * 0), torch.no_grad():
+        changed = model.net(x)
+    assert not torch.equal(changed, net(x))
+
+
+class ProductsWithParameters(nn.Module):
+    """Matrices that are parameters of the network itself, as those of CLIP's projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.first, self.second = (nn.Parameter(torch.randn(16, 16)) for _ in range(2))
+        self.gain = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        x = torch.einsum("bnc,cd->bnd", self.layer(x), self.first) * self.gain
+        return self.head(x @ self.second)
+
+
+def test_products_with_parameters_are_told_each():
+    structure = structure_of(ProductsWithParameters().eval(), torch.randn(1, 4, 16))
+    assert list(structure.unknown) == ["", "(no. 2)"]
+    assert all("a product with a parameter" in why for why in structure.unknown.values())
+    assert "in float (2): a product with a parameter" in "\n".join(structure_lines(structure))
+
+
+class PostNorm(nn.Module):
+    """A norm whose output the residual sum reads as well as a layer, within a network without further modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.norm(self.before(x))
+        return self.head(x + self.layer(x).relu())
+
+
+def test_a_scale_in_front_of_a_layer_is_told_apart_from_one_that_is_absorbed():
+    lines = "\n".join(structure_lines(structure_of(PostNorm().eval(), torch.randn(1, 4, 16))))
+    assert "in front of layer" in lines
+    assert "-> layer" not in lines

@@ -1,5 +1,6 @@
 """Networks of the user's own."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -186,3 +187,57 @@ def test_the_file_of_a_factory_is_identified(file):
 class Heads:
     features: torch.Tensor
     logits: torch.Tensor
+
+
+OLD_NORMS = """
+import torch
+from torch import nn
+from torch.nn.utils import spectral_norm, weight_norm
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = weight_norm(nn.Conv2d(3, 8, 3))
+        self.mix, self.head = spectral_norm(nn.Conv2d(8, 8, 1)), nn.Linear(8, 5)
+    def forward(self, x):
+        return self.head(self.mix(self.conv(x)).mean((2, 3)))
+"""
+
+
+def test_weights_that_hooks_compute_before_every_run_are_set_once(tmp_path):
+    (tmp_path / "net.py").write_text(OLD_NORMS)
+    factory, images = f"{tmp_path}/net.py:Net", torch.rand(2, 3, 8, 8)
+    torch.manual_seed(0)
+    exact = build(factory)
+    with torch.no_grad():
+        expected = exact(images)
+    torch.save(exact.state_dict(), tmp_path / "weights.pt")
+    net = load_net(dataclasses.replace(own_model(factory), img_size=(8, 8)), str(tmp_path / "weights.pt")).net
+    assert torch.allclose(copy.deepcopy(net)(images), expected, atol=1e-6)
+    assert not net.conv._forward_pre_hooks
+    assert {"conv.weight", "mix.weight"} <= {name for name, _ in net.named_parameters()}
+
+
+LOCKED = """
+import threading
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3))
+        self.lock = threading.Lock()
+
+class Numbered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("conv@1", nn.Conv2d(3, 8, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"), [("Net", "Net cannot be copied .TypeError"), ("Numbered", "a module is called 'conv@1'")]
+)
+def test_networks_that_no_step_could_take_are_refused_when_they_are_loaded(tmp_path, factory, message):
+    (tmp_path / "net.py").write_text(LOCKED)
+    with pytest.raises(UserError, match=message):
+        load_net(dataclasses.replace(own_model(f"{tmp_path}/net.py:{factory}"), img_size=(8, 8)))

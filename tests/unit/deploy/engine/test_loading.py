@@ -40,7 +40,7 @@ def test_doctor_and_the_choice_of_a_backend_go_on_without_it():
     assert any("absent  tensorrt: cannot build: the package tensorrt is installed but" in x for x in examine().lines)
     backend, why = choose_backend("auto")
     assert backend.NAME == "tensorrt_rtx"
-    assert "tensorrt: the package tensorrt is installed but cannot be loaded" in why
+    assert "not tensorrt, the package tensorrt is installed but cannot be loaded" in why
     with pytest.raises(UserError, match="TARGET=tensorrt cannot build here: the package tensorrt is installed but"):
         choose_backend("tensorrt")
 

@@ -15,10 +15,18 @@ def gemm(dtype, macs=10**6):
     return Kernel("k", "gemm", (dtype, dtype), ("fp16",), ("fc/MatMul",), (x, w), (y,), macs)
 
 
-def printed(lists, batch=8):
+def printed(lists, batch=8, targets=()):
     stream = io.StringIO()
-    print_page("title", lists, GPUS["T4"], batch, stream)
+    print_page("title", lists, GPUS["T4"], batch, targets, stream)
     return stream.getvalue()
+
+
+def test_gpus_that_the_engine_is_not_for_are_named():
+    lists = KernelLists((gemm("int8"),), (gemm("fp16"),))
+    said = " ".join(printed(lists, targets=("SM80", "SM86", "SM89", "SM120+")).split())
+    assert "for SM80, SM86, SM89, SM120+ and does not run on T4, Orin, H100: theirs is another build" in said
+    assert "does not run on" not in printed(lists)
+    assert "does not run on" not in printed(lists, targets=("SM75+",))
 
 
 def test_groups():

@@ -8,7 +8,9 @@ from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
 from calib.outputs import Output
 from calib.quant_model import StageRecord
+from deploy.package import MANIFEST, write_json
 from deploy.report.evidence import warnings, waterfall
+from deploy.report.manifest import replaced
 from deploy.report.terminal import _repairs
 
 ERQ = StageRecord("erq", {}, sqnr_before_db=28.0, sqnr_after_db=29.25)
@@ -49,7 +51,10 @@ def test_the_branches_row_tells_forms_scores_and_costs():
     assert shown(untrained)["branches"] == "dense x1; +1 kernels, +1.50 MB"
 
 
-def said(factory="", classifier=True, **images):
+SOUND_SPEED = SimpleNamespace(ratio=1.0, low=0.9, high=1.1)
+
+
+def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND_SPEED, **images):
     """The warnings of a run with such sets of images; everything else of it is sound."""
     plain = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
     sets = {name: ImageSet("made up", plain, (), **images.get(name, {})) for name in ("calibration", "evaluation")}
@@ -58,11 +63,43 @@ def said(factory="", classifier=True, **images):
         SimpleNamespace(
             **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory),
             outputs=(Output("output", (5,)),), task="classifier" if classifier else "features",
-            planned=(), fp16_range=sound, coverage=sound,
+            planned=("layer",) * planned, backend=SimpleNamespace(NAME=backend), fp16_range=sound, coverage=sound,
             verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
-            speed=SimpleNamespace(integer_layers=0, warnings=lambda: []), built=SimpleNamespace(notes=()),
+            speed=SimpleNamespace(integer_layers=0, comparison=speed, warnings=lambda: []), built=SimpleNamespace(notes=()),
         )
     )  # fmt: skip
+
+
+def packaged(folder, weights="a", shape=(32, 3, 224, 224), backend="tensorrt"):
+    manifest = {
+        "weights": {"sha256": weights, "source": f"file {weights}.pt"},
+        "io": {"inputs": [{"name": "images", "max": list(shape)}]},
+        "engine": {"backend": backend},
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def test_a_package_of_the_same_name_and_other_content_is_told_before_it_goes(tmp_path):
+    assert replaced(tmp_path, packaged(tmp_path)) == ()
+    new = packaged(tmp_path, "b", (8, 3, 384, 384), "onnxruntime")
+    packaged(tmp_path)
+    assert replaced(tmp_path, new) == (
+        "it replaces a package of other weights (file a.pt) and inputs (images 3x224x224) and target (tensorrt); "
+        "another OUT= keeps both",
+    )
+    write_json(tmp_path / MANIFEST, {"weights": []})
+    assert replaced(tmp_path, new) == ()
+    assert replaced(tmp_path / "none", new) == ()
+
+
+@pytest.mark.parametrize(("backend", "words"), [("onnxruntime", "the others cost time"), ("tensorrt", "says nothing")])
+def test_a_slow_engine_for_a_cpu_is_a_warning(backend, words):
+    found = said(backend=backend, planned=3, speed=SimpleNamespace(ratio=0.06, low=0.05, high=0.07))
+    assert any("computes 0 of the 3 INT8 layers in integers" in each and words in each for each in found)
+    assert any("slower than the float network on this CPU (0.06x)" in each for each in found) is (
+        backend == "onnxruntime"
+    )
 
 
 def test_what_is_left_out_of_either_set_is_said_with_its_role():
