@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import register_dataclass, tree_flatten_with_path, tree_leaves
 
 from calib.errors import UserError
 
+SAME_REL_L2 = 1e-2  # random weights can amplify float32's rounding, never to as much
 OUTPUT = "output"  # the name of a single one
 CLASSIFIER, FEATURES, PICTURES, VALUES = "classifier", "features", "pictures", "values"  # tasks: what the outputs are
 
@@ -32,6 +33,14 @@ def _name(path: tuple[Any, ...]) -> str:
     return re.sub(r"\W", "_", "_".join(words)) or OUTPUT
 
 
+def _register_dataclasses(returned: Any) -> None:
+    """Tell torch of the dataclasses in what a network returned: unknown, they count as values, and none can be traced."""
+    for value in tree_leaves(returned):
+        if is_dataclass(value) and not isinstance(value, type):
+            register_dataclass(type(value))
+            _register_dataclasses(value)
+
+
 def named_outputs(returned: Any) -> dict[str, Tensor]:
     """Return the tensors of what a network returned, by name, in their order; what is no tensor is left out.
 
@@ -40,6 +49,7 @@ def named_outputs(returned: Any) -> dict[str, Tensor]:
 
     Raises UserError for two outputs of the same name.
     """
+    _register_dataclasses(returned)
     found: dict[str, Tensor] = {}
     for path, value in tree_flatten_with_path(returned)[0]:
         if isinstance(value, Tensor):
@@ -96,8 +106,10 @@ def checked_outputs(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
     if not found:
         raise UserError(f"{kind} returns a {type(returned).__name__} without tensors: expected a tensor or several")
     for name, value in found.items():
+        what = str(value.dtype).removeprefix("torch.")
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise UserError(f"{kind} returns {what} as '{name}': expected float32, without casts and autocast inside")
         if not value.is_floating_point():
-            what = str(value.dtype).removeprefix("torch.")
             raise UserError(
                 f"{kind} returns {what} numbers as '{name}': expected floating-point outputs only; leave what follows them "
                 f"(argmax, sorting, choice of boxes) to the code behind the engine"
@@ -108,6 +120,29 @@ def checked_outputs(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
                 f"({len(images)}, ...), one entry per image on the first axis"
             )
     return found
+
+
+def require_function_of_each(net: nn.Module, images: Tensor) -> None:
+    """Raise UserError where `net` gives other outputs for the same `images` (B, 3, H, W) again, or for the first alone.
+
+    Such a network is random, is not in eval mode, or mixes the images of a batch: no engine gives its outputs again.
+    """
+    kind = type(net).__name__
+    with torch.no_grad(), separate_outputs(net):
+        first, again = (named_outputs(net(images)) for _ in range(2))
+        try:
+            alone = named_outputs(net(images[:1]))
+        except Exception as error:  # the network's own code may raise anything
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise UserError(f"{kind} fails on one image alone ({type(error).__name__}: {reason})") from error
+    for others, why in (
+        (again, "when it runs on the same images again: expected eval mode, without dropout or random numbers"),
+        (alone, "for an image alone than beside another: expected outputs of each image by itself"),
+    ):
+        for name, value in others.items():
+            exact = first[name][: len(value)]
+            if value.shape != exact.shape or not float((value - exact).norm()) <= SAME_REL_L2 * float(exact.norm()):
+                raise UserError(f"{kind} gives another '{name}' {why}")
 
 
 def outputs_from(found: Mapping[str, Tensor]) -> tuple[Output, ...]:

@@ -15,7 +15,7 @@ from calib.store.paths import expanded
 from calib.weights.zoo import input_size
 from deploy.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, ContractError
 from deploy.host import require_address_space
-from deploy.package_options import add_package, folder_from_options
+from deploy.package_options import DEFAULTS, add_package, folder_from_options
 from deploy.serve.verbs import SERVE_VERBS, add_serve_verbs
 
 # What libraries say, in exceptions of many types, when the machine has no more memory to give.
@@ -23,6 +23,10 @@ OUT_OF_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "failed to map segment", "failed to allocate memory", "bad_alloc",
     "bad allocation", "out of memory", "can't start new thread",
 )  # fmt: skip
+
+
+# Packages of requirements-base.txt that a command imports when it runs.
+NEEDED = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "PIL", "rich", "safetensors", "timm", "torch")
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser(
         "clean-cache", help="remove what is kept to be used again: states of stages, downloads, environments"
     )
-    recipe = verbs.add_parser("recipe", help="print a recipe with every option resolved")
+    recipe = verbs.add_parser("recipe", help="print a recipe as a .toml file with every option, to change and to give")
     recipe.add_argument("recipe")
     explain = verbs.add_parser(
         "explain",
@@ -162,6 +166,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _engine(args: argparse.Namespace) -> int:
     require_address_space()
+    if args.module and args.model != DEFAULTS["model"]:
+        raise UserError(
+            f"--model '{args.model}' beside --module '{args.module}': expected one of them (MODEL=, MODULE=)"
+        )
     from deploy.acceptance import Limits, MaxDrop
     from deploy.engine.build import Profile
     from deploy.options import Options
@@ -208,7 +216,7 @@ def _engine(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from deploy.execution import golden_faults
-    from deploy.verify import verify_package
+    from deploy.verify import broken_limits, verify_package
 
     folder = folder_from_options(args, args.folder)
     wrong, engine = verify_package(folder), ""
@@ -219,7 +227,10 @@ def _verify(args: argparse.Namespace) -> int:
     if not wrong:
         print(f"{folder}: files unchanged, golden outputs reproduced by the graph")
         print(f"engine {engine}")
-    return EXIT_FAILED if wrong else 0
+    broken = broken_limits(folder)
+    for limit in broken:
+        print(f"{folder}: not to be served: {limit}", file=sys.stderr)
+    return EXIT_FAILED if wrong or broken else 0
 
 
 def _doctor(_args: argparse.Namespace) -> int:
@@ -262,6 +273,7 @@ def _structure(args: argparse.Namespace) -> int:
     import torch
 
     from calib.network.fold import fold_affine
+    from calib.outputs import named_outputs
     from calib.quant_model import QuantModel
     from calib.weights.load import load_net
     from calib.weights.zoo import spec_of
@@ -277,6 +289,8 @@ def _structure(args: argparse.Namespace) -> int:
         example = two_samples(calib, loaded.inputs)[:1]
     else:
         example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        named_outputs(loaded.net(example))  # what it returns can be traced then
     structure = fold_affine(QuantModel.of(spec.name, loaded.net), example).structure
     print(json.dumps(structure_json(structure), indent=2) if args.json else "\n".join(structure_lines(structure)))
     return 0
@@ -285,7 +299,7 @@ def _structure(args: argparse.Namespace) -> int:
 def _recipe(args: argparse.Namespace) -> int:
     from deploy.recipe import load_recipe
 
-    print(json.dumps(load_recipe(args.recipe).to_json(), indent=2))
+    print(load_recipe(args.recipe).to_toml(), end="")
     return 0
 
 
@@ -382,6 +396,15 @@ def answered(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted: no package was written; what is kept of finished stages stays", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        print(
+            f"error: the package {error.name} is not installed for {sys.executable}: run make setup and use "
+            f".venv/bin/python -m deploy",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except Exception as error:
         said = " ".join(str(error).split())
         if not isinstance(error, MemoryError) and not any(text in said.lower() for text in OUT_OF_MEMORY):

@@ -125,6 +125,8 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     name = final.parent.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
     kept = KeptStates(_states_folder(options, spec, progress))
+    if options.begin and kept.folder is None:
+        raise UserError("--from goes on from kept states, and none are kept, as said above: run without --from")
     last = stages.index(plan[-1])
     whole = plan[-1] is stages[-1]
     run: Run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import pkgutil
 import re
@@ -47,6 +48,21 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain values, for the manifest."""
         return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The recipe as a .toml file that has every option; read again it is the same recipe."""
+        tables = {"precision": self.precision, "equalise": self.equalise, "attention": self.attention}
+        tables |= {"calibrate": self.calibrate, "method": self.method_config}
+        tables |= {key: getattr(self, key) for key in OPTIONAL if key not in tables}
+        lines = [f"description = {json.dumps(self.description)}"]
+        for title, options in tables.items():
+            if options is not None:
+                values = {"name": self.method} if title == "method" else {}
+                values |= dataclasses.asdict(options)
+                lines += ["", f"[{title}]"]
+                # texts, numbers, truths and lists of them are written alike in JSON and TOML
+                lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        return "\n".join(lines) + "\n"
 
     def for_engine(self) -> "Recipe":
         """Return this recipe. Raises UserError if no engine can compute its precision, only the simulation."""

@@ -31,6 +31,7 @@ from calib.outputs import (
     join_outputs,
     named_outputs,
     outputs_from,
+    require_function_of_each,
     separate_outputs,
     task_of,
 )
@@ -178,7 +179,10 @@ def _outputs(
         )
     if not all(value.isfinite().all() for value in found.values()):
         name = _not_a_number(net, images)
-        raise UserError(f"the float network computes NaN or Inf, first in '{name}': give weights that work in float")
+        where = f"first in '{name}'" if name else "in its own forward pass, behind its modules"
+        raise UserError(f"the float network computes NaN or Inf, {where}: give weights that work in float")
+    random = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    require_function_of_each(net, random if inputs is None else images)
     return outputs
 
 
@@ -249,7 +253,9 @@ def fold(run: Run) -> Lines:
     run.model = FOLD(run.model, run.images)
     if not run.model.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(run.model.float_layers.items())[:3])
-        raise UserError(f"{run.model.structure.kind} has no layer to quantize ({reasons or 'no Linear or Conv2d'})")
+        raise UserError(
+            f"{run.model.structure.kind} has no layer to quantize ({reasons or 'no Linear or Conv2d called in float32'})"
+        )
     return run.model.history[-1].notes
 
 
@@ -276,7 +282,7 @@ def fits_fp16(run: Run) -> Lines:
     """Whether the activations of the float network fit FP16. Raises UserError if they do not."""
     few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, _to(run.model.device))
     run.fp16_range = found = fp16_range(run.model.net, few)
-    return (f"fits FP16 {found.headroom:.0f} times over: {found.largest:.4g} in {found.module}", *found.warnings())
+    return (f"the largest value is {found.largest:.4g}, in {found.module}; FP16 holds 65504", *found.warnings())
 
 
 def covers(run: Run) -> Lines:

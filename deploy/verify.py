@@ -23,6 +23,7 @@ from deploy.package import (
     MANIFEST,
     MODEL,
     MODEL_FP32,
+    not_accepted,
     read_json,
 )
 
@@ -193,9 +194,11 @@ def cpu_speed(folder: Path, float_model: Path, given: Given) -> CpuSpeed:
 def require_package(folder: Path) -> None:
     """Raise UserError if `folder` holds no manifest."""
     if not (folder / MANIFEST).is_file():
+        beside = not_accepted(folder)
+        why = f"; one that did not keep its limits is in '{beside}'" if (beside / MANIFEST).is_file() else ""
         raise UserError(
             f"no package at '{folder}': expected a folder with {MANIFEST}; build one with make engine, or give the MODEL=, "
-            f"MODULE=, WEIGHTS=, RECIPE= and OUT= that it was built with"
+            f"MODULE=, WEIGHTS=, RECIPE= and OUT= that it was built with{why}"
         )
 
 
@@ -276,6 +279,17 @@ def file_faults(folder: Path) -> list[str]:
     return wrong
 
 
+def broken_limits(folder: Path) -> list[str]:
+    """The limits that the package in `folder` did not keep when it was built (deploy/acceptance.py), in words."""
+    acceptance = read_json(folder / MANIFEST).get("acceptance")
+    checks = acceptance.get("checks") if isinstance(acceptance, dict) else None
+    return [
+        f"{each.get('limit')}: {each.get('measured')}"
+        for each in (checks if isinstance(checks, list) else ())
+        if isinstance(each, dict) and each.get("kept") is not True
+    ]
+
+
 def verify_package(folder: Path) -> list[str]:
     """One sentence for each fault of a finished package: missing, changed or unrecorded files, outputs that lost fidelity.
 
@@ -286,7 +300,13 @@ def verify_package(folder: Path) -> list[str]:
         return wrong
     given, reference, simulated = golden_arrays(folder / GOLDEN)
     recorded_db = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))
-    found = golden_db(reference, folder / MODEL_FP32, given)
+    try:
+        found = golden_db(reference, folder / MODEL_FP32, given)
+    except Exception as error:  # ONNX Runtime's own, of many types: the files may be of any origin
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{MODEL_FP32} in '{folder}' cannot be run on the golden images ({reason}): build the package again"
+        ) from error
     if not found >= recorded_db - MAX_DRIFT_DB:
         wrong.append(
             f"{MODEL_FP32} reaches {found:.1f} dB on the golden images, {recorded_db:.1f} dB when it was built"

@@ -102,7 +102,8 @@ def _examined(folder: Path, name: str) -> Picture | Unreadable:
             rgb_image(image)
     # Pillow's plug-ins raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        return Unreadable(name, f"{type(error).__name__}: {error}")
+        said = re.sub(r" <_io\.\w+ object at 0x[0-9a-f]+>", "", str(error))  # Pillow names its stream
+        return Unreadable(name, f"{type(error).__name__}: {said}")
     content = hashlib.sha256(data).hexdigest()
     return Picture(name, content, functools.partial(_read_file, folder / name, content))
 

@@ -82,8 +82,9 @@ class Gain(NamedTuple):
     def text(self) -> str:
         """Return one line for the report."""
         return (
-            f"output SQNR {self.after_db:.2f} dB against {self.before_db:.2f} dB on held-out images "
-            f"(gain {self.mean_db:.2f} dB, standard error {self.error_db:.2f} over {self.sources} source images)"
+            f"output SQNR {self.after_db:.2f} dB against {self.before_db:.2f} dB on calibration images that it was "
+            f"not fitted on (mean gain by source image {self.mean_db:.2f} dB, standard error {self.error_db:.2f}, "
+            f"{self.sources} source images)"
         )
 
 

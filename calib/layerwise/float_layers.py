@@ -123,10 +123,7 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
     def kept(order: Sequence[tuple[int, float]], count: int) -> QuantModel:
         return in_float(
             model,
-            {
-                layers[index]: f"INT8 would cost {gain:.1f} dB of the output, to first order"
-                for index, gain in order[:count]
-            },
+            {layers[index]: f"INT8 would cost about {gain:.1f} dB of the output" for index, gain in order[:count]},
         )
 
     # rotations that choose alike share a network, which is judged once

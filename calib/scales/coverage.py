@@ -72,7 +72,8 @@ class Coverage:
             else "one half of images only"
         )
         worst = self.outside[0]
-        return f"{halves}; at most {worst.fraction:.2%} of {self.images} other images clipped, in {worst.layer}"
+        clipped = f"at most {worst.fraction:.2%} of the values are clipped, in {worst.layer}"
+        return f"{halves}; of {self.images} other images {clipped}"
 
     @property
     def _widest(self) -> str:

@@ -69,6 +69,15 @@ def state_sha256(net: "nn.Module") -> str:
     return digest.hexdigest()
 
 
+def _another(tag: str) -> str:
+    """What else helps where a checkpoint does not fit the network `tag`."""
+    return (
+        "let the factory build the network of this one"
+        if ":" in tag and not tag.startswith("hf-hub:")
+        else "another MODEL"
+    )
+
+
 def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
     """The differences between `state` and the state dict of `net` as text; empty if there are none."""
     expected = net.state_dict()
@@ -174,7 +183,7 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
         converted = _timm_layout(net, state)
         if converted is None:
             raise UserError(
-                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or another MODEL."
+                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or {_another(tag)}."
                 + (f"{foreign} and were converted." if layout else "")
             )
         given, state = state, converted
@@ -209,7 +218,7 @@ def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
         read(str(path))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{path} does not fit {tag} ({str(error).splitlines()[0]}): give a checkpoint of {tag}, or another MODEL."
+            f"{path} does not fit {tag} ({str(error).splitlines()[0]}): give a checkpoint of {tag}, or {_another(tag)}."
         ) from error
     return f"file {path} (JAX layout, read by timm)"
 
@@ -288,6 +297,20 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
 
 
 def _check_finite(net: "nn.Module", source: str) -> None:
+    """Raise UserError for a network whose tensors have no values, are none of torch's plain ones, or hold NaN or Inf."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    for name, tensor in net.state_dict().items():
+        what = ""
+        if is_lazy(tensor):
+            what = "has no shape yet: run the network once in the factory"
+        elif not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
+            what = f"is a {type(tensor).__name__} of a quantized layer: give the float network"
+        elif tensor.is_meta:
+            what = "is on the device meta, without values: build the network on the CPU"
+        if what:
+            raise UserError(f"'{name}' of {type(net).__name__} {what}")
     bad = [name for name, tensor in net.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")

@@ -66,7 +66,8 @@ def _imported(where: str) -> Any:
 
 
 def _module_name(where: str) -> str:
-    return Path(where).stem if where.endswith(".py") else where
+    """The name that a file is imported by: of its own, so that it takes the place of no installed module."""
+    return f"own_network_{Path(where).stem}" if where.endswith(".py") else where
 
 
 def _parts(factory: str) -> tuple[str, str]:
@@ -93,6 +94,7 @@ def build(factory: str) -> "nn.Module":
 
     Raises UserError if it cannot be found, fails, or returns something else.
     """
+    import torch
     from torch import nn
 
     where, attribute = _parts(factory)
@@ -105,6 +107,11 @@ def build(factory: str) -> "nn.Module":
         net = found if isinstance(found, nn.Module) else found()
     except UserError:
         raise
+    except SystemExit as error:
+        raise UserError(
+            f"MODULE='{factory}' ended the process (SystemExit: {error}): expected a file that can be imported; put what a "
+            f"script does behind if __name__ == '__main__'"
+        ) from error
     except Exception as error:  # the user's own code may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         line = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -115,4 +122,7 @@ def build(factory: str) -> "nn.Module":
         ) from error
     if not isinstance(net, nn.Module):
         raise UserError(f"MODULE='{factory}' gives a {type(net).__name__}: expected a torch.nn.Module")
+    net = getattr(net, "_orig_mod", net)  # what torch.compile has wrapped
+    if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+        raise UserError(f"MODULE='{factory}' gives a TorchScript module: expected the nn.Module that it was made from")
     return net.float().eval()

@@ -190,7 +190,10 @@ def _unwrapped(content: Any, path: Path, expected: Collection[str]) -> tuple["St
 
 
 def _inner(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", str]:
-    """Return (the part of `state` under a prefix, if it is the only one with all of the network, a note on the rest)."""
+    """Return (the part of `state` that has all of the network, if it is the only one, a note on the rest).
+
+    That is the part under a prefix, or what has no prefix beside a second network under one, such as a teacher.
+    """
     first = next((key for key in expected if is_read(key)), "")
     prefixes = [key.removesuffix(first) for key in state if first and key.endswith(f".{first}")]
     parts = [{key: value for key, value in state.items() if key.startswith(prefix)} for prefix in prefixes]
@@ -199,6 +202,9 @@ def _inner(state: "StateDict", expected: Collection[str]) -> tuple["StateDict", 
         for prefix, part in zip(prefixes, parts, strict=True)
         if _holds({key.removeprefix(prefix) for key in part}, expected)
     ]
+    if whole and _holds({*state}, expected):
+        others = {key for part in whole for key in part}
+        whole = [{key: value for key, value in state.items() if key not in others}]
     if len(whole) != 1 or len(whole[0]) == len(state):
         return state, ""
     return whole[0], f" (left out: {first_few(key for key in state if key not in whole[0])})"

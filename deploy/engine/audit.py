@@ -51,7 +51,7 @@ class Audit:
         """The audit in one line."""
         done = self.planned - len(self.lost)
         parts = [
-            f"{done} of {self.planned} planned layers run in INT8 "
+            f"{done} of {self.planned} planned layers read and multiply INT8 "
             f"({self.int8_gemms} GEMMs, {self.int8_convs} convolutions)",
             f"{self.fused_attention} fused attention kernels, {self.int8_attention} of them in INT8",
             f"{self.fp16_gemms} FP16 GEMMs and {self.fp16_convs} FP16 convolutions",
@@ -191,7 +191,10 @@ def require_int8(result: Audit, every: bool = True) -> None:
     """
     if not every and result.planned:
         if len(result.lost) == result.planned:
-            raise ContractError(f"none of the {result.planned} planned layers runs in integers on this processor")
+            raise ContractError(
+                f"ONNX Runtime computes none of the {result.planned} planned layers in integers on this processor: a "
+                f"convolution only where a quantizer follows it directly, or 1 x 1"
+            )
         return
     if faults := _faults(result):
         raise ContractError("the engine is not INT8 as planned: " + "; ".join(faults))

@@ -74,7 +74,7 @@ def _work(lists: KernelLists, gpu: GpuPeaks, batch: int) -> Table:
 
 def _ratios(lists: KernelLists) -> Table:
     table = _table(
-        "estimated FP16 / INT8: no cache - all activations cached",
+        "estimated speed of INT8 beside FP16, slower below 1: without a cache - with all activations cached",
         [f"batch {batch}" for batch in BATCHES],
     )
     for gpu in GPUS.values():

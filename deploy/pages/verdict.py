@@ -71,7 +71,7 @@ def _limits_kept(report: Values) -> tuple[Row, ...]:
         return ()
     found = []
     for _, check in report.parts("acceptance", "checks"):
-        found.append((check.text("limit"), ("kept: " if check.flag("kept") else "NOT kept: ", check.text("measured"))))
+        found.append((check.text("limit"), ("PASS: " if check.flag("kept") else "FAIL: ", check.text("measured"))))
     return tuple(found)
 
 

@@ -20,12 +20,15 @@ SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of 
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
 CHANCE = 3  # times one in so many classes: as good as guessing
+INT8_BITS = 8
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
 def warnings(run: "Run") -> list[str]:
     """What must be said wherever this package is shown."""
     found = [*([RANDOM_WARNING] if run.loaded.random else []), *run.loaded.warnings]
+    if (bits := run.recipe.precision.weights) < INT8_BITS:
+        found.append(f"weights are rounded to {bits} bits and stored as INT8: no faster and no smaller than 8 bits")
     if run.calibration.sample:
         found.append(SAMPLE_WARNING)
     elif run.calibration.count < FEW_IMAGES:
@@ -121,7 +124,7 @@ def waterfall(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     steps = [
         {
-            "step": record["stage"],
+            "step": "bias correction" if record["stage"] == "rtn" else record["stage"],
             "sqnr_before_db": record["sqnr_before_db"],
             "sqnr_after_db": record["sqnr_after_db"],
             "gain_db": record["sqnr_after_db"] - record["sqnr_before_db"],

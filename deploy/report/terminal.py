@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deploy.engine.backends import ONNXRUNTIME
 from deploy.package import ENGINE, MODEL
 from deploy.report.evidence import waterfall
 from deploy.report.proof import proven_and_planned
@@ -36,10 +37,13 @@ def _shown_branches(branches: dict[str, dict[str, Any]], engine: dict[str, Any])
 def _repairs(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What every stage that measured itself did to the output, and what branches cost."""
     steps, branches = waterfall(report["history"]), report["branches"]
-    rows = [("stages, on held-out images", _shown_steps(steps))] if steps else []
+    rows = [("stages, on calibration images", _shown_steps(steps))] if steps else []
     if kept := report.get("kept_float"):
         reasons = {reason: [name for name, why in kept.items() if why == reason] for reason in kept.values()}
-        rows.append(("kept in FP16", "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())))
+        kind = "float" if report["engine"].get("backend") == ONNXRUNTIME else "FP16"
+        rows.append(
+            (f"kept in {kind}", "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()))
+        )
     return [*rows, ("branches", _shown_branches(branches, report["engine"]))] if branches else rows
 
 
@@ -76,11 +80,23 @@ def _proof(engine: dict[str, Any]) -> str:
         engine["backend"], engine["planned"], len(engine["lost"]), engine["int8_convs"]
     )
     convolutions = f"{engine['int8_convs']} INT8 convolutions{' planned, not proven' if planned_only else ''}"
+    done, planned = engine["planned"] - len(engine["lost"]), engine["planned"]
+    floats = [
+        f"{engine[f'{kind.lower()}_{what}']} {kind} {name}"
+        for kind in ("FP16", "FP32")
+        for what, name in (("gemms", "GEMMs"), ("convs", "convolutions"))
+        if engine[f"{kind.lower()}_{what}"]
+    ]
     return (
-        f"{engine['int8_gemms']} INT8 GEMMs, {convolutions}, "
+        f"{done} of {planned} layers: {engine['int8_gemms']} INT8 GEMMs, {convolutions}; "
         f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "
-        f"FP16 GEMMs {engine['fp16_gemms']}, FP32 GEMMs {engine['fp32_gemms']}"
+        f"beside them {', '.join(floats) or 'no GEMM or convolution'}"
     )
+
+
+def _agreement(parity: dict[str, Any]) -> str:
+    """How near ONNX Runtime comes to the simulation in torch."""
+    return f"{parity['torch_vs_ort_rel_l2']:.1e} relative L2, same integers in every layer but for ties"
 
 
 def _kind(report: dict[str, Any]) -> str:
@@ -120,7 +136,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *rows,
         *_repairs(report),
-        ("simulation vs ONNX", f"{parity['torch_vs_ort_rel_l2']:.1e} relative L2, same integers in every layer"),
+        ("simulation vs ONNX", _agreement(parity)),
         ("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB"),
         ("speed, ONNX Runtime CPU", f"{report['speed']['ort_cpu_ratio']:.2f}x float (batch 8, 2 threads)"),
         ("size", f"float {size['float_onnx'] / 1e6:.1f} MB, {MODEL} {size[MODEL] / 1e6:.1f} MB, "
@@ -129,7 +145,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         *([("engine was run", _executed(engine))] if "executed" in engine else []),  # which an older report lacks
         *([("kernels, memory", _traffic(engine))] if "traffic" in engine else []),  # which an older report lacks
         ("INT8 proof", _proof(engine)),
-        *[(each["limit"], f"{'kept' if each['kept'] else 'NOT kept'}: {each['measured']}") for each in _checks(report)],
+        *[(each["limit"], f"{'PASS' if each['kept'] else 'FAIL'}: {each['measured']}") for each in _checks(report)],
         ("time, peak memory", f"{report['seconds']['total']:.0f} s, {report['peak_rss_mb']:.0f} MB"),
     ]  # fmt: skip
 

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from calib.errors import UserError
-from calib.outputs import OUTPUT, join_outputs, named_outputs, outputs_of, separate_outputs, task_of
+from calib.outputs import (
+    OUTPUT,
+    checked_outputs,
+    join_outputs,
+    named_outputs,
+    outputs_of,
+    require_function_of_each,
+    separate_outputs,
+    task_of,
+)
 from calib.structure.trace import Trace
 
 Pair = namedtuple("Pair", "boxes scores")
@@ -120,3 +129,69 @@ def test_modules_keep_their_names():
     net = nn.Sequential(nn.Conv2d(3, 4, 1))
     join_outputs(net, IMAGES)
     assert [name for name, _ in Trace(net, IMAGES[:1]).net.named_modules()] == ["", "0"]
+
+
+class Together(nn.Module):
+    """Outputs that are other for an image beside others."""
+
+    def forward(self, x):
+        y = x.mean((2, 3))
+        return y - y.mean(0, keepdim=True)
+
+
+class Random(nn.Module):
+    """Dropout that does not know of eval mode."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x.mean((2, 3)), 0.5, training=True)
+
+
+class OneOnly(nn.Module):
+    """Code that needs two images."""
+
+    def forward(self, x):
+        return torch.stack([x[0], x[1]]).mean((2, 3)) if len(x) == 2 else x[1]
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Together(), "another 'output' for an image alone"),
+        (Random(), "another 'output' when it runs on the same images again"),
+        (OneOnly(), "fails on one image alone .IndexError"),
+    ],
+)
+def test_what_is_no_function_of_each_image_is_refused(net, message):
+    with pytest.raises(UserError, match=message):
+        require_function_of_each(net.eval(), torch.rand(2, 8, 4, 4))
+
+
+def test_a_function_of_each_image_is_taken():
+    require_function_of_each(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), torch.rand(2, 3, 8, 8))
+
+
+@dataclass
+class Both:
+    """What torch knows nothing of."""
+
+    first: torch.Tensor
+    second: dict
+
+
+class ReturnsDataclass(nn.Module):
+    def forward(self, x):
+        y = x.mean((2, 3))
+        return Both(y, {"deep": y * 2})
+
+
+def test_fields_of_a_plain_dataclass_are_outputs():
+    assert list(checked_outputs(ReturnsDataclass(), torch.rand(2, 8, 4, 4))) == ["first", "second_deep"]
+
+
+def test_outputs_in_float64_are_refused_when_the_network_is_loaded():
+    class Doubles(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)).double()
+
+    with pytest.raises(UserError, match="returns float64 as 'output': expected float32"):
+        checked_outputs(Doubles(), torch.rand(2, 8, 4, 4))

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,30 @@ def test_list_and_recipe_show_what_exists(capsys):
     ):  # fmt: skip
         assert word in out
     code, out, _ = run(capsys, "recipe", "int8")
-    assert json.loads(out)["calibrate"]["observer"] == "search"
+    assert tomllib.loads(out)["calibrate"]["observer"] == "search"
+
+
+def test_a_missing_package_of_the_requirements_is_told_and_another_is_a_bug(monkeypatch, capsys):
+    def missing(name):
+        def verb(_args):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+        return verb
+
+    monkeypatch.setitem(cli.VERBS, "list", missing("torch"))
+    code, _, err = run(capsys, "list")
+    assert code == 2
+    assert "the package torch is not installed for" in err
+    assert "run make setup" in err
+    monkeypatch.setitem(cli.VERBS, "list", missing("deploy.gone"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["list"])
+
+
+def test_a_model_and_a_module_are_not_both_taken(capsys):
+    code, _, err = run(capsys, "engine", "--model", "vit_b", "--module", "net.py:build")
+    assert code == 2
+    assert "--model 'vit_b' beside --module 'net.py:build': expected one of them" in err
 
 
 def test_explain_reads_the_kernels_of_a_package(capsys, tmp_path):

@@ -1,3 +1,5 @@
+import tomllib
+
 import pytest
 
 from calib.errors import UserError
@@ -71,3 +73,18 @@ def test_a_list_becomes_a_tuple(tmp_path):
 def test_whole_numbers_are_accepted_where_a_float_is_meant(tmp_path):
     (tmp_path / "r.toml").write_text("[calibrate]\npercentile = 99")
     assert load_recipe(str(tmp_path / "r.toml")).calibrate.percentile == 99
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_is_printed_and_read_again_is_the_same(name, tmp_path):
+    recipe = load_recipe(name)
+    path = tmp_path / f"{name}.toml"
+    path.write_text(recipe.to_toml())
+    assert load_recipe(str(path)) == recipe
+
+
+def test_a_printed_recipe_has_options_that_the_file_leaves_out():
+    options = tomllib.loads(load_recipe("int8_qwt").to_toml())
+    assert options["compensate"]["ridges"] == [0.0, 0.003, 0.03, 0.3, 3.0]
+    assert options["method"]["name"] == "rtn"
+    assert "finetune" not in options

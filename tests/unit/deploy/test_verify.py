@@ -15,9 +15,11 @@ from deploy.verify import (
     MAX_FP16_LOSS_DB,
     CpuSpeed,
     Verdict,
+    broken_limits,
     cpu_speed,
     golden_arrays,
     least_fp16_db,
+    require_package,
     verify_package,
 )
 from tests.unit.deploy.graph.test_integer_kernels import QUANTIZED, SAME, convolution, images
@@ -132,6 +134,33 @@ def test_golden_arrays_that_are_none_are_refused_in_one_line(tmp_path, case):
     with pytest.raises(UserError, match=GOLDEN) as caught:
         verify_package(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_cannot_be_run_is_refused_in_one_line(tmp_path):
+    write_package(tmp_path, {"images": IMAGES, "float_output": OUTPUT, "simulated_output": OUTPUT})
+    with pytest.raises(UserError, match=r"model.fp32.onnx in .* cannot be run on the golden images") as caught:
+        verify_package(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_that_were_not_kept_are_told(tmp_path):
+    write_package(tmp_path)
+    assert broken_limits(tmp_path) == []
+    kept, broken = ({"limit": "MAX_DROP=1%", "kept": kept, "measured": "2 %"} for kept in (True, False))
+    write_json(tmp_path / MANIFEST, {"acceptance": {"checks": [kept, broken]}})
+    assert broken_limits(tmp_path) == ["MAX_DROP=1%: 2 %"]
+    write_json(tmp_path / MANIFEST, {"acceptance": {"checks": [1]}})
+    assert broken_limits(tmp_path) == []
+
+
+def test_a_package_that_did_not_keep_its_limits_is_named_where_the_other_is_missing(tmp_path):
+    with pytest.raises(UserError) as caught:
+        require_package(tmp_path / "int8")
+    assert "not-accepted" not in str(caught.value)
+    (tmp_path / "int8.not-accepted").mkdir()
+    (tmp_path / "int8.not-accepted" / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=r"one that did not keep its limits is in '.*int8.not-accepted'"):
+        require_package(tmp_path / "int8")
 
 
 def test_named_inputs_are_read_with_their_types(tmp_path):

@@ -101,7 +101,7 @@ def test_the_report_names_the_worst():
         ],
         "images": 4,
     }
-    assert (
-        found.summary()
-        == "thresholds of the halves of the images differ by a factor of 1.10; at most 0.50% of 4 other images clipped, in a"
+    assert found.summary() == (
+        "thresholds of the halves of the images differ by a factor of 1.10; of 4 other images at most 0.50% of the values "
+        "are clipped, in a"
     )

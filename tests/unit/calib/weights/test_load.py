@@ -142,6 +142,16 @@ def test_of_two_networks_in_a_file_the_one_that_fits_is_taken_and_of_equal_ones_
     assert "missing" in refusal(VIT, path)
 
 
+def test_a_network_without_prefix_is_taken_before_a_second_one_under_a_prefix():
+    state = {"a.weight": 1, "a.bias": 2}
+    teacher = {f"teacher.{name}": value + 10 for name, value in state.items()}
+    found, note = without_prefixes({**state, **teacher, "teacher.center": 5, "epoch": 3}, list(state))
+    assert found == {**state, "epoch": 3}
+    assert "left out: teacher.a.weight" in note
+    found, _ = without_prefixes({**teacher, "loss.weight": 1}, list(state))
+    assert found == {"a.weight": 11, "a.bias": 12}
+
+
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
 def test_tensors_without_dense_values_are_named(tmp_path, kind):
     state = filled_state()

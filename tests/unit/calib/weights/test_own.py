@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -241,3 +242,66 @@ def test_networks_that_no_step_could_take_are_refused_when_they_are_loaded(tmp_p
     (tmp_path / "net.py").write_text(LOCKED)
     with pytest.raises(UserError, match=message):
         load_net(dataclasses.replace(own_model(f"{tmp_path}/net.py:{factory}"), img_size=(8, 8)))
+
+
+ODD = """
+import sys
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    num_classes = 5
+    def __init__(self, last=None):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), last or nn.Linear(8, 5)
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3)))
+
+def lazy():
+    return Net(nn.LazyLinear(5))
+
+def meta():
+    with torch.device("meta"):
+        return Net()
+
+def quantized():
+    return torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})
+
+def scripted():
+    return torch.jit.script(Net())
+
+def compiled():
+    return torch.compile(Net())
+
+def ends():
+    sys.exit("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("lazy", "'head.weight' of Net has no shape yet: run the network once"),
+        ("meta", "'conv.weight' of Net is on the device meta"),
+        ("quantized", "of Net is a .* of a quantized layer: give the float network"),
+        ("scripted", "gives a TorchScript module: expected the nn.Module"),
+        ("ends", r"ended the process .SystemExit: done.: expected a file that can be imported"),
+    ],
+)
+def test_odd_networks_are_refused_in_one_line(tmp_path, factory, message):
+    (tmp_path / "net.py").write_text(ODD)
+    with pytest.raises(UserError, match=message):
+        load_net(dataclasses.replace(own_model(f"{tmp_path}/net.py:{factory}"), img_size=(8, 8)))
+
+
+def test_what_torch_compile_wraps_is_taken(tmp_path):
+    (tmp_path / "net.py").write_text(ODD)
+    assert type(build(f"{tmp_path}/net.py:compiled")).__name__ == "Net"
+
+
+@pytest.mark.parametrize("name", ["json", "onnx", "calib"])
+def test_a_file_takes_the_place_of_no_installed_module(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text(ODD)
+    before = sys.modules.get(name)
+    assert type(build(f"{tmp_path}/{name}.py:Net")).__name__ == "Net"
+    assert sys.modules.get(name) is before

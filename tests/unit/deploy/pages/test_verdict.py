@@ -80,4 +80,4 @@ def test_a_limit_that_is_not_kept_is_the_worst_there_is_but_random_weights(tmp_p
     assert found.level == level
     assert ("does not keep the limits" in found.headline) is not kept
     row = dict(found.points)["MAX_DROP=1%"]
-    assert "".join(map(str, row)) == f"{'kept' if kept else 'NOT kept'}: 0.50 % of the top-1 results differ"
+    assert "".join(map(str, row)) == f"{'PASS' if kept else 'FAIL'}: 0.50 % of the top-1 results differ"

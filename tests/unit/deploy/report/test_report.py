@@ -9,6 +9,7 @@ from calib.images.preprocess import Preprocessing
 from calib.outputs import Output
 from calib.quant_model import StageRecord
 from deploy.package import MANIFEST, write_json
+from deploy.recipe import load_recipe, recipe_from_tables
 from deploy.report.evidence import warnings, waterfall
 from deploy.report.manifest import replaced
 from deploy.report.terminal import _repairs
@@ -33,7 +34,7 @@ def test_the_waterfall_starts_at_the_first_judge_and_tells_what_each_step_brings
     assert [step["step"] for step in steps] == ["erq", "qwt"]
     assert [step["gain_db"] for step in steps] == pytest.approx([1.25, -0.1])
     assert shown({}, SILENT, ERQ, QWT) == {
-        "stages, on held-out images": "float -> rounded 28.0 dB -> erq +1.2 dB -> qwt -0.1 dB"
+        "stages, on calibration images": "float -> rounded 28.0 dB -> erq +1.2 dB -> qwt -0.1 dB"
     }
 
 
@@ -54,7 +55,7 @@ def test_the_branches_row_tells_forms_scores_and_costs():
 SOUND_SPEED = SimpleNamespace(ratio=1.0, low=0.9, high=1.1)
 
 
-def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND_SPEED, **images):
+def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND_SPEED, recipe=None, **images):
     """The warnings of a run with such sets of images; everything else of it is sound."""
     plain = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
     sets = {name: ImageSet("made up", plain, (), **images.get(name, {})) for name in ("calibration", "evaluation")}
@@ -64,6 +65,7 @@ def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND
             **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory),
             outputs=(Output("output", (5,)),), task="classifier" if classifier else "features",
             planned=("layer",) * planned, backend=SimpleNamespace(NAME=backend), fp16_range=sound, coverage=sound,
+            recipe=recipe or load_recipe("int8"),
             verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
             speed=SimpleNamespace(integer_layers=0, comparison=speed, warnings=lambda: []), built=SimpleNamespace(notes=()),
         )
@@ -100,6 +102,12 @@ def test_a_slow_engine_for_a_cpu_is_a_warning(backend, words):
     assert any("slower than the float network on this CPU (0.06x)" in each for each in found) is (
         backend == "onnxruntime"
     )
+
+
+def test_weights_of_fewer_bits_are_said():
+    four = recipe_from_tables("w4", {"precision": {"weights": 4}}, "")
+    assert any("rounded to 4 bits and stored as INT8" in each for each in said(recipe=four))
+    assert not any("stored as INT8" in each for each in said())
 
 
 def test_what_is_left_out_of_either_set_is_said_with_its_role():
