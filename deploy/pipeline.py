@@ -34,7 +34,7 @@ from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
 EXPORTED = ("simulation", "fp16", "fp32", "float_model")
-BUILT_FROM = ("fp16", "fp32", "model", "loaded", "golden")
+BUILT_FROM = ("fp16", "fp32", "float_model", "model", "loaded", "golden")
 JUDGED = ("float_model", "evaluation", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",

@@ -22,7 +22,7 @@ from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.input_rows import arrays_from_rows
 from calib.inputs import Inputs
-from calib.network.fp16_range import fp16_range
+from calib.network.fp16_range import fp16_range, require_fp16_weights
 from calib.network.qdq import quantized_net
 from calib.outputs import (
     CLASSIFIER,
@@ -41,7 +41,7 @@ from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.weights.load import load_net
 from deploy.acceptance import keeps
-from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair
+from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair, halved
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
 from deploy.engine.isolated import build_apart
@@ -335,15 +335,15 @@ def check(run: Run) -> Lines:
     return (f"strongly typed FP16; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",)
 
 
-def _kernel_lists(run: Run, example: Example) -> KernelLists:
+def _kernel_lists(run: Run) -> KernelLists:
     """The kernels of the engine, and of the same build of the float network with FP16 types, if it fits them."""
     if not run.backend.FP16:
         return KernelLists(
             run.built.kernels, None, f"engines of {run.backend.NAME} have FP32 types beside their integers"
         )
     try:
-        model = export_fp16(run.model.float_net, example)
-        twin = build_apart(run.backend, model, run.options.profile, run.options.sms)
+        require_fp16_weights(run.model.float_net)
+        twin = build_apart(run.backend, halved(onnx.load(run.float_model)), run.options.profile, run.options.sms)
     except UserError as error:
         return KernelLists(run.built.kernels, None, str(error))
     return KernelLists(run.built.kernels, twin.kernels)
@@ -357,14 +357,13 @@ def build(run: Run) -> Lines:
     (run.folder / ENGINE).write_bytes(run.built.plan)
     write_json(run.folder / LAYERS, run.built.layers_json())
     lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
-    example = _example(run)
-    run.kernels = _kernel_lists(run, example)
+    run.kernels = _kernel_lists(run)
     twin = f"no FP16 engine to compare with: {run.kernels.why_no_twin}"
     if run.kernels.fp16 is not None:
         twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
     lines.append(twin)
     if run.model.branches:
-        net = quantized_net(replace(run.model, branches={}))
+        net, example = quantized_net(replace(run.model, branches={})), _example(run)
         without = (export_fp16 if run.backend.FP16 else export_fp32)(net, example)
         run.plain = build_apart(run.backend, without, profile, sms)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")

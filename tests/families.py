@@ -2,11 +2,13 @@
 
 import timm
 import torch
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.regnet import RegNet, RegNetCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-# (architecture of timm, options, size of the image in pixels)
+# (architecture of timm or its class, options, size of the image in pixels)
 TIMM = {
     "vit": ("vit_tiny_patch16_224", SMALL_VIT, 32),
     "deit distilled": ("deit_tiny_distilled_patch16_224", SMALL_VIT, 32),
@@ -27,9 +29,9 @@ TIMM = {
     "resnet": ("test_resnet", {}, 32),
     "mobilenet v3": ("mobilenetv3_small_050", {}, 64),
     "efficientnet, same padding": ("test_efficientnet", {"pad_type": "same"}, 48),
-    "regnet y": ("regnety_002", {}, 64),
+    "regnet y": (RegNet, {"cfg": RegNetCfg(depth=5, w0=24, wa=14, wm=1.5, group_size=8, se_ratio=0.25)}, 64),
     "nfnet": ("test_nfnet", {}, 64),
-    "mixer": ("mixer_s32_224", {"img_size": 128}, 128),
+    "mixer": (MlpMixer, {"img_size": 32, "patch_size": 4, "num_blocks": 2, "embed_dim": 48}, 32),
     "levit": (
         "levit_128s",
         {"img_size": 64, "embed_dim": (32, 48), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 16},
@@ -141,7 +143,8 @@ def family_net(family: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
         net, size = OWN[family](), 32
     else:
         name, options, size = TIMM[family]
-        net = timm.create_model(name, num_classes=10, **options)
+        make = timm.create_model if isinstance(name, str) else lambda kind, **given: kind(**given)
+        net = make(name, num_classes=10, **options)
     for module in net.modules():
         if family in OWN and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             module.weight.mul_(3)  # as drawn, biases would drown what the image says

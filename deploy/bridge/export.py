@@ -1,12 +1,10 @@
 """The bridge: exports a torch network with Q/DQ operators to ONNX that TensorRT reads without changes.
 
-A strongly typed engine takes its types from the graph, so the same network is exported twice: with FP16 types for
-TensorRT (`model.onnx`) and with FP32 types for ONNX Runtime on a CPU (`model.fp32.onnx`), with the same integers and
-scales.
+A strongly typed engine takes its types from the graph, so one trace becomes two graphs: with FP16 types for TensorRT
+(`model.onnx`) and with FP32 types for ONNX Runtime on a CPU (`model.fp32.onnx`), with the same integers and scales.
 """
 
 import ast
-import copy
 import io
 import logging
 from collections import Counter
@@ -163,13 +161,9 @@ def fold_constants(model: ir.Model) -> None:
         fold(model)
 
 
-class NoExportError(UserError):
-    """torch.onnx cannot export the network in the type that it has."""
-
-
 @contextmanager
 def _said_in_one_line(kind: str) -> Iterator[None]:
-    """Turn what the exporter raises into a NoExportError with the first line of its cause; a UserError stays one."""
+    """Turn what the exporter raises into a UserError with the first line of its cause; a UserError stays as it is."""
     try:
         yield
     except torch.onnx.OnnxExporterError as error:
@@ -179,7 +173,7 @@ def _said_in_one_line(kind: str) -> Iterator[None]:
         if isinstance(cause, UserError):
             raise cause from error
         line = (str(cause).strip().splitlines() or [""])[0][:300]
-        raise NoExportError(
+        raise UserError(
             f"{kind} cannot be exported to ONNX ({type(cause).__name__}: {line}): expected operators that torch.onnx knows, "
             f"and code that keeps the type of its inputs"
         ) from error
@@ -200,16 +194,15 @@ def _quiet():
 def onnx_from_net(
     net: nn.Module,
     example: Tensor | Mapping[str, Tensor],
-    rewrite: Callable[[ir.Model], None] | None = None,
     outputs: Sequence[str] = (OUTPUT,),
 ) -> onnx.ModelProto:
     """`net` as ONNX with a dynamic batch size; `example` determines shapes and types: images (B >= 2, 3, H, W), or the named
     inputs (B >= 2, ...) in the order of the forward pass, whose names the graph has.
 
-    `rewrite`: what is done to the graph once constants are folded. `outputs`: names, in the order that `net` returns them.
+    `outputs`: names, in the order that `net` returns them.
 
     Raises UserError for a quantizer that only a simulation can compute, whose name it says, for a forward pass that takes
-    one number of samples only, and NoExportError for what torch.onnx cannot export.
+    one number of samples only, and for what torch.onnx cannot export.
     """
     for module in net.modules():
         if isinstance(module, SimulatedQuantizer):
@@ -236,8 +229,6 @@ def onnx_from_net(
     _require_any_number(program.model, type(net).__name__)
     fold_constants(program.model)
     read_the_same_integers(program.model)
-    if rewrite:
-        rewrite(program.model)
     name_nodes(program.model, net)
     _require_own_names(program.model, outputs)
     proto = program.model_proto
@@ -250,47 +241,43 @@ def onnx_from_net(
 Example = tuple[int, int] | Tensor
 
 
-def _samples(example: Example) -> Tensor:
-    return example if isinstance(example, Tensor) else torch.zeros(2, 3, *example)
-
-
-def _halved(given: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-    """Return what is floating in FP16, and the rest as it is."""
-    if isinstance(given, Tensor):
-        return given.half()
-    return {name: value.half() if value.is_floating_point() else value for name, value in given.items()}
-
-
 def export_pair(net: nn.Module, example: Example) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network.
-
-    Raises UserError if a weight or scale does not fit FP16.
-    """
-    return export_fp16(net, example), export_fp32(net, example)
-
-
-def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
-    """`net` as ONNX with FP16 types, for an engine; `net` itself is not changed. Inputs of integers or truths stay so.
+    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network, traced once.
 
     Raises UserError if a weight or scale does not fit FP16.
     """
     require_fp16_weights(net)
-    samples = _samples(example)
-    given, names = separate_inputs(net, samples), [output.name for output in outputs_of(net, samples)]
-    try:
-        model = onnx_from_net(copy.deepcopy(net).half(), _halved(given), no_fp32, names)
-    except NoExportError:  # code of the network that makes FP32 tensors, which do not go with FP16 weights
-        model = onnx_from_net(net, given, no_fp32, names)
-    return separate_biases(model)
+    traced = export_float(net, example)
+    return halved(traced), _for_onnx_runtime(traced)
+
+
+def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
+    """`net` as ONNX with FP16 types, for an engine. Inputs of integers or truths stay so.
+
+    Raises UserError if a weight or scale does not fit FP16.
+    """
+    require_fp16_weights(net)
+    return halved(export_float(net, example))
 
 
 def export_fp32(net: nn.Module, example: Example) -> onnx.ModelProto:
     """A quantized `net` as ONNX with FP32 types, for ONNX Runtime."""
-    return with_zero_points(separate_biases(export_float(net, example)))
+    return _for_onnx_runtime(export_float(net, example))
 
 
 def export_float(net: nn.Module, example: Example) -> onnx.ModelProto:
-    """`net` as ONNX with FP32 types, for ONNX Runtime. That of the float network is the reference of fidelity and speed."""
-    samples = _samples(example)
+    """`net` as ONNX with FP32 types, as it is. That of the float network is the reference of fidelity and speed."""
+    samples = example if isinstance(example, Tensor) else torch.zeros(2, 3, *example)
     names = [output.name for output in outputs_of(net, samples)]
-    return onnx_from_net(net, separate_inputs(net, samples), outputs=names)
+    return onnx_from_net(net, separate_inputs(net, samples), names)
+
+
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A new model with FP16 types of one with FP32 types, for an engine, which computes in the types of its graph."""
+    half = ir.from_proto(model)
+    no_fp32(half)
+    return separate_biases(ir.to_proto(half))
+
+
+def _for_onnx_runtime(model: onnx.ModelProto) -> onnx.ModelProto:
+    return with_zero_points(separate_biases(model))

@@ -1,18 +1,24 @@
 """No FP32 in a graph of FP16: an engine would compute whatever depends on it in FP32, and cast on either side.
 
-Networks that compute position tables or a maximum in FP32 leave such islands even when their weights are FP16: one operand
-of FP32 makes the result FP32. Here every FP32 constant becomes FP16, and every cast to FP32 one to FP16. What then no longer
-fits FP16 shows in the verification of the FP16 graph.
+One operand of FP32 makes the result FP32. Here every FP32 constant becomes FP16, and every cast to FP32 one to FP16. A
+finite constant beyond FP16, such as the least number that masks add, becomes the largest that FP16 holds. What then no
+longer fits FP16 shows in the verification of the FP16 graph.
 """
 
 import numpy as np
 import onnx_ir as ir
 
+FP16_MAX = float(np.finfo(np.float16).max)
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
+def _fp16(values: np.ndarray) -> np.ndarray:
+    """Return float32 `values` in FP16: finite ones stay finite, what is infinite stays so."""
+    return np.where(np.isinf(values), values, np.clip(values, -FP16_MAX, FP16_MAX)).astype(np.float16)
+
+
 def _as_half(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().astype(np.float16), name=tensor.name)
+    return ir.tensor(_fp16(tensor.numpy()), name=tensor.name)
 
 
 def _halve_attributes(node: ir.Node) -> None:
@@ -20,7 +26,7 @@ def _halve_attributes(node: ir.Node) -> None:
         if attribute.type is ir.AttributeType.TENSOR and attribute.as_tensor().dtype is FLOAT:
             node.attributes[name] = ir.AttrTensor(name, _as_half(attribute.as_tensor()))
         elif node.op_type == "Constant" and name in ("value_float", "value_floats"):
-            value = np.array(attribute.value, np.float16)
+            value = _fp16(np.array(attribute.value, np.float32))
             del node.attributes[name]
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(value))
         elif name in ("to", "dtype", "output_dtype") and attribute.value == FLOAT:

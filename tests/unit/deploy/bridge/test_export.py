@@ -10,8 +10,7 @@ from calib.errors import UserError
 from calib.input_rows import join_inputs, separated
 from calib.inputs import Input, Inputs
 from calib.outputs import join_outputs
-from deploy.bridge import export
-from deploy.bridge.export import export_float, export_fp16, onnx_from_net
+from deploy.bridge.export import export_float, export_fp16, export_pair
 from deploy.measure.onnx_runner import OnnxRunner, first
 
 INPUTS = Inputs((Input("x", "float32", (3, 4)), Input("ids", "int64", ()), Input("kept", "bool", (4,))))
@@ -67,17 +66,35 @@ def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, exported, kind
             np.testing.assert_allclose(value, expected[name][:count], atol=tolerance)
 
 
-def test_floating_inputs_are_given_to_a_network_of_fp16_in_its_type(mixed, monkeypatch):
+def test_both_graphs_come_of_one_trace(mixed, monkeypatch):
     net, rows, _ = mixed
-    seen = []
+    traced, export_of = [], torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: traced.append(1) or export_of(*args, **options))
+    half, single = export_pair(net, rows[:2])
+    assert len(traced) == 1
+    assert [node.name for node in half.graph.node] == [node.name for node in single.graph.node]
 
-    def traced(net, example, *others):
-        seen.append((next(net.parameters()).dtype, [value.dtype for value in example.values()]))
-        return onnx_from_net(net, example, *others)
 
-    monkeypatch.setattr(export, "onnx_from_net", traced)
-    export_fp16(net, rows[:2])
-    assert seen == [(torch.float16, [torch.float16, torch.int64, torch.bool])]
+class Masked(nn.Module):
+    """The least number of a type as a mask of what is negative, and a true minus infinity."""
+
+    def forward(self, x):
+        least = torch.where(x < 0, torch.finfo(x.dtype).min, 0.0)
+        return (
+            (1 - (x > 5).float()) * torch.finfo(torch.float32).min + x,
+            (x + least).softmax(-1),
+            x.clamp(min=-torch.inf),
+        )
+
+
+def test_numbers_beyond_fp16_stay_finite_in_fp16():
+    x = torch.randn(2, 3, 4, 4)
+    x[..., 0] = 0.5  # so that no row is masked as a whole
+    runner = OnnxRunner(export_fp16(Masked(), (4, 4)).SerializeToString(), fused=False)
+    first_one, second, third = runner.named_outputs(x.numpy()).values()
+    assert (first_one <= -65000).all()
+    np.testing.assert_allclose(second, Masked()(x)[1], atol=2e-3)
+    np.testing.assert_allclose(third, x, atol=2e-3)
 
 
 def test_nodes_of_a_module_called_as_the_network_itself_have_names_of_their_own(mixed):
