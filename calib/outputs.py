@@ -12,7 +12,8 @@ from torch.utils._pytree import register_dataclass, tree_flatten_with_path, tree
 
 from calib.errors import UserError
 
-SAME_REL_L2 = 1e-2  # random weights can amplify float32's rounding, never to as much
+SAME_REL_L2 = 1e-2  # of two runs; random weights can amplify float32's rounding, not to as much
+NO_OUTPUT = 1e-6  # root mean square below which an output is nothing but rounding errors
 OUTPUT = "output"  # the name of a single one
 CLASSIFIER, FEATURES, PICTURES, VALUES = "classifier", "features", "pictures", "values"  # tasks: what the outputs are
 
@@ -122,6 +123,15 @@ def checked_outputs(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def _apart(value: Tensor, exact: Tensor) -> bool:
+    """Whether an output differs by more than rounding can cause; what is not finite is examined elsewhere."""
+    if value.shape != exact.shape:
+        return True
+    if not (value.isfinite().all() and exact.isfinite().all()):
+        return False
+    return float((value - exact).norm()) > SAME_REL_L2 * max(float(exact.norm()), NO_OUTPUT * exact.numel() ** 0.5)
+
+
 def require_function_of_each(net: nn.Module, images: Tensor) -> None:
     """Raise UserError where `net` gives other outputs for the same `images` (B, 3, H, W) again, or for the first alone.
 
@@ -134,14 +144,13 @@ def require_function_of_each(net: nn.Module, images: Tensor) -> None:
             alone = named_outputs(net(images[:1]))
         except Exception as error:  # the network's own code may raise anything
             reason = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(f"{kind} fails on one image alone ({type(error).__name__}: {reason})") from error
+            raise UserError(f"{kind} fails on one sample alone ({type(error).__name__}: {reason})") from error
     for others, why in (
         (again, "when it runs on the same images again: expected eval mode, without dropout or random numbers"),
-        (alone, "for an image alone than beside another: expected outputs of each image by itself"),
+        (alone, "for one sample alone than beside another: expected outputs of each sample by itself"),
     ):
         for name, value in others.items():
-            exact = first[name][: len(value)]
-            if value.shape != exact.shape or not float((value - exact).norm()) <= SAME_REL_L2 * float(exact.norm()):
+            if _apart(value, first[name][: len(value)]):
                 raise UserError(f"{kind} gives another '{name}' {why}")
 
 

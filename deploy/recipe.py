@@ -51,7 +51,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as a .toml file that has every option; read again it is the same recipe."""
-        tables = {"precision": self.precision, "equalise": self.equalise, "attention": self.attention}
+        tables: dict[str, Any] = {"precision": self.precision, "equalise": self.equalise, "attention": self.attention}
         tables |= {"calibrate": self.calibrate, "method": self.method_config}
         tables |= {key: getattr(self, key) for key in OPTIONAL if key not in tables}
         lines = [f"description = {json.dumps(self.description)}"]

@@ -156,9 +156,9 @@ class OneOnly(nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Together(), "another 'output' for an image alone"),
+        (Together(), "another 'output' for one sample alone"),
         (Random(), "another 'output' when it runs on the same images again"),
-        (OneOnly(), "fails on one image alone .IndexError"),
+        (OneOnly(), "fails on one sample alone .IndexError"),
     ],
 )
 def test_what_is_no_function_of_each_image_is_refused(net, message):
