@@ -351,3 +351,24 @@ def test_interrupting_after_any_stage_leaves_nothing_and_keeps_the_old_package(t
     assert rest.strip().splitlines()[-1].startswith("interrupted: no package was written")
     assert (final / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in final.parent.iterdir()) == ["int8"]
+
+
+def test_after_a_kill_the_next_run_makes_the_same_package(tmp_path, package, command):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy", *command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.split()[:1] == ["build"]:
+            process.kill()
+            break
+    process.stderr.read()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "test_vit" / "int8").exists()
+    assert cli.main([*command, "--out", str(out)]) == 0
+    again = out / "test_vit" / "int8"
+    assert [path.name for path in again.parent.iterdir()] == ["int8"]
+    assert sorted(path.name for path in again.iterdir()) == sorted(FILES)
+    for name in ("model.onnx", "model.fp32.onnx"):
+        assert (again / name).read_bytes() == (package / name).read_bytes()
