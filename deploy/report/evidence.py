@@ -21,6 +21,7 @@ RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
 CHANCE = 3  # times one in so many classes: as good as guessing
 INT8_BITS = 8
+RESULTS = "benchmarks/results"  # what benchmarks write, in the checkout
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
@@ -81,21 +82,22 @@ def peak_rss_mb() -> float:
 
 
 def tool_commit() -> str | None:
-    """Commit of the tool's checkout, with `-dirty` if files differ; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    """Commit of the tool's checkout, with `-dirty` if its files differ from it; None outside a checkout.
+
+    Results are no part of the tool: a benchmark that has written its own does not make the next one's commit differ.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[2])]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        commit, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for command in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}"],
+            )
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def images_json(images: "ImageSet") -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What report.json and the table say of the repairs. Oracle: the figures typed here."""
 
+import re
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from calib.outputs import Output
 from calib.quant_model import StageRecord
 from deploy.package import MANIFEST, write_json
 from deploy.recipe import load_recipe, recipe_from_tables
+from deploy.report import evidence
 from deploy.report.evidence import warnings, waterfall
 from deploy.report.manifest import replaced
 from deploy.report.terminal import _repairs
@@ -108,6 +111,29 @@ def test_weights_of_fewer_bits_are_said():
     four = recipe_from_tables("w4", {"precision": {"weights": 4}}, "")
     assert any("rounded to 4 bits and stored as INT8" in each for each in said(recipe=four))
     assert not any("stored as INT8" in each for each in said())
+
+
+def test_a_commit_is_dirty_by_the_tool_s_files_and_not_by_results(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
+
+    tool, results = tmp_path / "deploy/report/evidence.py", tmp_path / "benchmarks/results/a.json"
+    for file in (tool, results):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    monkeypatch.setattr(evidence, "__file__", str(tool))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert evidence.tool_commit() is None
+    git("init", "--quiet")
+    git("add", "-A")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
+    commit = evidence.tool_commit()
+    assert re.fullmatch(r"[0-9a-f]{12}", commit)
+    results.write_text("2")
+    (tmp_path / "untracked").write_text("3")
+    assert evidence.tool_commit() == commit
+    tool.write_text("2")
+    assert evidence.tool_commit() == f"{commit}-dirty"
 
 
 def test_what_is_left_out_of_either_set_is_said_with_its_role():
