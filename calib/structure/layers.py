@@ -86,7 +86,7 @@ def _why_not_plain(trace: Trace, node: fx.Node) -> str | None:
 def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
     """Return what computes like a layer and is none: name of the module -> why it stays in float.
 
-    A second and later one of the same module has its number behind the name.
+    A second and later product of the same module has its number behind the name.
     """
     found: dict[str, str] = {}
     count: Counter[str] = Counter()
@@ -94,8 +94,8 @@ def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
         why = _why_not_plain(trace, node) if node.op == "call_function" and node not in plain else None
         if why is not None:
             name = trace.owner(node)
-            count[name] += 1
-            found[name if count[name] == 1 else f"{name} (no. {count[name]})".strip()] = why
+            count[name] += node.target not in LAYER_OPERATORS  # a layer may be called several times
+            found[name if count[name] <= 1 else f"{name} (no. {count[name]})".strip()] = why
     return found
 
 

@@ -78,7 +78,8 @@ def test_a_package_that_keeps_no_limit_lies_beside_the_one_that_was_there(out, c
     assert [fault.partition(": ")[0] for fault in promise_faults(shipped, allowed, cpu=True)] == [
         "it does not keep the limits that it was built for"
     ] * 2
-    assert cli.main(["verify", str(bad)]) == 0
+    assert cli.main(["verify", str(bad)]) == cli.EXIT_FAILED
+    assert "not to be served: MAX_DROP=150dB" in capsys.readouterr().err
 
 
 def test_a_limit_that_cannot_be_measured_is_refused_before_anything_is_done(tmp_path, capsys):

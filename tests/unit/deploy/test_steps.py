@@ -36,18 +36,21 @@ def test_a_network_that_computes_nan_is_refused_with_its_first_module():
 def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeypatch):
     kernel = Kernel("k", "other", (), (), ())
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 8 * 8, 2)).eval()
+    monkeypatch.setattr(steps.onnx, "load", lambda path: path)
+    monkeypatch.setattr(steps, "halved", lambda graph: graph)
     monkeypatch.setattr(steps, "build_apart", lambda *_: SimpleNamespace(kernels=(kernel, kernel)))
     run = SimpleNamespace(
         model=SimpleNamespace(float_net=net),
+        float_model="float.onnx",
         backend=SimpleNamespace(FP16=True),
         built=SimpleNamespace(kernels=(kernel,)),
         options=SimpleNamespace(profile=None, sms=None),
     )
-    lists = steps._kernel_lists(run, (8, 8))
+    lists = steps._kernel_lists(run)
     assert (lists.int8, lists.fp16, lists.why_no_twin) == ((kernel,), (kernel, kernel), "")
 
     net[0].weight.data[0] = 1e6
-    lists = steps._kernel_lists(run, (8, 8))
+    lists = steps._kernel_lists(run)
     assert (lists.int8, lists.fp16) == ((kernel,), None)
     assert "FP16" in lists.why_no_twin
 
@@ -55,7 +58,7 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
 def test_a_backend_without_fp16_has_no_twin():
     kernel = Kernel("k", "other", (), (), ())
     run = SimpleNamespace(backend=SimpleNamespace(FP16=False, NAME="cpu"), built=SimpleNamespace(kernels=(kernel,)))
-    lists = steps._kernel_lists(run, (8, 8))
+    lists = steps._kernel_lists(run)
     assert (lists.int8, lists.fp16) == ((kernel,), None)
     assert lists.why_no_twin == "engines of cpu have FP32 types beside their integers"
 

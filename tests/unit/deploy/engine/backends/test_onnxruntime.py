@@ -55,7 +55,7 @@ def test_a_graph_without_integers_is_no_int8_engine():
     planned = planned_layers(graphs("vit")[0])
     found = audit(onnxruntime.build(float_graph, Profile(), None).kernels, planned)
     assert len(found.lost) == found.planned
-    with pytest.raises(ContractError, match=f"none of the {len(planned)} planned layers runs in integers"):
+    with pytest.raises(ContractError, match=f"none of the {len(planned)} planned layers in integers"):
         require_int8(found, every=False)
 
 
