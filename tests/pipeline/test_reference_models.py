@@ -16,8 +16,6 @@ from deploy.host import int8_instructions
 from deploy.verify import MAX_FP16_LOSS_DB
 
 ROOT = Path(__file__).parents[2]
-CALIB_IMAGES = 128  # a quarter of what the commands take by themselves; benchmarks/results/ has their own figures
-SCALES_AND_WEIGHTS = ("fold", "equalise", "calibrate", "range", "rtn", "keep_float", "coverage")
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 pytest.importorskip("tensorrt_rtx")
 
@@ -30,13 +28,12 @@ def readme_commands() -> list[str]:
 
 
 def run(command: str, out: Path) -> tuple[dict, Path, str]:
-    """Run a `make engine` command on few images in this interpreter's environment; returns (report, folder, stdout)."""
+    """Run a `make engine` command in this interpreter's environment; returns (report, folder, stdout)."""
     # -o: this interpreter's environment is ready, do not set it up again
     make = [
         *command.split(),
         f"OUT={out}",
         "CACHE=off",
-        f"CALIB_IMAGES={CALIB_IMAGES}",
         f"VENV={sys.prefix}",
         "-o",
         f"{sys.prefix}/.ready-requirements",
@@ -98,9 +95,8 @@ def test_dinov2_is_small_and_quick_to_build(dinov2):
     report, *_ = dinov2
     assert report["bytes"]["float_onnx"] > 86e6
     assert report["engine"]["bytes"] < 0.4 * report["bytes"]["float_onnx"]
-    # machines differ: in passes of the float network over all calibration images; 6 to 7 with four times as many
-    seconds = sum(report["seconds"].get(stage, 0) for stage in SCALES_AND_WEIGHTS)
-    assert seconds <= 9 * float_pass(report["calibration"]["count"])
+    # machines differ: in passes of the float network over all calibration images; 6 to 7 here
+    assert report["seconds"]["total"] <= 9 * float_pass(report["calibration"]["count"])
     assert report["peak_rss_mb"] <= 4000
 
 
