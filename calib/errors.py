@@ -1,4 +1,4 @@
-"""The exception for bad input, the suggestion of a similar name for its message, and what an unreadable file raises."""
+"""The exception for bad input, what its message is made of, and what an unreadable file raises."""
 
 import difflib
 import zipfile
@@ -16,6 +16,11 @@ class UserError(Exception):
     The command line prints the message on stderr and exits with code 2; any other exception is a bug and keeps its
     traceback.
     """
+
+
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """Return the first line of the message of `error`, at most `most` characters of it; empty if it has none."""
+    return (str(error).strip().splitlines() or [""])[0][:most]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -5,9 +5,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 InputHook = Callable[[str, nn.Module, Tensor], Tensor | None]
 OutputHook = Callable[[str, Tensor], Tensor | None]
+
+
+@contextmanager
+def removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks of `handles` when the `with` block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -32,11 +43,8 @@ def input_hooks(net: nn.Module, layers: Iterable[str], hook: InputHook, first: b
         net.get_submodule(name).register_forward_pre_hook(bound(name), prepend=first, with_kwargs=True)
         for name in layers
     ]
-    try:
+    with removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -48,8 +56,5 @@ def output_hooks(net: nn.Module, modules: Iterable[str], hook: OutputHook) -> It
     handles = [
         net.get_submodule(name).register_forward_hook(lambda _m, _x, y, name=name: hook(name, y)) for name in modules
     ]
-    try:
+    with removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass, tree_flatten_with_path, tree_leaves
 
-from calib.errors import UserError
+from calib.errors import UserError, first_line
 
 SAME_REL_L2 = 1e-2  # of two runs; random weights can amplify float32's rounding, not to as much
 NO_OUTPUT = 1e-6  # root mean square below which an output is nothing but rounding errors
@@ -34,12 +34,12 @@ def _name(path: tuple[Any, ...]) -> str:
     return re.sub(r"\W", "_", "_".join(words)) or OUTPUT
 
 
-def _register_dataclasses(returned: Any) -> None:
+def register_dataclasses(returned: Any) -> None:
     """Tell torch of the dataclasses in what a network returned: unknown, they count as values, and none can be traced."""
     for value in tree_leaves(returned):
         if is_dataclass(value) and not isinstance(value, type):
             register_dataclass(type(value))
-            _register_dataclasses(value)
+            register_dataclasses(value)
 
 
 def named_outputs(returned: Any) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def named_outputs(returned: Any) -> dict[str, Tensor]:
 
     Raises UserError for two outputs of the same name.
     """
-    _register_dataclasses(returned)
+    register_dataclasses(returned)
     found: dict[str, Tensor] = {}
     for path, value in tree_flatten_with_path(returned)[0]:
         if isinstance(value, Tensor):
@@ -143,8 +143,8 @@ def require_function_of_each(net: nn.Module, images: Tensor) -> None:
         try:
             alone = named_outputs(net(images[:1]))
         except Exception as error:  # the network's own code may raise anything
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(f"{kind} fails on one sample alone ({type(error).__name__}: {reason})") from error
+            reason = f"{type(error).__name__}: {first_line(error, 200)}"
+            raise UserError(f"{kind} fails on one sample alone ({reason})") from error
     for others, why in (
         (again, "when it runs on the same images again: expected eval mode, without dropout or random numbers"),
         (alone, "for one sample alone than beside another: expected outputs of each sample by itself"),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from calib.hooks import removed
 from calib.modules import returned
 from compensation.carry import Call
 
@@ -53,12 +54,8 @@ def seen_blocks(net: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[s
             block.register_forward_pre_hook(lambda _m, args, name=name: before(name, args)),
             block.register_forward_hook(lambda _m, a, k, y, name=name: after(name, a, k, y), with_kwargs=True),
         ]
-    try:
-        with torch.no_grad():  # not inference mode: its tensors do not count their edits
-            net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed(handles), torch.no_grad():  # not inference mode: its tensors do not count their edits
+        net(images)
     if missing := [name for name in blocks if name not in found]:
         raise ValueError(f"the network ran without calling block '{missing[0]}'")
     return found

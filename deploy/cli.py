@@ -23,8 +23,6 @@ OUT_OF_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "failed to map segment", "failed to allocate memory", "bad_alloc",
     "bad allocation", "out of memory", "can't start new thread",
 )  # fmt: skip
-
-
 # Packages of requirements-base.txt that a command imports when it runs.
 NEEDED = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "PIL", "rich", "safetensors", "timm", "torch")
 
@@ -273,7 +271,6 @@ def _structure(args: argparse.Namespace) -> int:
     import torch
 
     from calib.network.fold import fold_affine
-    from calib.outputs import named_outputs
     from calib.quant_model import QuantModel
     from calib.weights.load import load_net
     from calib.weights.zoo import spec_of
@@ -289,8 +286,6 @@ def _structure(args: argparse.Namespace) -> int:
         example = two_samples(calib, loaded.inputs)[:1]
     else:
         example = torch.randn(1, *loaded.data_config["input_size"], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        named_outputs(loaded.net(example))  # what it returns can be traced then
     structure = fold_affine(QuantModel.of(spec.name, loaded.net), example).structure
     print(json.dumps(structure_json(structure), indent=2) if args.json else "\n".join(structure_lines(structure)))
     return 0
@@ -394,7 +389,7 @@ def answered(command: Callable[[], int]) -> int:
         print(f"failed: {error}; no package was written", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: no package was written; what is kept of finished stages stays", file=sys.stderr)
+        print("interrupted: no package was written; the states kept of finished stages stay", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:

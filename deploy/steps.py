@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from calib.device import CPU
-from calib.errors import UserError
+from calib.errors import UserError, first_line
 from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.input_rows import arrays_from_rows
 from calib.inputs import Inputs
-from calib.network.fp16_range import fp16_range, require_fp16_weights
+from calib.network.fp16_range import FP16_MAX, fp16_range, require_fp16_weights
 from calib.network.qdq import quantized_net
 from calib.outputs import (
     CLASSIFIER,
@@ -142,7 +142,7 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
 
 
 def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, own: bool, error: Exception) -> UserError:
-    said = (str(error).strip().splitlines() or [""])[0]
+    said = first_line(error)
     if inputs is None:
         others = (
             ", or for a network that takes other inputs than one image leave it out and give CALIB=, a .npz file with an "
@@ -181,8 +181,9 @@ def _outputs(
         name = _not_a_number(net, images)
         where = f"first in '{name}'" if name else "in its own forward pass, behind its modules"
         raise UserError(f"the float network computes NaN or Inf, {where}: give weights that work in float")
-    random = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-    require_function_of_each(net, random if inputs is None else images)
+    if inputs is None:  # images of zeros, all equal, would hide what mixes them
+        images = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    require_function_of_each(net, images)
     return outputs
 
 
@@ -282,7 +283,10 @@ def fits_fp16(run: Run) -> Lines:
     """Whether the activations of the float network fit FP16. Raises UserError if they do not."""
     few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, _to(run.model.device))
     run.fp16_range = found = fp16_range(run.model.net, few)
-    return (f"the largest value is {found.largest:.4g}, in {found.module}; FP16 holds 65504", *found.warnings())
+    return (
+        f"the largest value is {found.largest:.4g}, in {found.module}; FP16 holds {FP16_MAX:.0f}",
+        *found.warnings(),
+    )
 
 
 def covers(run: Run) -> Lines:

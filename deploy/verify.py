@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calib.errors import UNREADABLE_ARRAYS, UserError
+from calib.errors import UNREADABLE_ARRAYS, UserError, first_line
 from calib.store.digests import file_sha256
 from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
@@ -303,7 +303,7 @@ def verify_package(folder: Path) -> list[str]:
     try:
         found = golden_db(reference, folder / MODEL_FP32, given)
     except Exception as error:  # ONNX Runtime's own, of many types: the files may be of any origin
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = first_line(error, 200)
         raise UserError(
             f"{MODEL_FP32} in '{folder}' cannot be run on the golden images ({reason}): build the package again"
         ) from error

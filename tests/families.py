@@ -143,8 +143,8 @@ def family_net(family: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
         net, size = OWN[family](), 32
     else:
         name, options, size = TIMM[family]
-        make = timm.create_model if isinstance(name, str) else lambda kind, **given: kind(**given)
-        net = make(name, num_classes=10, **options)
+        options = {"num_classes": 10, **options}
+        net = timm.create_model(name, **options) if isinstance(name, str) else name(**options)
     for module in net.modules():
         if family in OWN and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             module.weight.mul_(3)  # as drawn, biases would drown what the image says

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from calib.errors import UserError
+from calib.hooks import removed
 
 FP16_MAX = 65504.0
 FP16_SMALLEST_NORMAL = 2.0**-14  # below it, every halving loses one of the 11 significant bits
@@ -64,12 +65,8 @@ def watched(net: nn.Module) -> Iterator[dict[str, float]]:
     for name, module in net.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name or "net")))
         handles.append(module.register_forward_hook(lambda *_: watch.running.pop() and None))
-    try:
-        with watch:
-            yield watch.largest
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed(handles), watch:
+        yield watch.largest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.hooks import input_hooks, output_hooks
+from calib.hooks import input_hooks, output_hooks, removed
 from calib.modules import returned
 from calib.structure.in_front import in_front
 
@@ -53,13 +53,10 @@ def unit_io(net: nn.Module, unit: str, batches: Iterable[Tensor]) -> UnitIO:
         module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
         module.register_forward_hook(after),
     ]
-    try:
+    with removed(handles):
         for batch in batches:
             with suppress(_ReachedError):
                 net(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     args, kwargs = calls[0]
     return UnitIO(torch.cat([call[0][0] for call in calls]), torch.cat(outputs), args[1:], kwargs)
 

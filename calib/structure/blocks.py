@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from calib.hooks import removed
 from calib.modules import returned
 from calib.structure.channels import SUMS
 from calib.structure.plain_layers import SequenceConv
@@ -97,12 +98,8 @@ def _shapes(net: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, 
         net.get_submodule(name).register_forward_hook(lambda _m, args, y, name=name: after(name, args, y))
         for name in names
     ]
-    try:
-        with torch.no_grad():
-            net(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed(handles), torch.no_grad():
+        net(example)
     return {name: shapes for name, shapes in found.items() if count[name] == 1}
 
 

@@ -1,23 +1,23 @@
 """The graph of one run of a network, from `torch.export`: what is computed, by which module, from which parameters."""
 
 import functools
-import io
-import logging
 import operator
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from calib.errors import UserError
+from calib.errors import UserError, first_line
+from calib.hooks import removed
 from calib.input_rows import separate_inputs
 from calib.modules import first_names, without_call
-from calib.outputs import separate_outputs
+from calib.outputs import register_dataclasses, separate_outputs
+from calib.quiet import quiet
 
 aten = torch.ops.aten
 CONV1D = (aten.conv1d.default, aten.conv1d.padding)
@@ -72,39 +72,25 @@ def _read_what_was_edited(graph: fx.Graph) -> None:
 
 
 @contextmanager
-def _unusual_calls(net: nn.Module, found: set[nn.Module]) -> Iterator[None]:
-    """Add to `found` every module that is called with anything but one positional argument."""
+def _watched_calls(net: nn.Module, unusual: set[nn.Module]) -> Iterator[None]:
+    """Add to `unusual` every module that is called with anything but one positional argument.
+
+    Dataclasses that `net` returns become known to torch.export, which refuses others.
+    """
 
     def look(module: nn.Module, args: tuple[Any, ...], by_name: dict[str, Any]) -> None:
         if len(args) != 1 or by_name:
-            found.add(module)
+            unusual.add(module)
 
     handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in net.modules()]
-    try:
+    handles.append(net.register_forward_hook(lambda _net, _args, returned: register_dataclasses(returned)))
+    with removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch.export writes beside the errors that it raises, such as listings of graphs, from the terminal."""
-    log = logging.getLogger("torch")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # of tables that a network keeps between runs
-            yield
-    finally:
-        log.setLevel(before)
 
 
 def _reason(error: Exception) -> str:
     """Return what torch.export says of a network that it cannot trace, and where in the network's code, in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    said = f"{type(error).__name__}: {lines[0][:200]}"
+    said = f"{type(error).__name__}: {first_line(error, 200)}"
     place = re.search(r"raised this error:\n\s*File \"(.+)\", line (\d+), in .*\n\s*(.+)", str(error))
     return f"{said}; {place[1]}, line {place[2]}: {place[3][:100]}" if place else said
 
@@ -120,8 +106,9 @@ class Trace:
     def __init__(self, net: nn.Module, example: Tensor) -> None:
         self.called_unusually: set[nn.Module] = set()
         try:
-            called = _unusual_calls(net, self.called_unusually)
-            with torch.no_grad(), _quiet(), separate_outputs(net), called:
+            called = _watched_calls(net, self.called_unusually)
+            with torch.no_grad(), quiet("torch"), warnings.catch_warnings(), separate_outputs(net), called:
+                warnings.simplefilter("ignore")  # of tables that a network keeps between runs
                 given = separate_inputs(net, example)
                 args, by_name = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
                 program = torch.export.export(net, args, by_name, strict=False)

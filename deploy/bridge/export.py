@@ -6,10 +6,9 @@ A strongly typed engine takes its types from the graph, so one trace becomes two
 
 import ast
 import io
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,14 @@ from onnxscript import opset21
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch import Tensor, nn
 
-from calib.errors import UserError
+from calib.errors import UserError, first_line
 from calib.grids import why_not_int8
 from calib.input_rows import separate_inputs
 from calib.modules import first_names, without_call
 from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
 from calib.outputs import OUTPUT, outputs_of, separate_outputs
+from calib.quiet import quiet
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.requantize import read_the_same_integers
@@ -172,7 +172,7 @@ def _said_in_one_line(kind: str) -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from error
-        line = (str(cause).strip().splitlines() or [""])[0][:300]
+        line = first_line(cause, 300)
         raise UserError(
             f"{kind} cannot be exported to ONNX ({type(cause).__name__}: {line}): expected operators that torch.onnx knows, "
             f"and code that keeps the type of its inputs"
@@ -180,15 +180,10 @@ def _said_in_one_line(kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet():
-    """Suppress the progress that the exporter prints on stdout and stderr; errors are exceptions and still arrive."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+def _quiet() -> Iterator[None]:
+    """Suppress the progress that the exporter prints on stdout and stderr."""
+    with quiet("torch.onnx"), redirect_stdout(io.StringIO()):
+        yield
 
 
 def onnx_from_net(

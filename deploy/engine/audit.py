@@ -51,7 +51,7 @@ class Audit:
         """The audit in one line."""
         done = self.planned - len(self.lost)
         parts = [
-            f"{done} of {self.planned} planned layers read and multiply INT8 "
+            f"{done} of {self.planned} planned layers have a kernel with INT8 operands "
             f"({self.int8_gemms} GEMMs, {self.int8_convs} convolutions)",
             f"{self.fused_attention} fused attention kernels, {self.int8_attention} of them in INT8",
             f"{self.fp16_gemms} FP16 GEMMs and {self.fp16_convs} FP16 convolutions",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.precision import INT8_ENGINE
 from deploy import host
 from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.onnx_runner import THREADS
@@ -20,7 +21,6 @@ SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of 
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
 CHANCE = 3  # times one in so many classes: as good as guessing
-INT8_BITS = 8
 RESULTS = "benchmarks/results"  # what benchmarks write, in the checkout
 FEW_IMAGES = 300  # below this, scales usually still move
 
@@ -28,7 +28,7 @@ FEW_IMAGES = 300  # below this, scales usually still move
 def warnings(run: "Run") -> list[str]:
     """What must be said wherever this package is shown."""
     found = [*([RANDOM_WARNING] if run.loaded.random else []), *run.loaded.warnings]
-    if (bits := run.recipe.precision.weights) < INT8_BITS:
+    if (bits := run.recipe.precision.weights) < INT8_ENGINE.weights:
         found.append(f"weights are rounded to {bits} bits and stored as INT8: no faster and no smaller than 8 bits")
     if run.calibration.sample:
         found.append(SAMPLE_WARNING)

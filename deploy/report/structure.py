@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from calib.structure.moves import FRONT
+
 if TYPE_CHECKING:
     from calib.structure.structure import Structure
 
@@ -51,7 +53,8 @@ def _by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
 
 
 def _place(place: dict[str, Any]) -> str:
-    before = "in front of" if place["kind"] == "front" else f"{place['producer']} ->"
+    """Return from where to where a scale moves; one in front of layers is absorbed by nothing before them."""
+    before = "in front of" if place["kind"] == FRONT else f"{place['producer']} ->"
     return f"{before} {' & '.join(place['readers'])}{' +' * place['shifts']}"
 
 

@@ -14,6 +14,10 @@ from deploy.package import ENGINE, MODEL
 from deploy.report.evidence import waterfall
 from deploy.report.proof import proven_and_planned
 
+FLOAT_KERNELS = {
+    "fp16_gemms": "FP16 GEMMs", "fp16_convs": "FP16 convolutions",
+    "fp32_gemms": "FP32 GEMMs", "fp32_convs": "FP32 convolutions",
+}  # fmt: skip
 TABLE_WIDTH = 118  # characters, where there is no terminal to ask
 
 
@@ -81,12 +85,7 @@ def _proof(engine: dict[str, Any]) -> str:
     )
     convolutions = f"{engine['int8_convs']} INT8 convolutions{' planned, not proven' if planned_only else ''}"
     done, planned = engine["planned"] - len(engine["lost"]), engine["planned"]
-    floats = [
-        f"{engine[f'{kind.lower()}_{what}']} {kind} {name}"
-        for kind in ("FP16", "FP32")
-        for what, name in (("gemms", "GEMMs"), ("convs", "convolutions"))
-        if engine[f"{kind.lower()}_{what}"]
-    ]
+    floats = [f"{engine[key]} {what}" for key, what in FLOAT_KERNELS.items() if engine[key]]
     return (
         f"{done} of {planned} layers: {engine['int8_gemms']} INT8 GEMMs, {convolutions}; "
         f"{engine['fused_attention']} fused attention kernels ({engine['int8_attention']} INT8); "

@@ -188,6 +188,22 @@ def test_fields_of_a_plain_dataclass_are_outputs():
     assert list(checked_outputs(ReturnsDataclass(), torch.rand(2, 8, 4, 4))) == ["first", "second_deep"]
 
 
+@dataclass
+class OnlyTraced:
+    """A dataclass that nothing but a trace sees."""
+
+    first: torch.Tensor
+
+
+class ReturnsAnother(nn.Module):
+    def forward(self, x):
+        return OnlyTraced(x.mean((2, 3)))
+
+
+def test_a_network_that_returns_a_plain_dataclass_is_traced_without_a_run_before():
+    assert Trace(ReturnsAnother(), torch.rand(1, 8, 4, 4)).nodes
+
+
 def test_outputs_in_float64_are_refused_when_the_network_is_loaded():
     class Doubles(nn.Module):
         def forward(self, x):

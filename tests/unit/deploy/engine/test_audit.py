@@ -288,7 +288,7 @@ GOOD = (
 def test_numbers_and_words():
     result = audit((*GOOD, kernel("conv", "fp16", "fp16"), kernel("conv", "int8", "int8")), ("fc1", "fc2", "fc3"))
     assert result.summary() == (
-        "3 of 3 planned layers read and multiply INT8 (2 GEMMs, 1 convolutions); "
+        "3 of 3 planned layers have a kernel with INT8 operands (2 GEMMs, 1 convolutions); "
         "2 fused attention kernels, 1 of them in INT8; 0 FP16 GEMMs and 1 FP16 convolutions; "
         "0 FP32 GEMMs and 0 FP32 convolutions; 8 kernels"
     )
