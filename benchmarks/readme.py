@@ -187,6 +187,30 @@ def papers_tables(found: Reports) -> str:
     return "\n\n".join(_paper(result) for result in found.values())
 
 
+def serving_table(found: Reports) -> str:
+    """Return one row for each package that `benchmarks.serving_load` asked a server for, and where the figures come from."""
+    (report,) = found.values()
+    head = [
+        "model", "equal over HTTP", "equal over gRPC", "clients", "requests", "wrong", "lost", "images/s", "median", "p99",
+        "memory of the server",
+    ]  # fmt: skip
+    rows = []
+    for row in report["rows"]:
+        loads = {f"{(first := row['load'])['clients']}, for {first['seconds']:.0f} s": first}
+        if "many" in row:
+            loads[f"{first['clients']}"] = row["many"]
+        for clients, each in loads.items():
+            memory = f"grew by {each['growth_mb']:.0f} MB" if "growth_mb" in each else ""
+            rows.append([
+                row["model"], row["equal_over_http"], row["equal_over_grpc"], clients, str(each["requests"]),
+                str(each["wrong"]), str(each["lost"]), f"{each['images_s']:.0f}", f"{each['p50_ms']:.1f} ms",
+                f"{each['p99_ms']:.1f} ms", memory,
+            ])  # fmt: skip
+    machine = report["machine"]
+    where = f"{machine['cores']} cores ({machine['processor']}), which clients and server share"
+    return f"{_table(head, rows)}\n\nMeasured by `{report['command']}` at commit {report['commit']} on {where}."
+
+
 # file -> block -> (the reports it shows, what makes its text of them, whether it is one table)
 Block = tuple[Callable[[], Reports], Callable[[Reports], str], bool]
 BLOCKS: dict[str, dict[str, Block]] = {
@@ -195,6 +219,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
         "results": (reports, results_table, True),
     },
     "docs/methods.md": {"recipes": (recipe_reports, recipes_table, True)},
+    "docs/serving.md": {"load": (lambda: reports("serving.json"), serving_table, True)},
     "docs/papers.md": {"papers": (lambda: reports("table.*.json"), papers_tables, False)},
 }
 
