@@ -6,18 +6,20 @@
     python -m benchmarks.coverage --intake-only   the structure of every architecture alone (benchmarks/intake.py)
 
 Weights are random and images few: what is tried is tracing, the proofs, export, parity layer by layer, building with
-TensorRT-RTX and the audit, not accuracy. Writes `results/coverage.json`: for every network the layers planned and found in
-INT8, kernels, the difference of simulation and graph, seconds, or the line that says why there is no package; and
-docs/coverage.md, the same as a table.
+TensorRT-RTX and the audit, not accuracy. As many networks as there are cores, at most `WORKERS`, run side by side with one
+thread each. Writes `results/coverage.json`: for every network the layers planned and found in INT8, kernels, the difference
+of simulation and graph, seconds, or the line that says why there is no package; and docs/coverage.md, the same as a table.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/results/coverage.json", ROOT / "docs/coverage.md"
 PER_FILE = 2
 TIMEOUT_S = 900
+WORKERS = 4  # a large network takes some 5 GB
 OPTIONS = (
     "--weights", "random", "--recipe", "int8_plain", "--target", "tensorrt_rtx", "--sm", "89", "--calib-images", "16",
     "--batch", "1", "--max-batch", "4", "--cache", "off",
@@ -78,7 +81,10 @@ def taken(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "deploy", "engine", "--model", name, *OPTIONS, "--json", "--out", folder]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"reason": f"no package within {TIMEOUT_S} s"}
     seconds = round(time.perf_counter() - start, 1)
@@ -106,14 +112,14 @@ def page(report: dict[str, Any]) -> str:
     return head + "\n".join([*green, *(["", "Without a package:", "", *others] if others else []), ""])
 
 
-def write(rows: dict[str, dict[str, Any]], chosen: Sequence[str]) -> dict[str, Any]:
+def write(rows: dict[str, dict[str, Any]], chosen: Sequence[str], commit: str | None) -> dict[str, Any]:
     """Write `results/coverage.json` and docs/coverage.md; returns the former."""
     green = sum("reason" not in row for row in rows.values())
     report = {
         "networks": dict(sorted(rows.items())),
         "chosen": len(chosen), "tried": len(rows), "green": green, "complete": all(name in rows for name in chosen),
         "reasons": Counter(row["reason"][:100] for row in rows.values() if "reason" in row),
-        "machine": host.describe(), "commit": tool_commit(), "command": "make coverage",
+        "machine": host.describe(), "commit": commit, "command": "make coverage",
     }  # fmt: skip
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
     PAGE.write_text(page(report))
@@ -137,10 +143,19 @@ def main(patterns: Sequence[str]) -> int:
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     goes_on = before.get("commit") == commit and not before.get("complete")
     rows = before["networks"] if before and (patterns or goes_on) else {}
-    for name in [name for name in chosen if patterns or name not in rows]:
-        rows[name] = {**taken(name), "commit": commit}
-        report = write(rows, chosen)
-        print(f"{report['tried']}/{len(chosen)} {name}: {json.dumps(rows[name])}", flush=True)
+    left = [name for name in chosen if patterns or name not in rows]
+    report = write(rows, chosen, commit)
+    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        runs = {pool.submit(taken, name): name for name in left}
+        try:
+            for run in as_completed(runs):
+                name = runs[run]
+                rows[name] = {**run.result(), "commit": commit}
+                report = write(rows, chosen, commit)
+                print(f"{report['tried']}/{len(chosen)} {name}: {json.dumps(rows[name])}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     print(f"{report['green']} of {report['tried']} networks reached a verified package")
     return 0
 

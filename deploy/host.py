@@ -1,9 +1,12 @@
 """A description of this machine: GPU, driver, processor, packages."""
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
 import resource
+from contextlib import suppress
 from typing import Any
 
 from calib.errors import UserError
@@ -31,6 +34,13 @@ def require_address_space() -> None:
             f"this shell allows {limit / 1e9:.1f} GB of address space: expected {LEAST_ADDRESS_SPACE / 1e9:.0f} GB or more; "
             f"raise it with ulimit -v"
         )
+
+
+def return_memory() -> None:
+    """Give the memory that nothing uses back to the system: glibc keeps most of what large tensors leave."""
+    gc.collect()  # networks with hooks refer to themselves
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def package_version(name: str) -> str | None:

@@ -22,6 +22,7 @@ from calib.store.user_cache import cache_folder
 from calib.weights.zoo import ModelSpec, spec_of
 from deploy import steps
 from deploy.engine.backends import choose_backend
+from deploy.host import return_memory
 from deploy.kept_states import KeptStates
 from deploy.options import Options
 from deploy.package import not_accepted, package_folder, staging
@@ -137,6 +138,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
             run.anew = run.anew or stage.name == options.begin
             with progress.stage(stage.name) as note:
                 note(*stage.run(run))
+            return_memory()  # so that no stage adds its peak to what others left
     if whole:
         return place(), run.report
     after = stages[last + 1].name

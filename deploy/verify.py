@@ -115,18 +115,20 @@ class Reference:
     sources: Sequence[int] | None = None
 
     @functools.cached_property
-    def _compute(self) -> Callable[[Given], Outputs]:
-        return OnnxRunner(self.float_model).named_outputs
+    def _computed(self) -> tuple[Outputs, Outputs]:
+        """(outputs of all `batches`, of the `golden` images), in a session that ends here: it takes twice the weights."""
+        compute = OnnxRunner(self.float_model).named_outputs
+        return outputs_over(compute, self.batches), outputs_over(compute, [self.golden])
 
-    @functools.cached_property
+    @property
     def outputs(self) -> Outputs:
         """Those of all `batches`."""
-        return outputs_over(self._compute, self.batches)
+        return self._computed[0]
 
-    @functools.cached_property
+    @property
     def golden_outputs(self) -> Outputs:
         """Those of the `golden` images."""
-        return outputs_over(self._compute, [self.golden])
+        return self._computed[1]
 
     def fidelity(self, outputs: Outputs) -> Fidelity:
         """How near `outputs` of all `batches` come."""
@@ -135,9 +137,9 @@ class Reference:
 
 def verify_fidelity(folder: Path, reference: Reference) -> Verdict:
     """Measure both graphs of the package in `folder` against the float network."""
-    compute, exact, golden = OnnxRunner(folder / MODEL_FP32).named_outputs, reference.golden_outputs, reference.golden
-    return Verdict(
-        fidelity=reference.fidelity(outputs_over(compute, reference.batches)),
+    exact, golden = reference.golden_outputs, reference.golden
+    return Verdict(  # one session at a time
+        fidelity=reference.fidelity(outputs_over(OnnxRunner(folder / MODEL_FP32).named_outputs, reference.batches)),
         fp32_sqnr_db=golden_db(exact, folder / MODEL_FP32, golden, fused=False),
         # Node by node, FP16 overflows as in an engine; with its optimizations ONNX Runtime computes in FP32, but may misread
         fp16_sqnr_db=min(golden_db(exact, folder / MODEL, golden, fused=fused) for fused in (False, True)),
@@ -177,17 +179,19 @@ def cpu_speed(folder: Path, float_model: Path, given: Given) -> CpuSpeed:
     batch = first(given, SPEED_BATCH)
     from deploy.measure.integer_graph import integer_graph, integer_layers  # needs onnx, which a server has not
 
-    graph, written = integer_graph(folder / MODEL_FP32)
-    baseline, candidate = OnnxRunner(float_model), OnnxRunner(graph)
+    baseline = OnnxRunner(float_model)
     reference = outputs_over(baseline.named_outputs, [batch])
+    plain_sqnr_db = golden_db(reference, folder / MODEL_FP32, batch)  # sessions that need not run in turn end first
+    graph, written = integer_graph(folder / MODEL_FP32)
+    layers, candidate = integer_layers(graph), OnnxRunner(graph)
     return CpuSpeed(
         compare(lambda: baseline(batch), lambda: candidate(batch)),
-        integer_layers(graph),
+        layers,
         written,
         sqnr_db=mean_sqnr_db(
             joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [batch]), reference)
         ),
-        plain_sqnr_db=golden_db(reference, folder / MODEL_FP32, batch),
+        plain_sqnr_db=plain_sqnr_db,
     )
 
 

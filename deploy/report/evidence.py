@@ -84,7 +84,7 @@ def peak_rss_mb() -> float:
 def tool_commit() -> str | None:
     """Commit of the tool's checkout, with `-dirty` if its files differ from it; None outside a checkout.
 
-    Results are no part of the tool: a benchmark that has written its own does not make the next one's commit differ.
+    Results and pages are no part of the tool: a benchmark that has written them does not make the next commit differ.
     """
     git = ["git", "-C", str(Path(__file__).parents[2])]
     try:
@@ -92,7 +92,7 @@ def tool_commit() -> str | None:
             subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
             for command in (
                 ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}", ":!*.md"],
             )
         )
     except (OSError, subprocess.SubprocessError):

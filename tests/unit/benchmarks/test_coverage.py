@@ -39,6 +39,7 @@ ROW = {
 def result(tmp_path, monkeypatch):
     path = tmp_path / "coverage.json"
     monkeypatch.setattr(coverage, "RESULT", path)
+    monkeypatch.setattr(coverage, "WORKERS", 1)
     monkeypatch.setattr(coverage, "PAGE", tmp_path / "coverage.md")
     monkeypatch.setattr(coverage, "ZOO", {"vit_s": None})
     monkeypatch.setattr(coverage, "smallest", lambda: ["resnet18", "vgg11"])

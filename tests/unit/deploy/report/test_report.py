@@ -113,12 +113,13 @@ def test_weights_of_fewer_bits_are_said():
     assert not any("stored as INT8" in each for each in said())
 
 
-def test_a_commit_is_dirty_by_the_tool_s_files_and_not_by_results(tmp_path, monkeypatch):
+def test_a_commit_is_dirty_by_the_tool_s_files_and_not_by_results_or_pages(tmp_path, monkeypatch):
     def git(*command):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True, capture_output=True)
 
-    tool, results = tmp_path / "deploy/report/evidence.py", tmp_path / "benchmarks/results/a.json"
-    for file in (tool, results):
+    tool, page = tmp_path / "deploy/report/evidence.py", tmp_path / "docs/coverage.md"
+    results = tmp_path / "benchmarks/results/a.json"
+    for file in (tool, page, results):
         file.parent.mkdir(parents=True)
         file.write_text("1")
     monkeypatch.setattr(evidence, "__file__", str(tool))
@@ -130,6 +131,7 @@ def test_a_commit_is_dirty_by_the_tool_s_files_and_not_by_results(tmp_path, monk
     commit = evidence.tool_commit()
     assert re.fullmatch(r"[0-9a-f]{12}", commit)
     results.write_text("2")
+    page.write_text("2")
     (tmp_path / "untracked").write_text("3")
     assert evidence.tool_commit() == commit
     tool.write_text("2")
