@@ -1,9 +1,11 @@
 """The options of all ONNX Runtime sessions: with them, results do not depend on the processor."""
 
+import base64
 import functools
+import zlib
 from typing import Any
 
-DEPTH = 64  # of the sum that tells whether a processor's INT8 kernels are exact
+DEPTH, WIDTH = 64, 16  # of the product that tells whether a processor's INT8 kernels are exact
 LARGEST = 127
 EXACT_SUMS = "session.x64quantprecision"
 
@@ -17,6 +19,20 @@ def _options(threads: int) -> Any:
     return options
 
 
+# An ONNX graph, compressed, so that no package for ONNX is needed where a package runs: x (1, DEPTH) and a weight (DEPTH, WIDTH)
+# of LARGEST, both INT8 with scale 1, are multiplied.
+PRODUCT = (
+    "eNrj4LJ6xsWlyMVYwcWcn5fKxVKVWpQvxFioxBdYmphXklmV6pOZl5pYxKXCxViIrISpolBJwCW1EFWVORdbeWpmekYJFwtQaTEXK0htsRBjOaZaLW4u"
+    "lsSKzGIJxgWMTFxCXEADuRjLhRgrldh8E0t8S3OE2AuK8lNKk0u0eAUYnUBWe7EwMDTYa3ELMDuBHeHFyKA1kYPDgUMAKAK12KuBo34UjIJRMGKBlg+w"
+    "QGB0ApdAXg6gIoMSrCULLl4gJZmXAAMaiBIGlp1CfFw8HIxCHFxMHIxA7JAEFKxEExRwYuFiEBAGAJOJS7w="
+)
+
+
+def product_graph() -> bytes:
+    """The serialized graph of `PRODUCT`."""
+    return zlib.decompress(base64.b64decode(PRODUCT))
+
+
 @functools.cache
 def saturates() -> bool:
     """Whether ONNX Runtime's default INT8 kernels get the largest sum of products wrong on this processor.
@@ -26,27 +42,10 @@ def saturates() -> bool:
     """
     import numpy as np
     import onnxruntime as ort
-    from onnx import TensorProto, helper, numpy_helper
 
-    constants = {
-        "one": np.float32(1), "zero": np.int8(0), "weight": np.full((DEPTH, 16), LARGEST, np.int8),
-        "ones": np.ones(16, np.float32), "zeros": np.zeros(16, np.int8),
-    }  # fmt: skip
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["weight", "ones", "zeros"], ["w"], axis=1),
-        helper.make_node("MatMul", ["xq", "w"], ["y"]),
-    ]
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in (("x", DEPTH), ("y", 16))
-    )
-    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "product", [x], [y], initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), _options(1), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(product_graph(), _options(1), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": np.full((1, DEPTH), LARGEST, np.float32)})
-    return not np.array_equal(found, np.full((1, 16), LARGEST * LARGEST * DEPTH))
+    return not np.array_equal(found, np.full((1, WIDTH), LARGEST * LARGEST * DEPTH))
 
 
 def ort_options(threads: int) -> Any:

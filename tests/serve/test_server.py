@@ -81,6 +81,13 @@ def asked(server, kind, model, name, array, dtype, **options):
     return client.infer(model, [tensor], **options)
 
 
+def test_a_package_is_verified_where_only_serving_is_installed(serve_python, package):
+    command = [serve_python, "-m", "deploy", "verify", str(package)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "files unchanged, golden outputs reproduced by the graph" in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 @pytest.mark.parametrize("count", [1, 3, 32])
 def test_answers_are_those_of_onnx_runtime_bit_for_bit(server, runner, kind, count):

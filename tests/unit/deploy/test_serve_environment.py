@@ -10,11 +10,13 @@ for name in {WITHOUT}:
     sys.modules[name] = None  # an import of it fails
 import deploy.execution, deploy.verify, deploy.serve.preflight
 from deploy.engine.backends import backends
+from deploy.measure.ort_options import ort_options
+ort_options(1)
 print({{name: module.cannot_run() for name, module in backends().items()}})
 """
 
 
-def test_nothing_else_is_imported():
+def test_nothing_else_is_imported_nor_by_a_session():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "'onnxruntime': None" in done.stdout

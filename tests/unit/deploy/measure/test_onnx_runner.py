@@ -64,6 +64,30 @@ def test_only_weights_get_zero_points(product):
     assert weight.input[2] == "w/zero_points"
 
 
+def test_the_graph_that_tells_is_a_product_of_the_largest_integers():
+    integers = {
+        "one": np.float32(1),
+        "zero": np.int8(0),
+        "weight": np.full((ort_options.DEPTH, ort_options.WIDTH), ort_options.LARGEST, np.int8),
+        "ones": np.ones(ort_options.WIDTH, np.float32),
+        "zeros": np.zeros(ort_options.WIDTH, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["weight", "ones", "zeros"], ["w"], axis=1),
+        helper.make_node("MatMul", ["xq", "w"], ["y"]),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size])
+        for name, size in (("x", ort_options.DEPTH), ("y", ort_options.WIDTH))
+    )
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in integers.items()]
+    graph = helper.make_graph(nodes, "product", [x], [y], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    assert onnx.load_model_from_string(ort_options.product_graph()) == model
+
+
 @pytest.mark.parametrize("saturating", [True, False])
 def test_exact_kernels_are_asked_for_where_the_default_ones_saturate(monkeypatch, saturating):
     monkeypatch.setattr(ort_options, "saturates", lambda: saturating)
