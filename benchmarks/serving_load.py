@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,21 @@ class Load:
         }  # fmt: skip
 
 
-def load(asks: Sequence[Ask], images: np.ndarray, expected: Sequence[Outputs], until: "Until") -> dict[str, Any]:
-    """What happens when every client asks for one image after another, `until` it is over; each begins at another image."""
+def load(
+    askers: Sequence[Callable[[], Ask]], images: np.ndarray, expected: Sequence[Outputs], until: "Until"
+) -> dict[str, Any]:
+    """What happens when every client asks for one image after another, `until` it is over; each begins at another image.
+
+    A client is made in the thread that uses it: Triton's HTTP client belongs to one.
+    """
 
     def client(which: int) -> Load:
-        seen, index = Load(), which
+        seen, index, ask = Load(), which, askers[which]()
         while until.goes_on():
             index = (index + 1) % len(images)
             before = time.perf_counter()
             try:
-                found = asks[which](images[index : index + 1])
+                found = ask(images[index : index + 1])
             except Exception as error:  # whatever the client's library raises is an answer that did not come
                 seen.lost.append(" ".join(str(error).split())[:200])
                 continue
@@ -128,8 +134,8 @@ def load(asks: Sequence[Ask], images: np.ndarray, expected: Sequence[Outputs], u
         return seen
 
     start = time.monotonic()
-    with ThreadPoolExecutor(len(asks)) as pool:
-        seen = list(pool.map(client, range(len(asks))))
+    with ThreadPoolExecutor(len(askers)) as pool:
+        seen = list(pool.map(client, range(len(askers))))
     whole = Load(
         [ms for each in seen for ms in each.ms],
         sum(each.wrong for each in seen),
@@ -167,13 +173,13 @@ def measured(folder: Path, environment: Path, seconds: float, requests: int) -> 
                 ask = asker(server, protocol, name + CPU, shipped)
                 same = sum(equal(ask(images[at : at + 1]), expected[at]) for at in range(EQUAL))
                 row[f"equal_over_{protocol}"] = f"{same} of {EQUAL}"
-            asks = [asker(server, PROTOCOLS[which % 2], name + CPU, shipped) for which in range(CLIENTS)]
+            askers = [partial(asker, server, PROTOCOLS[which % 2], name + CPU, shipped) for which in range(CLIENTS)]
             few = images[:IMAGES], expected[:IMAGES]
-            row["load"] = {"clients": CLIENTS, **load(asks, *few, Until(seconds=seconds))}
+            row["load"] = {"clients": CLIENTS, **load(askers, *few, Until(seconds=seconds))}
             if requests:
-                load(asks, *few, Until(requests=WARM_UP))
+                load(askers, *few, Until(requests=WARM_UP))
                 before = resident_mb(server.process.pid)
-                found = load(asks, *few, Until(requests=requests))
+                found = load(askers, *few, Until(requests=requests))
                 after = resident_mb(server.process.pid)
                 memory = {"server_mb_before": round(before, 1), "server_mb_after": round(after, 1)}
                 row["many"] = {**found, **memory, "growth_mb": round(after - before, 1)}

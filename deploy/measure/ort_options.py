@@ -19,8 +19,8 @@ def _options(threads: int) -> Any:
     return options
 
 
-# An ONNX graph, compressed, so that no package for ONNX is needed where a package runs: x (1, DEPTH) and a weight (DEPTH, WIDTH)
-# of LARGEST, both INT8 with scale 1, are multiplied.
+# A serialized ONNX graph, so that the package onnx is not needed where a network only runs: x (1, DEPTH) times a weight
+# (DEPTH, WIDTH) of LARGEST, both in INT8 with scale 1.
 PRODUCT = (
     "eNrj4LJ6xsWlyMVYwcWcn5fKxVKVWpQvxFioxBdYmphXklmV6pOZl5pYxKXCxViIrISpolBJwCW1EFWVORdbeWpmekYJFwtQaTEXK0htsRBjOaZaLW4u"
     "lsSKzGIJxgWMTFxCXEADuRjLhRgrldh8E0t8S3OE2AuK8lNKk0u0eAUYnUBWe7EwMDTYa3ELMDuBHeHFyKA1kYPDgUMAKAK12KuBo34UjIJRMGKBlg+w"

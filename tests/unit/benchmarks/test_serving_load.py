@@ -22,7 +22,7 @@ def test_right_answers_are_counted_and_timed():
         time.sleep(0.001)
         return right(images)
 
-    found = load([slow] * 3, IMAGES, EXPECTED, Until(requests=50))
+    found = load([lambda: slow] * 3, IMAGES, EXPECTED, Until(requests=50))
     assert (found["requests"], found["wrong"], found["lost"]) == (50, 0, 0)
     assert 1 <= found["p50_ms"] <= found["p99_ms"]
 
@@ -33,7 +33,7 @@ def test_wrong_and_lost_answers_are_told_apart():
             raise ConnectionError("reset\nby peer")
         return right(images) if images[0, 0] != 2 else {"output": images}
 
-    found = load([sometimes], IMAGES, EXPECTED, Until(requests=12))
+    found = load([lambda: sometimes], IMAGES, EXPECTED, Until(requests=12))
     assert (found["requests"], found["wrong"], found["lost"]) == (12, 2, 2)
     assert found["reasons"] == ["reset by peer"]
 
@@ -43,7 +43,7 @@ def test_clients_stop_after_their_time():
         time.sleep(0.01)
         return right(images)
 
-    found = load([slow] * 2, IMAGES, EXPECTED, Until(seconds=0.3))
+    found = load([lambda: slow] * 2, IMAGES, EXPECTED, Until(seconds=0.3))
     assert 2 <= found["requests"] <= 70
     assert 0.3 <= found["seconds"] < 2
 
