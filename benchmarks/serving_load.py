@@ -9,7 +9,8 @@ For every package, a server of its own serves the `_cpu` model:
 - `EQUAL` images one by one over HTTP and again over gRPC: answers that are not ONNX Runtime's, bit for bit, are counted.
 - `CLIENTS` clients at once, half of them over HTTP and half over gRPC, for `--seconds`: how many answers came, how many were
   wrong or lost, images per second, median and 99th percentile of the time to an answer.
-- `--requests` requests of these clients: by how much the memory of the server and its processes grows (resident set).
+- `--requests` requests of these clients, or as many as `MOST_SECONDS` give: by how much the memory of the server and its
+  processes grows (resident set).
 
 Clients and server share the cores of this machine. Writes `results/serving.json`; ends with exit code 1 if an answer was
 wrong or lost.
@@ -46,7 +47,8 @@ PROTOCOLS = ("http", "grpc")
 EQUAL = 200
 CLIENTS = 8
 IMAGES = 16  # different ones under load
-WARM_UP = 1000  # requests before memory counts
+WARM_UP = 1000  # requests before memory counts, or those of so many seconds
+WARM_UP_SECONDS, MOST_SECONDS = 20.0, 180.0
 
 Outputs = dict[str, np.ndarray]
 Ask = Callable[[np.ndarray], Outputs]
@@ -145,7 +147,7 @@ def load(
 
 
 class Until:
-    """Ends after so many `seconds`, or so many `requests` of all clients together."""
+    """Ends after so many `seconds`, or so many `requests` of all clients together, whichever comes first."""
 
     def __init__(self, seconds: float = float("inf"), requests: float = float("inf")) -> None:
         self.end, self.left, self.lock = time.monotonic() + seconds, requests, threading.Lock()
@@ -177,9 +179,9 @@ def measured(folder: Path, environment: Path, seconds: float, requests: int) -> 
             few = images[:IMAGES], expected[:IMAGES]
             row["load"] = {"clients": CLIENTS, **load(askers, *few, Until(seconds=seconds))}
             if requests:
-                load(askers, *few, Until(requests=WARM_UP))
+                load(askers, *few, Until(WARM_UP_SECONDS, WARM_UP))
                 before = resident_mb(server.process.pid)
-                found = load(askers, *few, Until(requests=requests))
+                found = load(askers, *few, Until(MOST_SECONDS, requests))
                 after = resident_mb(server.process.pid)
                 memory = {"server_mb_before": round(before, 1), "server_mb_after": round(after, 1)}
                 row["many"] = {**found, **memory, "growth_mb": round(after - before, 1)}
