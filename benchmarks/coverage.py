@@ -132,7 +132,7 @@ def main(patterns: Sequence[str]) -> int:
         return intake.main(patterns[1:])
     import timm
 
-    known = [*ZOO, *timm.list_models()]
+    known = dict.fromkeys([*ZOO, *timm.list_models()])  # a short name may be timm's
     chosen = [n for n in known if any(fnmatch(n, p) for p in patterns)] if patterns else [*ZOO, *smallest()]
     if not chosen:
         print(

@@ -74,8 +74,11 @@ def test_an_interrupted_run_goes_on(result, monkeypatch):
 
 
 def test_short_names_and_architectures_are_chosen_by_pattern(result, monkeypatch):
-    monkeypatch.setattr(coverage, "taken", lambda _name: ROW)
+    tried = []
+    monkeypatch.setattr(coverage, "taken", lambda name: tried.append(name) or ROW)
+    monkeypatch.setattr(coverage, "ZOO", {"vit_s": None, "resnet18": None})
     assert coverage.main(["vit_s*", "resnet18"]) == 0
+    assert tried.count("resnet18") == 1, "a short name that timm has too"
     found = json.loads(result.read_text())["networks"]
     assert {"vit_s", "resnet18", "vit_small_patch16_224"} <= {*found}
     assert all("vit_s" in name or name == "resnet18" for name in found)
