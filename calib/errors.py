@@ -1,6 +1,7 @@
 """The exception for bad input, what its message is made of, and what an unreadable file raises."""
 
 import difflib
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -8,6 +9,13 @@ from collections.abc import Iterable
 # What np.load and its archive raise for a damaged file. TypeError: a bare array in the place of an archive, which is no
 # context manager.
 UNREADABLE_ARRAYS = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+
+
+# What torch says where two tensors have different types, and what is expected of a network instead.
+OTHER_TYPE = r"should be the same|same dtype|expected scalar type|expected .* dtype"
+ONE_TYPE = (
+    "expected a network that computes in float32 throughout; take casts to half or double out of its forward pass"
+)
 
 
 class UserError(Exception):
@@ -21,6 +29,11 @@ class UserError(Exception):
 def first_line(error: BaseException, most: int | None = None) -> str:
     """Return the first line of the message of `error`, at most `most` characters of it; empty if it has none."""
     return (str(error).strip().splitlines() or [""])[0][:most]
+
+
+def of_types(error: BaseException) -> bool:
+    """Whether an error of torch tells of tensors of different types."""
+    return re.search(OTHER_TYPE, str(error)) is not None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -146,7 +146,11 @@ def require_function_of_each(net: nn.Module, images: Tensor) -> None:
             reason = f"{type(error).__name__}: {first_line(error, 200)}"
             raise UserError(f"{kind} fails on one sample alone ({reason})") from error
     for others, why in (
-        (again, "when it runs on the same images again: expected eval mode, without dropout or random numbers"),
+        (
+            again,
+            "when it runs on the same images again: expected eval mode without dropout or random numbers, and a forward "
+            "pass that changes neither its input nor a buffer",
+        ),
         (alone, "for one sample alone than beside another: expected outputs of each sample by itself"),
     ):
         for name, value in others.items():

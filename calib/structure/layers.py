@@ -26,6 +26,7 @@ REDUCING = (
 PRODUCTS = (
     aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.einsum.default,
 )  # fmt: skip
+PARAMETER = "a product with a parameter: the tool quantizes Linear and convolution modules"
 FEWEST = 8  # input channels, and output channels, of any other layer that is quantized
 
 
@@ -69,7 +70,7 @@ def _why_not_plain(trace: Trace, node: fx.Node) -> str | None:
     if node.target not in LAYER_OPERATORS:
         if node in trace.constants or not _multiplies_by_parameter(trace, node):
             return None
-        return "a product with a parameter: the tool quantizes Linear and convolution modules"
+        return PARAMETER
     weight = node.args[1]
     read = trace.parameter(weight)
     if node in trace.constants:
@@ -77,7 +78,9 @@ def _why_not_plain(trace: Trace, node: fx.Node) -> str | None:
     if weight in trace.constants and not trace.learned(weight):  # type: ignore[arg-type]
         return "its weight is a fixed filter that nothing has learned"
     if read and read.rpartition(".")[0] == trace.owner(node):
-        return "its module computes more than the layer itself"
+        if isinstance(trace.net.get_submodule(trace.owner(node)), KINDS):
+            return "its module computes more than the layer itself"
+        return PARAMETER
     if read:
         return f"the weight '{read}' is read outside its own module"
     return f"its weight {'is computed in the forward pass' if weight in trace.constants else 'depends on the input'}"
@@ -86,7 +89,8 @@ def _why_not_plain(trace: Trace, node: fx.Node) -> str | None:
 def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
     """Return what computes like a layer and is none: name of the module -> why it stays in float.
 
-    A second and later product of the same module has its number behind the name.
+    A product with a parameter has the parameter's name, where it has one; a second and later product of the same module has
+    its number behind the name.
     """
     found: dict[str, str] = {}
     count: Counter[str] = Counter()
@@ -94,6 +98,9 @@ def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
         why = _why_not_plain(trace, node) if node.op == "call_function" and node not in plain else None
         if why is not None:
             name = trace.owner(node)
+            if why == PARAMETER and (read := next(filter(None, map(trace.parameter, node.all_input_nodes)), None)):
+                found[read] = why
+                continue
             count[name] += node.target not in LAYER_OPERATORS  # a layer may be called several times
             found[name if count[name] <= 1 else f"{name} (no. {count[name]})".strip()] = why
     return found
@@ -157,6 +164,15 @@ def _why_unwritten(trace: Trace, module: nn.Module) -> str | None:
     return None
 
 
+def _read_elsewhere(trace: Trace, name: str, plain: Mapping[fx.Node, str]) -> str | None:
+    """Return why the weight of a layer cannot be rounded because other code takes it from the layer, or None."""
+    readers = (user for node in trace.named[f"{name}.weight"] for user in node.users if user not in plain)
+    for owner in map(trace.owner, readers):
+        by = f"by '{owner}'" if owner else "in the network's own code"
+        return f"its weight is also read {by}: rounded, it would change what is computed there"
+    return None
+
+
 def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx.Node, str]) -> tuple[str | None, bool]:
     """Return (why the layer stays in float or None, whether it could be quantized)."""
     unwritten = _why_unwritten(trace, module)
@@ -192,6 +208,7 @@ def layers_of(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, Layer]:
         if name not in calls_of:
             continue
         reasons = [_why_float(trace, node, module, plain) for node in calls_of[name]]
-        why = next((why for why, _ in reasons if why is not None), None)
-        found[name] = Layer(name, why, all(roundable for _, roundable in reasons))
+        elsewhere = _read_elsewhere(trace, name, plain)
+        why = elsewhere or next((why for why, _ in reasons if why is not None), None)
+        found[name] = Layer(name, why, not elsewhere and all(roundable for _, roundable in reasons))
     return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from calib.errors import ONE_TYPE, UserError, first_line, of_types
 from calib.structure.moves import Place, move
 
 MAX_REL_L2 = 1e-4  # a wrong scale changes percents, a float32 run about 1e-6
@@ -56,11 +57,16 @@ def preserving(
 
     `apply` makes some steps together on a copy of `net`, which may be in float64. Steps that are sound alone have to be
     sound together as well; otherwise all of them are refused. Where the network's code fails with a step, the difference is
-    infinite.
+    infinite. Raises UserError if the network itself fails because it computes in several types.
     """
     if not steps:
         return (), ()
-    exact = output_of(net, example)
+    try:
+        exact = output_of(net, example)
+    except RuntimeError as error:
+        if not of_types(error):
+            raise
+        raise UserError(f"{type(net).__name__} computes in several types ({first_line(error)}): {ONE_TYPE}") from error
 
     def apart_by(some: Sequence[Step]) -> float:
         try:

@@ -4,7 +4,7 @@ import functools
 import operator
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from calib.errors import UserError, first_line
+from calib.errors import ONE_TYPE, UserError, first_line, of_types
 from calib.hooks import removed
 from calib.input_rows import separate_inputs
 from calib.modules import first_names, without_call
@@ -71,6 +71,13 @@ def _read_what_was_edited(graph: fx.Graph) -> None:
                 user.replace_input_with(edited, node)
 
 
+def _without_unread(graph: fx.Graph) -> None:
+    """Remove what no output is computed from, such as a head for training: an exported graph lacks it (edits `graph`)."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not _in_place(node):
+            graph.erase_node(node)
+
+
 @contextmanager
 def _watched_calls(net: nn.Module, unusual: set[nn.Module]) -> Iterator[None]:
     """Add to `unusual` every module that is called with anything but one positional argument.
@@ -113,13 +120,14 @@ class Trace:
                 args, by_name = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
                 program = torch.export.export(net, args, by_name, strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced
+            expected = ONE_TYPE if of_types(error) else "expected a forward pass without branches that depend on values"
             raise UserError(
-                f"{type(net).__name__} cannot be traced by torch.export ({_reason(error)}): "
-                f"expected a forward pass without branches that depend on values"
+                f"{type(net).__name__} cannot be traced by torch.export ({_reason(error)}): {expected}"
             ) from error
         self.net, self.graph = net, program.graph
         self.edited = _edited_views(self.graph)
         _read_what_was_edited(self.graph)
+        _without_unread(self.graph)
         self.nodes = list(self.graph.nodes)
         signature = program.graph_signature
         self._first = first_names(net)
@@ -206,6 +214,15 @@ class Trace:
     def position(self) -> dict[fx.Node, int]:
         """The number of every node in order of execution."""
         return {node: index for index, node in enumerate(self.nodes)}
+
+    @functools.cached_property
+    def named(self) -> dict[str, list[fx.Node]]:
+        """The nodes that every parameter is, by its name."""
+        found: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.nodes:
+            if node.name in self.parameters:
+                found[self.parameters[node.name]].append(node)
+        return found
 
     @functools.cached_property
     def reads_parameter(self) -> Counter[str]:

@@ -97,6 +97,12 @@ def joined_rows(outputs: Outputs, sizes: Outputs | None = None) -> np.ndarray:
     return np.concatenate(rows, 1)
 
 
+def mean_cosine(reference: np.ndarray, output: np.ndarray) -> float:
+    """The mean over rows (N, D) of their cosine; 1 for a row that is zero in both."""
+    cosines = (unit(reference) * unit(output)).sum(1)
+    return float(np.where(reference.any(1) | output.any(1), cosines, 1.0).mean())
+
+
 def fidelity(
     reference: Outputs,
     output: Outputs,
@@ -115,7 +121,7 @@ def fidelity(
     return Fidelity(
         count=len(found),
         sqnr_db=sqnr_db(exact, found),
-        cosine=float((unit(exact) * unit(found)).sum(1).mean()),
+        cosine=mean_cosine(exact, found),
         outputs={name: sqnr_db(value, output[name]) for name, value in reference.items()},
         sources=None if sources is None else len(set(sources)),
         sqnr_interval_db=None if sources is None else sqnr_interval_db(exact, found, sources),

@@ -23,7 +23,7 @@ def structure_json(structure: "Structure") -> dict[str, Any]:
             for place in structure.places
         ],
         "refused_places": [
-            {"producer": place.producer, "readers": list(place.readers), "difference": apart}
+            {"kind": place.kind, "producer": place.producer, "readers": list(place.readers), "difference": apart}
             for place, apart in structure.refused
         ],
         "blocks": [{"name": block.name, "channels_last": block.channels_last} for block in structure.blocks.values()],
@@ -39,7 +39,8 @@ def _wrapped(names: Iterable[str], width: int = 110) -> Iterator[str]:
             yield f"    {line},"
             line = ""
         line = f"{line}, {name}" if line else name
-    yield f"    {line}"
+    if line:
+        yield f"    {line}"
 
 
 def _by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
@@ -55,21 +56,21 @@ def _by_reason(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
 def _place(place: dict[str, Any]) -> str:
     """Return from where to where a scale moves; one in front of layers is absorbed by nothing before them."""
     before = "in front of" if place["kind"] == FRONT else f"{place['producer']} ->"
-    return f"{before} {' & '.join(place['readers'])}{' +' * place['shifts']}"
+    return f"{before} {' & '.join(place['readers'])}"
 
 
 def structure_lines(structure: "Structure") -> Iterator[str]:
     """Yield the report line by line."""
     found = structure_json(structure)
     yield structure.summary()
-    yield f"quantized to INT8 ({len(found['quantized'])}):"
+    yield f"quantized to INT8 ({len(found['quantized'])}){':' * bool(found['quantized'])}"
     yield from _wrapped(found["quantized"])
     yield from _by_reason("in float", found["float"])
     if found["places"]:
         yield f"channel scales can move ({len(found['places'])}), + where a shift can as well:"
-        yield from _wrapped(_place(each) for each in found["places"])
+        yield from _wrapped(_place(each) + " +" * each["shifts"] for each in found["places"])
     for each in found["refused_places"]:
-        yield f"not moved, a trial changed the output by {each['difference']:.1e}: {each['producer']} -> {each['readers']}"
+        yield f"not moved, a trial changed the output by {each['difference']:.1e}: {_place(each)}"
     for title, names in (
         ("blocks that a branch can stand beside", [block["name"] for block in found["blocks"]]),
         ("attentions that INT8 kernels can compute", found["int8_attention"]),

@@ -417,19 +417,87 @@ class ProductsWithParameters(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
-        self.first, self.second = (nn.Parameter(torch.randn(16, 16)) for _ in range(2))
+        self.first, self.second, self.third = (nn.Parameter(torch.randn(16, 16)) for _ in range(3))
         self.gain = nn.Parameter(torch.ones(16))
 
     def forward(self, x):
         x = torch.einsum("bnc,cd->bnd", self.layer(x), self.first) * self.gain
-        return self.head(x @ self.second)
+        x = F.linear(x @ (self.second * 2), self.first)
+        return self.head(F.linear(x, self.third))
 
 
 def test_products_with_parameters_are_told_each():
     structure = structure_of(ProductsWithParameters().eval(), torch.randn(1, 4, 16))
-    assert list(structure.unknown) == ["", "(no. 2)"]
+    assert list(structure.unknown) == ["first", "", "third"], "by the parameter, but for one that is computed"
     assert all("a product with a parameter" in why for why in structure.unknown.values())
-    assert "in float (2): a product with a parameter" in "\n".join(structure_lines(structure))
+    assert "in float (3): a product with a parameter" in "\n".join(structure_lines(structure))
+
+
+class Unread(nn.Module):
+    """A head for training whose result nobody reads when the network answers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.auxiliary, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        self.auxiliary(x).relu()
+        return self.head(x.mean(1))
+
+
+def test_what_no_output_is_computed_from_is_no_layer_and_reads_nothing():
+    structure = structure_of(Unread().eval(), torch.randn(1, 4, 16))
+    assert [*structure.layers] == ["first", "second", "head"]
+    assert {reader for place in structure.places for reader in place.readers} <= {*structure.layers}
+
+
+class TiedTransposed(nn.Module):
+    """A weight that the network's own code reads again, as a tied decoder does."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.transposed = transposed
+        self.first, self.tied, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.tied(self.first(x).relu()).relu()
+        return self.head(F.linear(x, self.tied.weight.t() if self.transposed else self.tied.weight))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_layer_whose_weight_other_code_reads_is_not_rounded(transposed):
+    structure = structure_of(TiedTransposed(transposed).eval(), torch.randn(1, 4, 16))
+    assert "its weight is also read in the network's own code" in structure.layers["tied"].why_float
+    assert not structure.layers["tied"].roundable
+    assert structure.layers["first"].why_float is None
+
+
+class Casts(nn.Module):
+    """A network in several types."""
+
+    def __init__(self, kind, inside):
+        super().__init__()
+        self.kind, self.first, self.second = kind, nn.Linear(16, 16), nn.Linear(16, 8)
+        if inside:
+            self.first.to(kind)
+
+    def forward(self, x):
+        return self.second(self.first(x.to(self.kind)).float())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_network_that_casts_in_its_forward_pass_is_told_so(inside):
+    with pytest.raises(UserError, match=r"^Casts c[^\n]*take casts to half or double out of its forward pass$"):
+        structure_of(Casts(torch.float16, inside).eval(), torch.randn(1, 4, 16))
+
+
+def test_a_refused_move_is_told_like_any_other():
+    structure = structure_of(PostNorm().eval(), torch.randn(1, 4, 16))
+    front = next(place for place in structure.places if place.kind == FRONT)
+    lines = [*structure_lines(dataclasses.replace(structure, places=(), refused=((front, 0.5),)))]
+    assert f"not moved, a trial changed the output by 5.0e-01: in front of {' & '.join(front.readers)}" in lines
 
 
 class PostNorm(nn.Module):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deploy.measure.accuracy import MAX_SQNR_DB, fidelity, joined_rows, mean_sqnr_db, relative_l2, sqnr_db
+from deploy.measure.accuracy import MAX_SQNR_DB, fidelity, joined_rows, mean_cosine, mean_sqnr_db, relative_l2, sqnr_db
 from deploy.measure.tasks import task_module
 from deploy.measure.tasks.features import nearest_neighbours
 
@@ -77,6 +77,12 @@ def test_several_outputs_count_alike_whatever_their_sizes():
 def test_a_single_output_of_any_shape_is_compared_as_it_is():
     picture = np.random.default_rng(0).normal(size=(4, 3, 8, 8))
     np.testing.assert_array_equal(joined_rows({"output": picture}), picture.reshape(4, -1))
+
+
+def test_rows_that_are_zero_in_both_are_equal():
+    exact = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]], np.float32)
+    found = np.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]], np.float32)
+    assert mean_cosine(exact, found) == pytest.approx(3 / 4)
 
 
 def test_an_unknown_task_is_no_task():
