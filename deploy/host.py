@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from calib.errors import UserError
@@ -26,6 +27,9 @@ LEAST_ADDRESS_SPACE = (
 )
 
 
+MUCH_MEMORY = 2_500_000_000  # bytes in use, above which what a stage left is looked for
+
+
 def require_address_space() -> None:
     """Raise UserError if `ulimit -v` leaves less than torch, ONNX Runtime and a builder need to load: they would abort."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -38,9 +42,12 @@ def require_address_space() -> None:
 
 def return_memory() -> None:
     """Give the memory that nothing uses back to the system: glibc keeps most of what large tensors leave."""
-    gc.collect()  # networks with hooks refer to themselves
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError, AttributeError):  # another C library or system
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        trim(0)
+        if int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() > MUCH_MEMORY:
+            gc.collect()  # networks with hooks refer to themselves; it takes 0.2 s
+            trim(0)
 
 
 def package_version(name: str) -> str | None:
