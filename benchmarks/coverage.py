@@ -6,9 +6,11 @@
     python -m benchmarks.coverage --intake-only   the structure of every architecture alone (benchmarks/intake.py)
 
 Weights are random and images few: what is tried is tracing, the proofs, export, parity layer by layer, building with
-TensorRT-RTX and the audit, not accuracy. As many networks as there are cores, at most `WORKERS`, run side by side with one
-thread each. Writes `results/coverage.json`: for every network the layers planned and found in INT8, kernels, the difference
-of simulation and graph, seconds, or the line that says why there is no package; and docs/coverage.md, the same as a table.
+TensorRT-RTX and the audit, not accuracy. As many networks as there are cores, at most `WORKERS`, run side by side, with
+one thread of torch each.
+
+Writes `results/coverage.json`: for every network the layers planned and found in INT8, kernels, the difference of simulation
+and graph, seconds, or the line that says why there is no package; and docs/coverage.md, the same as a table.
 """
 
 import json
@@ -42,7 +44,7 @@ INTAKE_ONLY = "--intake-only"
 INTRODUCTION = """# Networks that were tried
 
 Written by `make coverage` from [coverage.json](../benchmarks/results/coverage.json): {green} of {tried} networks reached a
-verified package{rest}. They are the tool's short names at full size, and the {per_file} smallest networks of every file of
+verified package{rest}. Chosen are the tool's short names at full size and the {per_file} smallest networks of every file of
 timm. Weights are random, images few and the recipe `int8_plain`: this is about structure, not accuracy. INT8 layers found
 are those that TensorRT-RTX has an INT8 kernel for (GEMMs), or plans in INT8 (convolutions). Nothing was run on a GPU.
 Measured at commit {commits}, on {machine}.

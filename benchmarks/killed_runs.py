@@ -28,7 +28,7 @@ from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy import host
 from deploy.cli import Parser, answered
-from deploy.package import FILES
+from deploy.package import FILES, package_folder
 from deploy.report.evidence import tool_commit
 from deploy.verify import file_faults
 
@@ -43,7 +43,7 @@ class Place:
     def __init__(self, folder: Path, model: str) -> None:
         self.out, self.cache = folder / "out", folder / "cache"
         self.cache.mkdir(parents=True)
-        self.final = self.out / f"{model}-random-weights/int8"
+        self.final = package_folder(str(self.out), model, None, "random", "int8")
         self.command = [
             sys.executable, "-m", "deploy", "engine", "--model", model, *OPTIONS, "--out", str(self.out),
         ]  # fmt: skip

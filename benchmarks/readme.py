@@ -192,7 +192,7 @@ def serving_table(found: Reports) -> str:
     (report,) = found.values()
     head = [
         "model", "equal over HTTP", "equal over gRPC", "clients", "requests", "wrong", "lost", "images/s", "median", "p99",
-        "memory of the server",
+        "change of the server's memory",
     ]  # fmt: skip
     rows = []
     for row in report["rows"]:
@@ -200,7 +200,7 @@ def serving_table(found: Reports) -> str:
         if "many" in row:
             loads[f"{first['clients']}"] = row["many"]
         for clients, each in loads.items():
-            memory = f"grew by {each['growth_mb']:.0f} MB" if "growth_mb" in each else ""
+            memory = f"{each['growth_mb']:+.0f} MB" if "growth_mb" in each else ""
             rows.append([
                 row["model"], row["equal_over_http"], row["equal_over_grpc"], clients, str(each["requests"]),
                 str(each["wrong"]), str(each["lost"]), f"{each['images_s']:.0f}", f"{each['p50_ms']:.1f} ms",

@@ -18,6 +18,7 @@ wrong or lost.
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import threading
@@ -88,7 +89,7 @@ def resident_mb(process: int) -> float:
     family, new = {process}, {process}
     while new := {pid for pid, parent in parents.items() if parent in new} - family:
         family |= new
-    return sum(pages.get(pid, 0) for pid in family) * 4096 / 2**20
+    return sum(pages.get(pid, 0) for pid in family) * resource.getpagesize() / 2**20
 
 
 @dataclass

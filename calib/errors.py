@@ -36,6 +36,11 @@ def of_types(error: BaseException) -> bool:
     return re.search(OTHER_TYPE, str(error)) is not None
 
 
+def several_types(kind: str, error: BaseException) -> UserError:
+    """Return the refusal of a network of this class that fails because its tensors have different types."""
+    return UserError(f"{kind} computes in several types ({first_line(error)}): {ONE_TYPE}")
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The sentence `" Did you mean 'vit_b'?"` with up to three names of `known` like `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

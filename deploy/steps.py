@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from calib.device import CPU
-from calib.errors import ONE_TYPE, UserError, first_line, of_types
+from calib.errors import UserError, first_line, of_types, several_types
 from calib.hooks import output_hooks
 from calib.images.image_set import ImageSet, image_sets
 from calib.images.preprocess import preprocessing_from_config
@@ -144,7 +144,7 @@ def _not_a_number(net: nn.Module, images: torch.Tensor) -> str:
 def _cannot_read(kind: str, images: torch.Tensor, inputs: Inputs | None, own: bool, error: Exception) -> UserError:
     said = first_line(error)
     if of_types(error):
-        return UserError(f"{kind} computes in several types ({said}): {ONE_TYPE}")
+        return several_types(kind, error)
     if inputs is None:
         others = (
             ", or for a network that takes other inputs than one image leave it out and give CALIB=, a .npz file with an "

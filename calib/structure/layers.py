@@ -166,7 +166,7 @@ def _why_unwritten(trace: Trace, module: nn.Module) -> str | None:
 
 def _read_elsewhere(trace: Trace, name: str, plain: Mapping[fx.Node, str]) -> str | None:
     """Return why the weight of a layer cannot be rounded because other code takes it from the layer, or None."""
-    readers = (user for node in trace.named[f"{name}.weight"] for user in node.users if user not in plain)
+    readers = (user for node in trace.placeholders[f"{name}.weight"] for user in node.users if user not in plain)
     for owner in map(trace.owner, readers):
         by = f"by '{owner}'" if owner else "in the network's own code"
         return f"its weight is also read {by}: rounded, it would change what is computed there"

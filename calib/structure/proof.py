@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from calib.errors import ONE_TYPE, UserError, first_line, of_types
+from calib.errors import of_types, several_types
 from calib.structure.moves import Place, move
 
 MAX_REL_L2 = 1e-4  # a wrong scale changes percents, a float32 run about 1e-6
@@ -66,7 +66,7 @@ def preserving(
     except RuntimeError as error:
         if not of_types(error):
             raise
-        raise UserError(f"{type(net).__name__} computes in several types ({first_line(error)}): {ONE_TYPE}") from error
+        raise several_types(type(net).__name__, error) from error
 
     def apart_by(some: Sequence[Step]) -> float:
         try:

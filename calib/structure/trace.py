@@ -216,8 +216,8 @@ class Trace:
         return {node: index for index, node in enumerate(self.nodes)}
 
     @functools.cached_property
-    def named(self) -> dict[str, list[fx.Node]]:
-        """The nodes that every parameter is, by its name."""
+    def placeholders(self) -> dict[str, list[fx.Node]]:
+        """The inputs of the graph that stand for a parameter, by its name."""
         found: dict[str, list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
             if node.name in self.parameters:
@@ -227,9 +227,7 @@ class Trace:
     @functools.cached_property
     def reads_parameter(self) -> Counter[str]:
         """How often each parameter is read."""
-        return Counter(
-            self.parameters[node.name] for node in self.nodes for _ in node.users if node.name in self.parameters
-        )
+        return Counter({name: sum(len(node.users) for node in nodes) for name, nodes in self.placeholders.items()})
 
 
 def modules_of(node: fx.Node) -> list[str]:
