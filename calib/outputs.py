@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass, tree_flatten_with_path, tree_leaves
 
 from calib.errors import UserError, first_line
+from calib.task import BOXES, CLASSIFIER, FEATURES, PICTURES, VALUES, Task, boxes_of
 
 SAME_REL_L2 = 1e-2  # of two runs; random weights can amplify float32's rounding, not to as much
 NO_OUTPUT = 1e-6  # root mean square below which an output is nothing but rounding errors
 OUTPUT = "output"  # the name of a single one
-CLASSIFIER, FEATURES, PICTURES, VALUES = "classifier", "features", "pictures", "values"  # tasks: what the outputs are
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,20 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
     return outputs_from(checked_outputs(net, images))
 
 
-def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> str:
-    """Return what the outputs are: logits of classes, features, pictures, or values of any other kind.
+def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
+    """Return what the outputs are: logits of classes, features, pictures, boxes, or values of any other kind.
 
-    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`.
+    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`; a detector says
+    by its attribute `boxes` how its outputs become boxes. Raises UserError if what it says does not fit its outputs.
     """
+    described = getattr(net, "boxes", None)
+    if described is not None and not isinstance(described, Tensor) and not callable(described):
+        return Task(BOXES, boxes_of(described, {each.name: each.shape for each in outputs}, type(net).__name__))
     if getattr(net, "returns_pictures", False) is True and [len(each.shape) for each in outputs] == [3]:
-        return PICTURES
+        return Task(PICTURES)
     if len(outputs) > 1 or len(outputs[0].shape) > 1:
-        return VALUES
-    return CLASSIFIER if int(getattr(net, "num_classes", None) or 0) > 0 else FEATURES
+        return Task(VALUES)
+    return Task(CLASSIFIER if int(getattr(net, "num_classes", None) or 0) > 0 else FEATURES)
 
 
 def join_outputs(net: nn.Module, images: Tensor) -> None:

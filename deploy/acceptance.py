@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from calib.task import VALUES, Task
 from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.accuracy import Fidelity, fidelity
 from deploy.measure.latency import Comparison
@@ -160,13 +161,15 @@ class Acceptance:
         }
 
 
-def keeps(limit: MaxDrop, task: str, exact: "Tensor", found: "Tensor", sources: Sequence[int]) -> bool:
+def keeps(limit: MaxDrop, task: Task, exact: "Tensor", found: "Tensor", sources: Sequence[int]) -> bool:
     """Whether the outputs `found` (N, ...) of a network keep `limit` beside those of the float network, `exact`.
 
     They have to keep it by one standard error over source images, whose numbers are `sources` (N,), because other images
     will decide.
     """
-    measured = fidelity({"output": exact.cpu().numpy()}, {"output": found.cpu().numpy()}, task, None, sources)
+    # Several outputs come joined to rows, which only the measures that all tasks share can read.
+    judged_by = Task(VALUES) if limit.unit == "dB" else task
+    measured = fidelity({"output": exact.cpu().numpy()}, {"output": found.cpu().numpy()}, judged_by, None, sources)
     if limit.unit == "dB":
         low, high = measured.sqnr_interval_db or (math.nan, math.nan)
         return measured.sqnr_db - (high - low) / STANDARD_ERRORS >= limit.amount

@@ -12,8 +12,9 @@ from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.packaged import runner_of_package
 from deploy.engine.runner import EngineRunner
 from deploy.graph.names import INPUT
-from deploy.measure.accuracy import Fidelity, Outputs, joined_rows, mean_sqnr_db, sqnr_db
+from deploy.measure.accuracy import Fidelity, joined_rows, mean_sqnr_db, sqnr_db
 from deploy.measure.onnx_runner import Given, OnnxRunner
+from deploy.measure.outputs import Outputs
 from deploy.package import ENGINE, GOLDEN, MODEL_FP32
 from deploy.verify import Reference, Verdict, golden_arrays, golden_db, least_fp16_db, outputs_over
 

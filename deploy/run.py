@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from calib.outputs import Output
     from calib.quant_model import QuantModel
     from calib.scales.coverage import Coverage
+    from calib.task import Task
     from calib.weights.load import LoadedNet
     from calib.weights.zoo import ModelSpec
     from deploy.acceptance import Acceptance
@@ -56,7 +57,7 @@ class Run:
 
     loaded: "LoadedNet" = field(init=False)
     outputs: "tuple[Output, ...]" = field(init=False)
-    task: str = field(init=False)  # what the outputs are (calib/outputs.py)
+    task: "Task" = field(init=False)  # what the outputs are
     model: "QuantModel" = field(init=False)
     calibration: "ImageSet" = field(init=False)
     evaluation: "ImageSet" = field(init=False)

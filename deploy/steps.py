@@ -25,7 +25,6 @@ from calib.inputs import Inputs
 from calib.network.fp16_range import FP16_MAX, fp16_range, require_fp16_weights
 from calib.network.qdq import quantized_net
 from calib.outputs import (
-    CLASSIFIER,
     Output,
     checked_outputs,
     join_outputs,
@@ -39,6 +38,7 @@ from calib.quant_model import QuantModel
 from calib.scales.coverage import coverage
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
+from calib.task import CLASSIFIER
 from calib.weights.load import load_net
 from deploy.acceptance import keeps
 from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair, halved
@@ -175,7 +175,7 @@ def _outputs(
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise _cannot_read(kind, images, inputs, own, error) from error
     outputs, classes = outputs_from(found), getattr(net, "num_classes", None)
-    if task_of(net, outputs) == CLASSIFIER and outputs[0].shape != (classes,):
+    if task_of(net, outputs).name == CLASSIFIER and outputs[0].shape != (classes,):
         raise UserError(
             f"{kind} says num_classes = {classes!r} and returns {outputs[0].shape[0]} values: expected the same"
         )
@@ -214,7 +214,7 @@ def load(run: Run) -> Lines:
         run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]), own=bool(run.spec.factory))
     run.task = task_of(net, run.outputs)
     if run.options.limits.max_drop is not None:
-        run.options.limits.max_drop.require_measurable(task_module(run.task).TOP1)
+        run.options.limits.max_drop.require_measurable(task_module(run.task.name).TOP1)
     return (run.loaded.source,)
 
 
@@ -227,7 +227,7 @@ def read_images(run: Run) -> Lines:
     )
     if options.limits.max_drop is not None:
         options.limits.max_drop.require_images(run.evaluation.count)
-    if run.task == CLASSIFIER:
+    if run.task.name == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
     if inputs is not None:

@@ -10,9 +10,11 @@ import numpy as np
 
 from calib.errors import UNREADABLE_ARRAYS, UserError, first_line
 from calib.store.digests import file_sha256
-from deploy.measure.accuracy import Fidelity, Outputs, fidelity, joined_rows, mean_sqnr_db
+from calib.task import Task
+from deploy.measure.accuracy import Fidelity, fidelity, joined_rows, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
 from deploy.measure.onnx_runner import Given, OnnxRunner, first
+from deploy.measure.outputs import Outputs
 from deploy.package import (
     FILES,
     GOLDEN,
@@ -110,7 +112,7 @@ class Reference:
     float_model: Path
     batches: Iterable[Given]
     golden: Given
-    task: str
+    task: Task
     labels: np.ndarray | None = None
     sources: Sequence[int] | None = None
 

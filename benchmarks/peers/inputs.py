@@ -48,7 +48,7 @@ def write_inputs(model: str, folder: Path, calib_images: int, eval_images: int) 
     about = {
         "model": model,
         "weights_source": loaded.source,
-        "task": task_of(loaded.net, outputs_of(loaded.net, torch.zeros(2, *loaded.data_config["input_size"]))),
+        "task": task_of(loaded.net, outputs_of(loaded.net, torch.zeros(2, *loaded.data_config["input_size"]))).name,
         "calibration": _save(calibration, folder / CALIBRATION),
         "evaluation": _save(evaluation, folder / EVALUATION),
         "machine": host.describe(),

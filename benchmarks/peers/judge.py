@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from calib.task import Task
 from deploy.measure.accuracy import fidelity
 from deploy.measure.latency import compare
 from deploy.measure.ort_options import ort_options
@@ -49,7 +50,7 @@ class _Network:
         return {"output": np.concatenate([self(batch) for batch in batches])}
 
 
-def judge(float_model: Path, quantized: Path, images: np.ndarray, task: str) -> dict[str, Any]:
+def judge(float_model: Path, quantized: Path, images: np.ndarray, task: Task) -> dict[str, Any]:
     """{`fidelity` on all `images` (float32 (N, 3, H, W)), `speed` of both in turn on the first eight, `note`}."""
     reference, candidate = _Network(float_model), _Network(quantized)
     batch = np.ascontiguousarray(images[:SPEED_BATCH])
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=Path)
     parser.add_argument("--task", required=True, help="what the outputs are (deploy/measure/tasks)")
     args = parser.parse_args(argv)
-    print(json.dumps(judge(args.float_model, args.quantized, np.load(args.images, mmap_mode="r"), args.task)))
+    print(json.dumps(judge(args.float_model, args.quantized, np.load(args.images, mmap_mode="r"), Task(args.task))))
     return 0
 
 

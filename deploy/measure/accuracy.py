@@ -1,15 +1,15 @@
 """The fidelity of a quantized network: how close its outputs are to those of the float network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from calib.task import Task
+from deploy.measure.outputs import Outputs
 from deploy.measure.tasks import task_module
 from deploy.measure.tasks.features import unit
-
-Outputs = Mapping[str, np.ndarray]  # by name, one entry per image on the first axis
 
 MAX_SQNR_DB = 200.0  # far beyond float32, and JSON has no infinity
 RESAMPLES = 1000  # of the source images, for the interval
@@ -21,11 +21,13 @@ class Fidelity:
 
     `sqnr_db`: 10 log10(|reference|^2 / |difference|^2) over all images; several outputs count alike (`joined_rows`), and
     `outputs` holds the SQNR of each. `cosine`: mean over images. `top1_agreement`: share of images with the same top-1
-    result: the class of a classifier, or for features the nearest other image by cosine (`top1_kind` says which); None for
-    outputs of another kind. `kl`: mean KL(reference || network) of the class probabilities in nats, None without classes.
-    `psnr_db`, `ssim`: of pictures to the float network's, None for other outputs. `top1`, `reference_top1`: accuracy on
-    labels, None without labels. `sources`: number of source images, `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db`
-    over them; None where the source images are not known.
+    result: the class of a classifier, or for features the nearest other image by cosine (`top1_kind` says which); None
+    for outputs of another kind. `kl`: mean KL(reference || network) of the class probabilities in nats, None without
+    classes. `psnr_db`, `ssim`: of pictures to the float network's, None for other outputs. `boxes`: those that the float
+    network is certain of; `ap50`, `ap`: average precision beside them at an overlap of .5, and its mean over .5 to .95;
+    `lost`: boxes without a counterpart, `moved_px`: median distance of the others' sides in pixels (tasks/boxes.py).
+    `top1`, `reference_top1`: accuracy on labels, None without labels. `sources`: number of source images,
+    `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db` over them; None where the source images are not known.
     """
 
     count: int
@@ -39,6 +41,11 @@ class Fidelity:
     reference_top1: float | None = None
     psnr_db: float | None = None
     ssim: float | None = None
+    boxes: int | None = None
+    ap50: float | None = None
+    ap: float | None = None
+    lost: int | None = None
+    moved_px: float | None = None
     sources: int | None = None
     sqnr_interval_db: tuple[float, float] | None = None
 
@@ -106,18 +113,16 @@ def mean_cosine(reference: np.ndarray, output: np.ndarray) -> float:
 def fidelity(
     reference: Outputs,
     output: Outputs,
-    task: str,
+    task: Task,
     labels: np.ndarray | None = None,
     sources: Sequence[int] | None = None,
 ) -> Fidelity:
     """Compare `output` with `reference`, both with one entry per image on the first axis of every output.
 
-    `task`: what the outputs are (deploy/measure/tasks). `labels` (N,) are class indices of a classifier, `sources` (N,) the
+    `task`: what the outputs are. `labels` (N,) are class indices of a classifier, `sources` (N,) the
     numbers of the images' source images.
     """
     exact, found = joined_rows(reference), joined_rows(output, reference)
-    one = len(reference) == 1
-    as_returned = (*reference.values(), *output.values()) if one else (exact, found)
     return Fidelity(
         count=len(found),
         sqnr_db=sqnr_db(exact, found),
@@ -125,5 +130,5 @@ def fidelity(
         outputs={name: sqnr_db(value, output[name]) for name, value in reference.items()},
         sources=None if sources is None else len(set(sources)),
         sqnr_interval_db=None if sources is None else sqnr_interval_db(exact, found, sources),
-        **task_module(task).measures(*as_returned, labels),
+        **task_module(task.name).measures(reference, output, task, labels),
     )

@@ -8,8 +8,8 @@ import numpy as np
 from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.explain.kernel_list import KernelLists, read_lists
-from deploy.measure.accuracy import Outputs
 from deploy.measure.onnx_runner import Given
+from deploy.measure.outputs import Outputs
 from deploy.package import GOLDEN, MANIFEST, REPORT
 from deploy.pages.values import Values
 from deploy.verify import file_faults, golden_arrays

@@ -29,6 +29,24 @@ def agreement(fidelity: Values) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def pictures_and_boxes(fidelity: Values) -> tuple[Row, ...]:
+    """How near pictures come to the float network's, and how well its boxes are found again, where there are any."""
+    rows: list[Row] = []
+    if fidelity.holds("psnr_db") and fidelity.holds("ssim"):
+        psnr, ssim = fidelity.figure("psnr_db", spec=".1f", unit=" dB"), fidelity.figure("ssim", spec=".4f")
+        rows.append(("to the float network's pictures", ("PSNR ", psnr, ", SSIM ", ssim)))
+    if fidelity.holds("ap") and fidelity.holds("ap50"):
+        every, half = fidelity.figure("ap", spec=".3f"), fidelity.figure("ap50", spec=".3f")
+        rows.append(("AP of the boxes, the float network's being true", (every, ", at overlap .5 ", half)))
+        lost: Line = (fidelity.figure("lost"), " of ", fidelity.figure("boxes"))
+        rows.append(("boxes lost", lost))
+    if fidelity.holds("moved_px"):
+        rows.append(
+            ("sides of the others moved by", (fidelity.figure("moved_px", spec=".1f", unit=" pixels (median)"),))
+        )
+    return tuple(rows)
+
+
 def executed_where(engine: Values) -> Line:
     """Where the engine was run, or why it was not."""
     if not engine.holds("executed"):
@@ -55,6 +73,7 @@ def fidelity_rows(report: Values) -> tuple[Row, ...]:
         ("SQNR of the graph", sqnr(graph)),
         ("cosine similarity, mean", (graph.figure("cosine", spec=".5f"),)),
         *agreement(graph),
+        *pictures_and_boxes(graph),
     ]
     if graph.holds("kl"):
         rows.append(("KL of class probabilities", (graph.figure("kl", spec=".2g", unit=" nats"),)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.precision import INT8_ENGINE
+from calib.task import CLASSIFIER
 from deploy import host
 from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.onnx_runner import THREADS
@@ -45,12 +46,12 @@ def warnings(run: "Run") -> list[str]:
         found.append(
             f"{run.evaluation.overlap} evaluation images left out: they, or their group, are calibration images"
         )
-    if run.evaluation.labels is not None and run.task != "classifier":
+    if run.evaluation.labels is not None and run.task.name != CLASSIFIER:
         found.append(
             f"labels are not used: the network does not say that its outputs are classes (set net.num_classes = "
             f"{run.outputs[0].shape[-1]} in the factory if they are)"
             if run.spec.factory
-            else f"labels are not used: the outputs of this network are {run.task}, not classes"
+            else f"labels are not used: the outputs of this network are {run.task.name}, not classes"
         )
     top1 = run.verdict.fidelity.reference_top1
     if top1 is not None and top1 <= CHANCE / run.outputs[0].shape[0]:

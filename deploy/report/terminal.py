@@ -108,6 +108,14 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     return list(report.get("acceptance", {}).get("checks", ()))
 
 
+def _boxes(fidelity: dict[str, Any]) -> str:
+    """How well the boxes of the float network are found again."""
+    if not fidelity["boxes"]:
+        return "none to compare: the float network finds nothing on these images"
+    moved = "" if fidelity["moved_px"] is None else f", the others moved by {fidelity['moved_px']:.1f} pixels (median)"
+    return f"AP {fidelity['ap']:.3f}, at overlap .5 {fidelity['ap50']:.3f}; {fidelity['lost']} lost{moved}"
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
     rows = [
@@ -128,6 +136,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("to the float network's pictures", f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}")
         )
+    if fidelity.get("boxes") is not None:
+        rows.append((f"the float network's {fidelity['boxes']} boxes", _boxes(fidelity)))
     if fidelity["kl"] is not None:
         rows.append(("KL of class probabilities", f"{fidelity['kl']:.4f} nats"))
     if fidelity["top1"] is not None:

@@ -26,7 +26,8 @@ from PIL import Image
 from calib.errors import UserError
 from deploy.errors import ContractError
 from deploy.lock import HeldError, locked
-from deploy.measure.accuracy import Outputs, joined_rows, mean_sqnr_db
+from deploy.measure.accuracy import joined_rows, mean_sqnr_db
+from deploy.measure.outputs import Outputs
 from deploy.package import GOLDEN
 from deploy.serve.configs import CPU, IMAGE, JPEG, LABELS, config_from_text, served_version
 from deploy.serve.preflight import Allowed

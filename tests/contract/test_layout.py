@@ -18,6 +18,7 @@ ALLOWED = {
 # Inside calib: a file imports from its own folder or from rows above its own.
 ORDER = (
     ("errors", "inputs", "precision", "quantizer", "tensor_scale"),
+    ("task",),
     ("device", "grids", "input_rows", "outputs", "hooks", "modules", "quiet", "store"),
     ("images", "weights", "statistics"),
     ("structure",),

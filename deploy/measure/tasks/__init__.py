@@ -1,8 +1,8 @@
 """What "as good as float" means, one file per task: the measures beside the SQNR that all outputs share.
 
-A task has `measures(reference, output, labels)`, given the only output as it is or several as rows, which compares a
-network's output with the float network's and returns fields of `Fidelity`, and says by `TOP1` whether an agreement of top-1
-results is one of them. The name of the file is the name of the task (calib/outputs.py).
+A task has `measures(reference, output, task, labels)`, which compares a network's outputs with the float network's and
+returns fields of `Fidelity`, and says by `TOP1` whether an agreement of top-1 results is one of them. The name of the file
+is the name of the task (calib/task.py).
 """
 
 import importlib

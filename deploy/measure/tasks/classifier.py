@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from calib.task import Task
+from deploy.measure.outputs import Outputs, only
+
 TOP1 = True  # whether `measures` gives an agreement of top-1 results
 
 
@@ -12,10 +15,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def measures(reference: np.ndarray, output: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, _task: Task, labels: np.ndarray | None) -> dict[str, Any]:
     """Return how often the class is the same, the divergence of probabilities, and accuracies if there are `labels` (N,)."""
-    winner, reference_winner = output.argmax(1), reference.argmax(1)
-    p, q = _log_softmax(reference), _log_softmax(output)
+    exact, found = only(reference), only(output)
+    winner, reference_winner = found.argmax(1), exact.argmax(1)
+    p, q = _log_softmax(exact), _log_softmax(found)
     return {
         "top1_agreement": float((winner == reference_winner).mean()),
         "top1_kind": "class",

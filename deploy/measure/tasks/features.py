@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from calib.task import Task
+from deploy.measure.outputs import Outputs, only
+
 TOP1 = True  # whether `measures` gives an agreement of top-1 results
 
 NEIGHBOUR_ROWS = 1024  # nearest neighbours are searched among the first rows only: cost grows with the square
@@ -22,7 +25,7 @@ def nearest_neighbours(features: np.ndarray) -> np.ndarray:
     return similarity.argmax(1)
 
 
-def measures(reference: np.ndarray, output: np.ndarray, _labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, _task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
     """Return how often the most similar other image is the same one."""
-    same = nearest_neighbours(reference[:NEIGHBOUR_ROWS]) == nearest_neighbours(output[:NEIGHBOUR_ROWS])
+    same = nearest_neighbours(only(reference)[:NEIGHBOUR_ROWS]) == nearest_neighbours(only(output)[:NEIGHBOUR_ROWS])
     return {"top1_agreement": float(same.mean()), "top1_kind": "nearest neighbour"}

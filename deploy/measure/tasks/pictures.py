@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from calib.task import Task
+from deploy.measure.outputs import Outputs, only
+
 TOP1 = False  # whether `measures` gives an agreement of top-1 results
 MOST_DB = 100.0  # of two equal pictures, whose PSNR is infinite
 
@@ -24,6 +27,6 @@ def ssim(reference: np.ndarray, output: np.ndarray) -> float:
     return float(np.mean([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]))
 
 
-def measures(reference: np.ndarray, output: np.ndarray, _labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, _task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
     """Return how near the pictures of a network come to those of the float network."""
-    return {"psnr_db": psnr_db(reference, output), "ssim": ssim(reference, output)}
+    return {"psnr_db": psnr_db(only(reference), only(output)), "ssim": ssim(only(reference), only(output))}

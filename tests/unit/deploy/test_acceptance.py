@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from calib.errors import UserError
+from calib.task import Task
 from deploy.acceptance import Acceptance, Limits, MaxDrop, keeps
 from deploy.measure.accuracy import Fidelity
 from deploy.measure.latency import Comparison
@@ -101,12 +102,12 @@ def test_outputs_are_held_to_a_limit_by_their_task():
     exact, other = torch.eye(4), torch.eye(4)
     other[0] = torch.tensor([0.0, 2.0, 0.0, 0.0])
     held = lambda amount, unit, task, found, sources: keeps(MaxDrop(amount, unit), task, exact, found, sources)  # noqa: E731
-    assert held(47, "%", "classifier", other, range(4))  # 25 %, and sqrt(0.25 * 0.75 / 4) more
-    assert not held(46, "%", "classifier", other, range(4))
-    assert not held(47, "%", "classifier", other, [0, 0, 1, 1])
-    assert held(0, "%", "classifier", exact, range(4))
-    assert not held(10, "dB", "values", other, range(4))
+    assert held(47, "%", Task("classifier"), other, range(4))  # 25 %, and sqrt(0.25 * 0.75 / 4) more
+    assert not held(46, "%", Task("classifier"), other, range(4))
+    assert not held(47, "%", Task("classifier"), other, [0, 0, 1, 1])
+    assert held(0, "%", Task("classifier"), exact, range(4))
+    assert not held(10, "dB", Task("values"), other, range(4))
     spread = exact * torch.tensor([1.1, 1.1, 1.1, 1.3])[:, None]  # 15 dB together, 20 dB and 10 dB one by one
-    assert held(12, "dB", "values", spread, [0, 0, 1, 1])
-    assert not held(14.9, "dB", "values", spread, [0, 0, 1, 1])
-    assert held(14.9, "dB", "values", spread, [0, 0, 0, 0])
+    assert held(12, "dB", Task("values"), spread, [0, 0, 1, 1])
+    assert not held(14.9, "dB", Task("values"), spread, [0, 0, 1, 1])
+    assert held(14.9, "dB", Task("values"), spread, [0, 0, 0, 0])

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional
 
 from calib.errors import UserError
-from calib.outputs import PICTURES, outputs_of, task_of
+from calib.outputs import outputs_of, task_of
+from calib.task import PICTURES, Task
 from calib.weights.load import load_net
 from calib.weights.super_resolution import FLOAT16_WEIGHTS, SRVGG, DenseBlock, RRDBNet, weights_from_ncnn
 from calib.weights.zoo import ZOO
@@ -82,4 +83,4 @@ def test_real_weights_enlarge_a_picture_four_times(name):
     assert 10 * torch.log10(1 / error.square().mean()) > 25
     other = functional.avg_pool2d(y.roll(4, -1), 4) - x
     assert other.square().mean() > 4 * error.square().mean()
-    assert task_of(loaded.net, outputs_of(loaded.net, torch.rand(2, 3, 16, 24))) == PICTURES
+    assert task_of(loaded.net, outputs_of(loaded.net, torch.rand(2, 3, 16, 24))) == Task(PICTURES)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calib.task import Task
 from deploy.measure.accuracy import MAX_SQNR_DB, fidelity, joined_rows, mean_cosine, mean_sqnr_db, relative_l2, sqnr_db
 from deploy.measure.tasks import task_module
 from deploy.measure.tasks.features import nearest_neighbours
@@ -19,7 +20,7 @@ def logits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_classifier_figures_equal_torchs():
     reference, output = logits()
     labels = np.arange(40) % 10
-    found = fidelity({"output": reference}, {"output": output}, "classifier", labels)
+    found = fidelity({"output": reference}, {"output": output}, Task("classifier"), labels)
     r, o = torch.from_numpy(reference), torch.from_numpy(output)
     assert found.cosine == pytest.approx(float(F.cosine_similarity(r, o).mean()), rel=1e-6)
     kl = F.kl_div(o.log_softmax(1), r.log_softmax(1), log_target=True, reduction="batchmean")
@@ -56,7 +57,7 @@ def test_nearest_neighbour_is_the_loops_answer():
 
 def test_features_have_no_class_figures():
     reference, output = logits()
-    found = fidelity({"output": reference}, {"output": output}, "features")
+    found = fidelity({"output": reference}, {"output": output}, Task("features"))
     assert found.top1_kind == "nearest neighbour"
     assert found.kl is None
     assert found.top1 is None
@@ -66,7 +67,7 @@ def test_several_outputs_count_alike_whatever_their_sizes():
     generator = np.random.default_rng(0)
     boxes, scores = 1000 * generator.normal(size=(6, 20, 4)), generator.normal(size=(6, 20))
     worse = {"boxes": boxes, "scores": scores + 0.1 * generator.normal(size=scores.shape)}
-    found = fidelity({"boxes": boxes, "scores": scores}, worse, "values")
+    found = fidelity({"boxes": boxes, "scores": scores}, worse, Task("values"))
     assert found.outputs["boxes"] == MAX_SQNR_DB
     assert found.outputs["scores"] == pytest.approx(20, abs=1.5)
     share = 10 * np.log10(5)  # 20 of 100 values an image are scores, and only they have noise
@@ -86,5 +87,5 @@ def test_rows_that_are_zero_in_both_are_equal():
 
 
 def test_an_unknown_task_is_no_task():
-    with pytest.raises(ValueError, match="expected classifier, features, pictures, values"):
-        task_module("boxes")
+    with pytest.raises(ValueError, match="expected boxes, classifier, features, pictures, values"):
+        task_module("sounds")

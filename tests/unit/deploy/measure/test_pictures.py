@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from calib.task import Task
 from deploy.measure.accuracy import fidelity
 from deploy.measure.tasks.pictures import MOST_DB, psnr_db, ssim
 
@@ -25,7 +26,7 @@ def test_the_similarity_is_one_of_equal_pictures_and_less_of_others():
 
 def test_pictures_are_measured_in_their_own_shape():
     reference = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
-    found = fidelity({"output": reference}, {"output": reference * np.float32(0.99)}, "pictures")
+    found = fidelity({"output": reference}, {"output": reference * np.float32(0.99)}, Task("pictures"))
     assert found.psnr_db == pytest.approx(psnr_db(reference, reference * np.float32(0.99)))
     assert found.sqnr_db == pytest.approx(40, abs=0.1)
     assert found.ssim > 0.99

@@ -10,6 +10,7 @@ from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
 from calib.outputs import Output
 from calib.quant_model import StageRecord
+from calib.task import Task
 from deploy.package import MANIFEST, write_json
 from deploy.recipe import load_recipe, recipe_from_tables
 from deploy.report import evidence
@@ -66,7 +67,7 @@ def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND
     return warnings(
         SimpleNamespace(
             **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory),
-            outputs=(Output("output", (5,)),), task="classifier" if classifier else "features",
+            outputs=(Output("output", (5,)),), task=Task("classifier" if classifier else "features"),
             planned=("layer",) * planned, backend=SimpleNamespace(NAME=backend), fp16_range=sound, coverage=sound,
             recipe=recipe or load_recipe("int8"),
             verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),

@@ -1,0 +1,86 @@
+"""Boxes of a detector, as calib/task.py describes its outputs."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from calib.task import Task
+from deploy.measure.boxes import Found, decoded, overlaps
+from deploy.measure.outputs import Outputs
+
+TOP1 = False  # whether `measures` gives an agreement of top-1 results
+CERTAIN = 0.3  # score of the float network's boxes that count as true
+SAME = 0.5  # intersection over union of two boxes of one object
+
+
+def average_precision(truth: Sequence[Found], found: Sequence[Found]) -> tuple[float | None, float | None]:
+    """The average precision of the boxes `found` at an overlap of .5, and its mean over .5, .55 to .95, by COCO's rules.
+
+    Both hold the boxes of the same images. None where no image has a true box.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def rows(every: Sequence[Found]) -> list[dict[str, Any]]:
+        return [
+            {
+                "image_id": image, "category_id": int(kind), "score": float(score), "iscrowd": 0,
+                "bbox": [*place[:2].tolist(), *(place[2:] - place[:2]).tolist()],
+                "area": float((place[2:] - place[:2]).prod()),
+            }
+            for image, one in enumerate(every)
+            for place, score, kind in zip(one.places, one.scores, one.classes, strict=True)
+        ]  # fmt: skip
+
+    exact, candidates = rows(truth), rows(found)
+    if not exact:
+        return None, None
+    if not candidates:
+        return 0.0, 0.0
+    for number, row in enumerate(exact, 1):
+        row["id"] = number
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image} for image in range(len(truth))],
+        "annotations": exact,
+        "categories": [{"id": kind} for kind in sorted({row["category_id"] for row in exact})],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(candidates), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[1]), float(evaluation.stats[0])
+
+
+def lost_and_moved(truth: Sequence[Found], found: Sequence[Found]) -> tuple[int, float | None]:
+    """(number of true boxes that are lost, median distance in pixels that the corners of the others moved).
+
+    A box is lost if no box of its class that overlaps it by `SAME` has at least half of its score. The distance is the
+    largest of the four sides.
+    """
+    lost, moved = 0, []
+    for exact, other in zip(truth, found, strict=True):
+        same = overlaps(exact.places, other.places) >= SAME
+        same &= exact.classes[:, None] == other.classes
+        same &= other.scores >= exact.scores[:, None] / 2
+        for place, candidates in zip(exact.places, same, strict=True):
+            if candidates.any():
+                moved.append(np.abs(other.places[candidates] - place).max(1).min())
+            else:
+                lost += 1
+    return lost, float(np.median(moved)) if moved else None
+
+
+def measures(reference: Outputs, output: Outputs, task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
+    """Return how well a network finds the boxes that the float network is certain of (a score above `CERTAIN`)."""
+    assert task.boxes is not None
+    truth = [each.above(CERTAIN) for each in decoded(reference, task.boxes)]
+    found = [*decoded(output, task.boxes)]
+    ap50, ap = average_precision(truth, found)
+    lost, moved = lost_and_moved(truth, found)
+    return {"boxes": sum(len(each.scores) for each in truth), "ap50": ap50, "ap": ap, "lost": lost, "moved_px": moved}
