@@ -12,7 +12,7 @@ SIGMOID, SOFTMAX = "sigmoid", "softmax"
 FORMS = (CORNERS, CENTERS, DELTAS, BINS)
 EXPECTED = (
     "expected a dictionary as docs/models.md describes it, such as "
-    "{'form': 'corners', 'image': (640, 640), 'classes': 80}"
+    "{'form': 'corners', 'classes': 80}"
 )
 SCORES, PLACES = "scores", "boxes"  # names of a detector's outputs
 
@@ -21,7 +21,8 @@ SCORES, PLACES = "scores", "boxes"  # names of a detector's outputs
 class Boxes:
     """How the outputs of a detector become boxes (deploy/measure/boxes.py). K: candidates of an image, all levels together.
 
-    Outputs are `scores` (B, K, classes) in front of their activation and `boxes` (B, K, 4), whose meaning `form` tells:
+    Outputs are `scores` (B, K, classes) in front of their activation and `boxes` (B, K, 4), perhaps among others. `form`
+    tells what the latter are:
 
     - "corners": left, top, right, bottom in pixels of the network's image;
     - "centers": centre x, centre y, width, height, divided by the image's width and height (DETR);
@@ -30,9 +31,10 @@ class Boxes:
     - "bins": for every stride `scores_<stride>` (B, classes, h, w) and `boxes_<stride>` (B, 4 `bins`, h, w): logits of the
       distances to left, top, right and bottom in units of the stride (Li et al., Generalized Focal Loss, 2020).
 
-    `image`: height and width in pixels. `activation`: "sigmoid", or "softmax" over classes among which `background` (its
-    index) means no object. `nms`: boxes of one class that overlap a better one by this intersection over union are dropped;
-    None: none are, as for networks whose queries do not repeat each other.
+    `image`: height and width of what the network reads in pixels; for a network of images these are those of INPUT=.
+    `activation`: "sigmoid", or "softmax" over classes among which `background` (its index) means no object. `nms`: boxes
+    of one class that overlap a better one by this intersection over union are dropped; None: none are, as for networks
+    whose queries do not repeat each other.
     """
 
     form: str
@@ -54,9 +56,11 @@ class Boxes:
         """The shape of every output without the batch axis; None where any number will do."""
         if self.form == BINS:
             grids = {stride: self.grid(stride) for stride in self.strides}
-            return {f"{SCORES}_{stride}": (self.classes, *grid) for stride, grid in grids.items()} | {
-                f"{PLACES}_{stride}": (4 * self.bins, *grid) for stride, grid in grids.items()
-            }
+            found: dict[str, tuple[int | None, ...]] = {}
+            for stride, grid in grids.items():
+                found[f"{SCORES}_{stride}"] = (self.classes, *grid)
+                found[f"{PLACES}_{stride}"] = (4 * self.bins, *grid)
+            return found
         count = None
         if self.form == DELTAS:
             cells = (h * w for h, w in map(self.grid, self.strides))
@@ -137,7 +141,7 @@ def boxes_of(described: Any, outputs: Mapping[str, tuple[int, ...]], kind: str) 
     if fault := _fault(said):
         raise UserError(f"{kind} says boxes, but {fault}: {EXPECTED}")
     expected = said.shapes()
-    fits = outputs.keys() == expected.keys() and all(
+    fits = outputs.keys() >= expected.keys() and all(
         len(shape) == len(outputs[name]) and all(n in (None, m) for n, m in zip(shape, outputs[name], strict=True))
         for name, shape in expected.items()
     )

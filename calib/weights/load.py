@@ -393,6 +393,8 @@ def load_net(
         data_config = timm.data.resolve_model_data_config(net)
     if spec.img_size is not None:
         data_config["input_size"] = (3, *spec.img_size)
+    if data_config and isinstance(said := getattr(net, "boxes", None), Mapping):
+        net.boxes = {**said, "image": tuple(data_config["input_size"][1:])}  # type: ignore[assignment]
     if wheel is not None:
         data_config.update(wheel.data_config)
     if spec.factory and weights == "auto":

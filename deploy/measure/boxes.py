@@ -130,6 +130,6 @@ def decoded(outputs: Outputs, said: Boxes) -> Iterator[Found]:
         if said.nms is not None:
             apart = found.places + (found.classes * 2 * max(height, width))[:, None]  # boxes of two classes never meet
             first = kept_by_suppression(apart, found.scores, said.nms)
-            kept &= np.isin(np.arange(len(kept)), first)
+            kept &= np.isin(np.arange(len(rows)), first)
         best = np.nonzero(kept)[0][:MOST]
         yield Found(found.places[best], found.scores[best], found.classes[best])
