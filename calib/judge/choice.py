@@ -45,6 +45,7 @@ def output_terms(
         output_hooks(net, modules, keep_output),
     ):
         y = net(images)
+    # A layer whose output only chooses (top-k) has no gradient: zero, to first order.
     wanted = [each for name in modules for each in outputs[name]]
     difference, found = exact(images).detach() - y.detach(), []
 
@@ -52,7 +53,9 @@ def output_terms(
         return by_image((one * other).detach(), len(images)).sum(1)
 
     for vector in projections(y, generator):
-        gradients = iter(torch.autograd.grad(y, wanted, vector, retain_graph=True) if wanted else ())
+        gradients = iter(
+            torch.autograd.grad(y, wanted, vector, retain_graph=True, materialize_grads=True) if wanted else ()
+        )
         terms = [by_images(vector, difference)]
         for name in modules:
             terms.append(-torch.stack([by_images(next(gradients), d) for d in changes[name]]).sum(0))

@@ -157,8 +157,9 @@ def output_gradients(
                 output = net(batch)
             read = [x for name in layers for x in inputs[name]]
             asked = [*read, *weights, *(probes[name] for name in modules)]
+            # A layer that only chooses what others read (top-k) has no gradient: zero, to first order.
             for vector in projections(output, generator):
-                found = torch.autograd.grad(output, asked, vector, retain_graph=True)
+                found = torch.autograd.grad(output, asked, vector, retain_graph=True, materialize_grads=True)
                 gradients.append(found[: len(read)])
                 of_weights, of_outputs = found[len(read) : len(read) + len(weights)], found[len(read) + len(weights) :]
                 for (name, module), *pair in zip(modules.items(), of_weights, of_outputs, strict=True):

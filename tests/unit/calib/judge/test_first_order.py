@@ -230,3 +230,28 @@ def test_a_network_that_keeps_a_tensor_of_its_last_run_can_be_copied_afterwards(
     for _ in output_gradients(net, ["0", "1"], torch.randn(3, 4)):
         pass
     assert copy.deepcopy(net).kept.shape == (1, 4)
+
+
+class Choosing(torch.nn.Module):
+    """The scores of one layer choose the tokens that another reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores, self.values = torch.nn.Linear(4, 1), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        best = self.scores(x).squeeze(-1).topk(2, 1).indices
+        return self.values(x.gather(1, best[..., None].expand(-1, -1, 4))).flatten(1)
+
+
+def test_a_layer_that_only_chooses_costs_nothing_to_first_order():
+    torch.manual_seed(0)
+    net, x = Choosing().requires_grad_(False), torch.randn(3, 5, 4)
+    layers = ["scores", "values"]
+    for seen in output_gradients(net, layers, x, weights_around=dict.fromkeys(layers, torch.zeros(4))):
+        assert not seen.gradients["scores"].any()
+        assert not seen.weights["scores"].any()
+        assert seen.gradients["values"].any()
+    terms = output_terms(net, net, layers, x, lambda _n, _r, y: 0.1 * y, torch.Generator().manual_seed(0))
+    assert not terms[:, 1].any()
+    assert terms[:, 2].any()
