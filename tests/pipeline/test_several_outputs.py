@@ -6,7 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
+from calib.task import boxes_of
 from deploy import cli
+from deploy.measure.boxes import decoded
 from deploy.verify import verify_package
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,26 @@ class Detector(nn.Module):
         return {"scores": [self.scores(near), self.scores(far)], "boxes": 100 * torch.cat(boxes, 1)}
 
 
+class Boxes(Detector):
+    """The scores and corners of 80 candidates."""
+
+    boxes_said = {"form": "corners", "classes": 8}
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Conv2d(32, 16, 1)
+        del self.boxes
+        self.boxes = self.boxes_said
+
+    def forward(self, images):
+        near = self.first(self.stem(images))
+        maps = (near, self.second(near))
+        flat = lambda layer: torch.cat([layer(each).flatten(2).transpose(1, 2) for each in maps], 1)
+        low, size = flat(self.places)[:, :, 8:].split((4, 4), 2)
+        low, size = 16 + 8 * low[:, :, :2], 1 + 10 * size[:, :, :2].abs()
+        return {"scores": 4 * flat(self.scores), "boxes": torch.cat([low, low + size], 2)}
+
+
 class Upscaler(nn.Module):
     """A picture twice as large."""
 
@@ -50,6 +72,11 @@ class Upscaler(nn.Module):
 def detector():
     torch.manual_seed(0)
     return Detector()
+
+
+def boxes():
+    torch.manual_seed(0)
+    return Boxes()
 
 
 def upscaler():
@@ -96,6 +123,24 @@ def test_several_outputs(build, capsys):
         assert golden["float_boxes"].shape == (8, 80, 16)
     assert verify_package(package) == []
     assert "scores_1" in capsys.readouterr().out
+
+
+def test_boxes_are_compared_with_those_of_the_float_network(build, capsys):
+    package = build("boxes")
+    manifest, report = (json.loads((package / f"{name}.json").read_text()) for name in ("manifest", "report"))
+    assert manifest["task"] == "boxes"
+    assert manifest["boxes"] | {"form": "corners", "image": [32, 32], "classes": 8} == manifest["boxes"]
+    found = report["fidelity"]
+    assert found["boxes"] > 20
+    assert 0.5 < found["ap"] <= found["ap50"] <= 1
+    assert "AP 0." in capsys.readouterr().out
+    # outside the engine, with nothing but the package
+    with np.load(package / "golden.npz") as golden:
+        outputs = {name: golden[f"float_{name}"] for name in ("scores", "boxes")}
+    said = boxes_of(manifest["boxes"], {name: array.shape[1:] for name, array in outputs.items()}, "it")
+    every = [*decoded(outputs, said)]
+    assert len(every) == 8
+    assert all((each.places[:, 2:] > each.places[:, :2]).all() and each.places.max() <= 32 for each in every)
 
 
 def test_a_picture_as_output(build):
