@@ -394,6 +394,8 @@ def load_net(
         data_config = timm.data.resolve_model_data_config(net)
     if spec.img_size is not None:
         data_config["input_size"] = (3, *spec.img_size)
+        if spec.builder is not None and hasattr(net, "boxes"):  # of a detector of the zoo
+            net.boxes = {**net.boxes, "image": [*spec.img_size]}
     if pinned is not None:
         data_config.update(pinned.data_config)
     if spec.factory and weights == "auto":

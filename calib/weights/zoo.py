@@ -37,6 +37,12 @@ def _super_resolution(name: str) -> "nn.Module":
     return BUILDERS[name]()
 
 
+def _nanodet() -> "nn.Module":
+    from calib.weights.nanodet import NanoDet
+
+    return NanoDet()
+
+
 _SPECS = (
     ModelSpec("vit_s", "vit_small_patch16_224.augreg_in21k_ft_in1k"),
     ModelSpec("vit_b", "vit_base_patch16_224.augreg_in21k_ft_in1k"),
@@ -85,6 +91,13 @@ _SPECS = (
         published="rrdb6_x4",
         note="super-resolution, four times as high and wide; pictures in 0..1",
         builder=partial(_super_resolution, "rrdb6_x4"),
+    ),
+    ModelSpec(
+        "nanodet",
+        "nanodet_g",
+        published="nanodet",
+        note="a detector: raw maps of scores and boxes, COCO's 80 classes",
+        builder=_nanodet,
     ),
 )
 
