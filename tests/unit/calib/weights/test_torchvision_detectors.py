@@ -19,7 +19,9 @@ def ours():
     net = RetinaNet("resnet18", classes=5)
     for layer in (net.head.classification_head.cls_logits, net.head.regression_head.bbox_reg):
         torch.nn.init.normal_(layer.weight, std=0.3 if layer.out_channels > 40 else 0.05)
-        torch.nn.init.constant_(layer.bias, -2.0 if layer.out_channels > 40 else 0.0)  # of .01, with torchvision's start
+        torch.nn.init.constant_(
+            layer.bias, -2.0 if layer.out_channels > 40 else 0.0
+        )  # of .01, with torchvision's start
     return net.eval()
 
 
