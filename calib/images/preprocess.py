@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from calib.errors import UserError, suggestion
 
 RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}
-CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash", "border")
 DEFAULT_CROP_PCT = 0.875  # timm's, for a config that names none
 
 # A strip of 1 x 20000 pixels would take gigabytes if it were resized whole; only its middle is in the crop.
@@ -33,7 +33,9 @@ class Preprocessing:
     interpolation: str  # a Pillow filter: "bicubic", "bilinear", ...
     mean: tuple[float, float, float]  # per RGB channel, of pixels scaled to 0..1
     std: tuple[float, float, float]
-    crop_mode: str = "center"  # "center" keeps the aspect ratio, "squash" resizes each edge on its own
+    # "center" keeps the aspect ratio, "squash" resizes each edge on its own, "border" keeps the ratio and the whole image:
+    # what it leaves free has the colour of the mean
+    crop_mode: str = "center"
 
     def to_json(self) -> dict[str, Any]:
         """The fields as values that `json.dumps` accepts."""
@@ -66,7 +68,7 @@ def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing:
     """The preprocessing that `timm.data.create_transform(**config, is_training=False)` would do.
 
     `config` is the result of `timm.data.resolve_model_data_config(net)`. Raises `UserError` for a network
-    that does not take 3 channels, an unknown interpolation, or a crop mode other than "center" and "squash".
+    that does not take 3 channels, an unknown interpolation, or an unknown crop mode.
     """
     channels, height, width = config["input_size"]
     if channels != 3:
@@ -117,10 +119,13 @@ def rgb_image(image: Image.Image) -> Image.Image:
 
 
 def _resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """(width, height) before the crop, with the roundings of timm's three cases."""
+    """(width, height) before the crop, with the roundings of timm's four cases."""
     target_width, target_height = preprocessing.resize_width, preprocessing.resize_height
     if preprocessing.crop_mode == "squash":
         return target_width, target_height
+    if preprocessing.crop_mode == "border":  # timm's ResizeKeepRatio by the longer edge
+        ratio = max(height / target_height, width / target_width)
+        return round(width / ratio), round(height / ratio)
     if target_width == target_height:  # torchvision's Resize: the shorter edge, longer one rounded down
         short, long = sorted((width, height))
         longer = int(target_width * long / short)
@@ -165,5 +170,10 @@ def array_from_image(image: Image.Image, preprocessing: Preprocessing) -> np.nda
     image = image.resize(_resized_size(*image.size, preprocessing), RESAMPLING[preprocessing.interpolation])
     left = _crop_start(image.width, preprocessing.width)
     top = _crop_start(image.height, preprocessing.height)
+    if preprocessing.crop_mode == "border":
+        red, green, blue = (round(255 * each) for each in preprocessing.mean)
+        whole = Image.new("RGB", (preprocessing.width, preprocessing.height), (red, green, blue))
+        whole.paste(image, (-left, -top))
+        return normalised(whole, preprocessing)
     image = image.crop((left, top, left + preprocessing.width, top + preprocessing.height))
     return normalised(image, preprocessing)

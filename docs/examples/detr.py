@@ -37,7 +37,7 @@ class Detr(DetrForObjectDetection):
 
 
 def detr(**changes: Any) -> Detr:
-    """Build DETR: of the folder DETR=, or with random weights, a ResNet-50, COCO's 91 ids and `changes` to its configuration."""
+    """Build DETR: of the folder DETR=, or with random weights, a ResNet-50, COCO's 91 ids and `changes` to them."""
     if folder := os.environ.get("DETR"):
         return Detr.from_pretrained(folder)
     plain = {"use_timm_backbone": False, "backbone_config": ResNetConfig(out_features=["stage4"]), "num_labels": 91}

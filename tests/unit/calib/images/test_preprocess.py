@@ -55,6 +55,8 @@ def gradient(shape=(8, 8), dtype=np.uint8, top=255):
         {},
         {"interpolation": "bilinear", "crop_pct": 0.875},
         {"crop_pct": 1.0, "crop_mode": "squash"},
+        {"crop_pct": 1.0, "crop_mode": "border"},
+        {"crop_pct": 0.9, "crop_mode": "border", "input_size": (3, 192, 256)},
         {"crop_pct": 0.9, "crop_mode": "squash", "input_size": (3, 192, 256)},
         {"input_size": (3, 240, 320), "crop_pct": 0.95},
         {"input_size": (3, 113, 113), "crop_pct": 1.15},
@@ -84,7 +86,7 @@ def test_config_of_a_real_model_comes_out_as_from_timm():
     height=st.integers(1, 90),
     side=st.tuples(st.integers(5, 40), st.integers(5, 40)),
     crop_pct=st.sampled_from([0.8, 0.875, 0.95, 1.0, 1.1]),
-    crop_mode=st.sampled_from(["center", "squash"]),
+    crop_mode=st.sampled_from(["center", "squash", "border"]),
 )
 def test_any_size_comes_out_as_from_timm(width, height, side, crop_pct, crop_mode):
     if max(width, height) > 32 * min(width, height):
@@ -212,7 +214,7 @@ def test_a_config_without_crop_settings_uses_timm_defaults():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"crop_mode": "border"}, ["crop_mode 'border'", "center, squash"]),
+        ({"crop_mode": "fill"}, ["crop_mode 'fill'", "center, squash, border"]),
         ({"interpolation": "bicubik"}, ["interpolation 'bicubik'", "Did you mean 'bicubic'"]),
         ({"interpolation": "random"}, ["interpolation 'random'", "bilinear"]),
         ({"input_size": (1, 28, 28)}, ["1 input channels", "expected 3"]),
@@ -230,8 +232,8 @@ def test_a_manifest_with_a_wrong_field_is_refused_by_name():
     del values["resize_width"]
     with pytest.raises(UserError, match=r"unknown fields resize_width, sharpen: expected exactly"):
         Preprocessing.from_json(values | {"sharpen": 1})
-    with pytest.raises(UserError, match="crop_mode 'border'"):
-        Preprocessing.from_json(plain().to_json() | {"crop_mode": "border"})
+    with pytest.raises(UserError, match="crop_mode 'fill'"):
+        Preprocessing.from_json(plain().to_json() | {"crop_mode": "fill"})
 
 
 @pytest.mark.parametrize("module", ["calib.images.preprocess", "calib.images.image_set"])
