@@ -76,6 +76,8 @@ def _inside(theirs: str, ours: str, parts: Mapping[str, str]) -> dict[str, str]:
 
 
 LAYOUTS = (
+    # These two take a mean off the values and add it again, which calib/weights/super_resolution.py does itself.
+    Layout("EDSR-PyTorch", r"sub_mean\.weight", {"head": "head"}, left_out=("sub_mean.", "add_mean.")),
     Layout(
         "Hugging Face's ViT, DeiT or DINOv2",
         r"(encoder\.)?layers?\.0\.attention\.(attention\.query|q_proj)\.weight",

@@ -235,12 +235,15 @@ def _load_file(net: "nn.Module", path: Path, spec: ModelSpec) -> str:
 
 
 class NoWeightsError(UserError):
-    """Pretrained weights cannot be had. `why` says so without what to do instead, which depends on the command."""
+    """Pretrained weights cannot be had. `why` says so without what to do instead, which depends on the command.
 
-    def __init__(self, why: str) -> None:
+    `elsewhere`: whether another machine may have them, which reaches the hub or has them in its cache.
+    """
+
+    def __init__(self, why: str, elsewhere: bool = True) -> None:
+        other = ", or run on a machine with hub access or a filled Hugging Face cache" if elsewhere else ""
         super().__init__(
-            f"{why}: give WEIGHTS=/path/to/checkpoint.safetensors, or WEIGHTS=random (latency work only), or run on a "
-            f"machine with hub access or a filled Hugging Face cache."
+            f"{why}: give WEIGHTS=/path/to/checkpoint.safetensors, or WEIGHTS=random (latency work only){other}."
         )
         self.why = why
 
@@ -279,7 +282,8 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
 
     cfg = get_pretrained_cfg(spec.tag)
     if cfg is None or not cfg.has_weights:
-        raise NoWeightsError(f"timm has no pretrained weights for {spec.tag}")
+        others = "" if spec.published else ", nor has a package index that this tool knows"
+        raise NoWeightsError(f"timm has no pretrained weights for {spec.tag}{others}", elsewhere=False)
     missing = f"The pretrained weights of {spec.tag} could not be fetched from the Hugging Face hub"
     try:
         answers = _hub_answers()

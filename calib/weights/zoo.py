@@ -107,6 +107,22 @@ _SPECS = (
         )
         for name in ("retinanet_r18", "retinanet_r50", "retinanet_mobilenetv2")
     ),
+    *(
+        ModelSpec(
+            f"rdn_x{scale}",
+            f"upscalerjs_esrgan_medium_x{scale}",
+            published=f"rdn_x{scale}",
+            note=f"super-resolution, {scale} times as high and wide; pictures in 0..1",
+            builder=partial(_super_resolution, f"rdn_x{scale}"),
+        )
+        for scale in (2, 3, 4, 8)
+    ),
+    ModelSpec(
+        "edsr_x4",
+        "edsr_baseline_x4",
+        note="super-resolution, four times as high and wide; pictures in 0..1; WEIGHTS= takes EDSR-PyTorch's checkpoint",
+        builder=partial(_super_resolution, "edsr_x4"),
+    ),
     ModelSpec(
         "nanodet",
         "nanodet_g",
