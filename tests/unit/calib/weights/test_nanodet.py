@@ -9,10 +9,11 @@ import torch
 
 from calib.errors import UserError
 from calib.images.preprocess import array_from_image, preprocessing_from_config
-from calib.outputs import VALUES, outputs_of, task_of
+from calib.outputs import outputs_of, task_of
 from calib.weights.load import load_net
 from calib.weights.nanodet import NanoDet, Pair, Stage, nanodet_from_tfjs
 from calib.weights.zoo import ZOO
+from deploy.measure.boxes import decoded, overlaps
 
 PERSON, CUP = 0, 41  # of COCO's 80 classes
 
@@ -77,12 +78,16 @@ def test_maps_are_those_that_boxes_tells_of():
 
 def test_boxes_names_the_size_that_input_gives():
     loaded = load_net(replace(ZOO["nanodet"], img_size=(64, 96)), "random")
-    assert loaded.net.boxes["image"] == [64, 96]
-    assert NanoDet(width=8).boxes["image"] == [416, 416]
+    assert loaded.net.boxes["image"] == (64, 96)
+    said = task_of(loaded.net, outputs_of(loaded.net, torch.rand(2, 3, 64, 96))).boxes
+    assert said.image == (64, 96)
 
 
-@pytest.mark.parametrize(("photo", "label", "least"), [("astronaut", PERSON, 0.7), ("coffee", CUP, 0.5)])
-def test_real_weights_find_what_stands_on_photographs(photo, label, least):
+@pytest.mark.parametrize(
+    ("photo", "label", "least", "where"),  # the box as shares of the picture's sides, as one sees it
+    [("astronaut", PERSON, 0.7, (0.0, 0.0, 0.9, 1.0)), ("coffee", CUP, 0.5, (0.28, 0.04, 0.69, 0.78))],
+)
+def test_real_weights_find_what_stands_on_photographs(photo, label, least, where):
     from PIL import Image
     from skimage import data
 
@@ -96,9 +101,9 @@ def test_real_weights_find_what_stands_on_photographs(photo, label, least):
     picture = Image.fromarray(getattr(data, photo)())
     x = torch.from_numpy(array_from_image(picture, preprocessing_from_config(loaded.data_config)))[None]
     with torch.inference_mode():
-        maps = loaded.net(x)
-    scores = torch.cat([maps[f"scores_{stride}"].flatten(2) for stride in (8, 16, 32)], 2)[0].sigmoid()
-    print(f"{photo}: {scores[label].max():.3f}")
-    assert scores[label].max() > least
-    assert scores.max(1).values.argmax() == label
-    assert task_of(loaded.net, outputs_of(loaded.net, torch.rand(2, 3, 64, 96))) == VALUES
+        maps = {name: value.numpy() for name, value in loaded.net(x).items()}
+    said = task_of(loaded.net, outputs_of(loaded.net, torch.rand(2, 3, 416, 416))).boxes
+    (found,) = decoded(maps, said)
+    assert found.classes[0] == label
+    assert found.scores[0] > least
+    assert overlaps(found.places[:1] / 416, np.array([where]))[0, 0] > 0.5

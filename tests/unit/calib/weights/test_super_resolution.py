@@ -99,7 +99,7 @@ def test_an_official_checkpoint_of_edsr_enlarges_as_its_own_code_does(tmp_path):
     print(f"relative L2 {error:.1e} of what varies over the picture")
     assert error < 1e-5  # float32 rounding
     assert y.shape == (2, 3, 36, 48)
-    assert task_of(loaded.net, outputs_of(loaded.net, x)) == PICTURES
+    assert task_of(loaded.net, outputs_of(loaded.net, x)) == Task(PICTURES)
 
 
 def test_edsr_has_no_weights_in_an_index_and_says_so_in_one_line():
