@@ -140,7 +140,7 @@ def _kernel(
     factors = attention_factors(reads) if kind == "attention" else ()
     rest = [tensor for tensor in reads if tensor not in factors]
     inputs, macs = tuple(tensor.dtype for tensor in (*factors, *rest)), _macs(operation, kind, reads, writes)
-    if operation not in _OPERATIONS and kind in ("gemm", "conv"):
+    if operation not in _OPERATIONS and kind in ("gemm", "conv") and {*inputs} != {"fp16"}:
         inputs = ("unknown",) * len(inputs)  # a fused kernel may convert its inputs before it multiplies
     if products := [kernel for kernel in inside if kernel.kind in ("gemm", "conv")]:
         worst = max(products, key=lambda kernel: PRECISIONS.index(kernel.precision))

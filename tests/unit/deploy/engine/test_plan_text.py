@@ -126,6 +126,12 @@ def test_a_fusion_without_an_inside_is_not_believed():
         assert (kernel.kind, kernel.precision) == ("gemm", "unknown")
 
 
+def test_a_fusion_that_reads_nothing_but_halves_multiplies_halves():
+    assert one(op("runtime_fusion", "__myl_FcAdd", ("x", "w16"))).precision == "fp16"
+    assert one(op("runtime_fusion", "__myl_FcAdd", ("x", "w32"))).precision == "unknown"
+    assert one(op("runtime_fusion", "__myl_FcAdd", ("x8", "w16"))).precision == "unknown"
+
+
 def test_an_inside_that_multiplies_nothing():
     resize = program(op("runtime_function", "__myl_Resi", ("x",)))
     [kernel] = kernels_from_rtx_plan(plan(resize, inside(op("resize", "up", ("x",)))))
