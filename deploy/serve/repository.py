@@ -129,7 +129,8 @@ def write_engine_version(packages: Sequence[Shipped], folder: Path, name: str, v
 
 
 def _companions(shipped: Shipped, repository: Path, name: str, dtype: str | None, labels: Path | None) -> None:
-    """The preprocessing of the model `name` and the ensemble of both."""
+    """The preprocessing of the model `name`, which takes images, and the ensemble of both."""
+    assert shipped.preprocessing
     preprocess, jpeg = repository / (name + PREPROCESS), repository / (name + JPEG)
     for folder in (preprocess, jpeg):
         (folder / str(FIRST)).mkdir(parents=True)
@@ -168,17 +169,19 @@ def write_models(
     """Write the models of one network into the folder `repository`; returns their names, those for clients first."""
     shipped, names = packages[0], [name + CPU]
     write_cpu_version(packages, repository / (name + CPU) / str(FIRST), name + CPU, FIRST, labels is not None)
-    _companions(shipped, repository, name + CPU, CPU_DTYPE, labels)
+    if shipped.preprocessing:
+        _companions(shipped, repository, name + CPU, CPU_DTYPE, labels)
     if all(engine_obstacle(each, allowed) is None for each in packages):
         write_engine_version(packages, repository / name / str(FIRST), name, FIRST, labels is not None)
-        _companions(shipped, repository, name, None, labels)
+        if shipped.preprocessing:
+            _companions(shipped, repository, name, None, labels)
         names.insert(0, name)
     for each in names:
         folder = repository / each
         shutil.copyfile(folder / str(FIRST) / CONFIG, folder / CONFIG)
         if labels is not None:
             shutil.copyfile(labels, folder / LABELS)
-    return (*names, *(each + JPEG for each in names))
+    return (*names, *(each + JPEG for each in names)) if shipped.preprocessing else tuple(names)
 
 
 def write_repository(

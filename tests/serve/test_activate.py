@@ -125,7 +125,7 @@ def test_the_limit_on_golden_images(package):
         assert (reason is None) == passes
     assert f"expected {recorded - 3:.1f} dB" in reason
     assert golden_fault(package, lambda _: {"output": simulated[:, :9]}, engine=False) == (
-        f"it returns output ({len(exact)}, 9) to the golden images"
+        f"it returns output ({len(exact)}, 9) to the golden samples"
     )
 
 
