@@ -1,0 +1,131 @@
+"""CLIP by docs/examples: the text tower becomes an engine, and two packages are judged by classes that texts name."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deploy import cli
+from deploy.measure.onnx_runner import OnnxRunner
+
+pytestmark = pytest.mark.slow
+
+transformers = pytest.importorskip("transformers")
+
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
+CLASSES = ["cat", "dog", "car", "tree"]
+LETTERS = [*map(chr, range(97, 123)), *",.'-"]
+WORDS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+END, LENGTH = len(WORDS) - 1, 32
+COMMON = ["--target", "tensorrt_rtx", "--sm", "89", "--batch", "2", "--max-batch", "4", "--cache", "off"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder with a tiny CLIP and a tokenizer that knows letters alone; beside it the prompts of four classes."""
+    place = tmp_path_factory.mktemp("clip")
+    text = {
+        "vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": END - 1, "eos_token_id": END,
+        "projection_dim": 48,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+        "projection_dim": 48,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
+    transformers.CLIPModel(config).save_pretrained(place / "clip")
+    tokenizer = transformers.CLIPTokenizer(vocab={word: index for index, word in enumerate(WORDS)}, merges=[])
+    tokenizer.save_pretrained(place / "clip")
+    (place / "classes.txt").write_text("\n".join(CLASSES))
+    done = example("clip_text.py", place, "classes.txt")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("prompts.npz: 32 prompts of 4 classes; clip.json: logit scale 14.28")
+    return place
+
+
+def example(name, place, *words, folder="clip"):
+    """Run an example as a program in the folder `place`."""
+    from os import environ
+
+    command, variables = (
+        [sys.executable, str(EXAMPLES / name), *map(str, words)],
+        environ | {"CLIP_FOLDER": str(place / folder)},
+    )
+    return subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+
+
+def built(place, monkeypatch, *words):
+    """The exit code of `engine` on the text tower of the folder."""
+    monkeypatch.setenv("CLIP_FOLDER", str(place / "clip"))
+    command = ["engine", "--module", f"{EXAMPLES / 'clip_text.py'}:Text", "--recipe", "int8_plain", *COMMON]
+    return cli.main([*command, "--out", str(place / "out"), *map(str, words)])
+
+
+def test_prompts_end_with_the_end_token(clip):
+    with np.load(clip / "prompts.npz") as found:
+        ids, groups = found["input_ids"], found["groups"]
+    assert (ids.dtype, ids.shape) == (np.int64, (32, LENGTH))
+    assert (ids[:, 0] == END - 1).all()
+    assert (ids == END).any(1).all()
+    assert groups.tolist() == [index // 8 for index in range(32)]
+    assert json.loads((clip / "clip.json").read_text())["classes"] == CLASSES
+
+
+def test_the_text_tower_becomes_an_engine(clip, monkeypatch, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    assert built(clip, monkeypatch, "--calib", clip / "prompts.npz", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    package = clip / "out/clip_text.Text/int8_plain"
+    manifest = json.loads((package / "manifest.json").read_text())
+    assert manifest["task"] == "features"
+    assert manifest["io"]["inputs"] == [
+        {"name": "input_ids", "dtype": "int64", "min": [1, LENGTH], "opt": [2, LENGTH], "max": [4, LENGTH]}
+    ]
+    assert report["engine"]["lost"] == []
+    assert (
+        len(manifest["planned_int8_layers"]) == 12
+    )  # q, k, v, out, fc1, fc2 of two blocks; the projection stays float
+    ids = np.load(clip / "prompts.npz")["input_ids"][:4]
+    net = transformers.CLIPModel.from_pretrained(clip / "clip").eval()
+    with torch.no_grad():
+        expected = net.text_projection(net.text_model(input_ids=torch.from_numpy(ids)).pooler_output).numpy()
+    found = OnnxRunner(package / "model.fp32.onnx")({"input_ids": ids})
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+
+
+WRONG = {
+    "the ids of another tokenizer": (lambda ids: ids + 1, r"token_embedding' has \d+ rows and is asked for row \d+"),
+    "longer texts": (lambda ids: np.pad(ids, ((0, 0), (0, 8))), r"Text cannot read input_ids int64 \(N, 40\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_ids_of_another_tokenizer_and_longer_texts_are_one_line(clip, monkeypatch, tmp_path, capsys, case):
+    change, said = WRONG[case]
+    np.savez(tmp_path / "wrong.npz", input_ids=change(np.load(clip / "prompts.npz")["input_ids"]))
+    assert built(clip, monkeypatch, "--calib", tmp_path / "wrong.npz") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"error: .*{said}", last), last
+
+
+def test_a_missing_folder_and_missing_classes_are_one_line(clip, tmp_path):
+    shutil.copy(clip / "classes.txt", tmp_path)
+    for words, said in ((["classes.txt"], "CLIP_FOLDER='"), (["nothing.txt"], "expected the path of a text file")):
+        done = example("clip_text.py", tmp_path, *words)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert said in done.stderr
+
+
+def test_without_a_folder_the_weights_are_random_and_it_is_said():
+    code = "import clip_text; print(sum(each.numel() for each in clip_text.Text().parameters()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, check=True)
+    assert "CLIP_FOLDER is not set: the text tower has random weights" in done.stderr
+    assert int(done.stdout) > 60e6  # as CLIP ViT-B/32's
