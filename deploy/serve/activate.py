@@ -29,12 +29,12 @@ from deploy.lock import HeldError, locked
 from deploy.measure.accuracy import Outputs, joined_rows, mean_sqnr_db
 from deploy.measure.onnx_runner import Given
 from deploy.package import GOLDEN
+from deploy.serve.bundle import models_of, require_unchanged
 from deploy.serve.configs import CPU, CPU_DTYPE, IMAGE, JPEG, LABELS, config_from_text, served_version
 from deploy.serve.preflight import Allowed
 from deploy.serve.repository import (
     CONFIG,
     engine_obstacle,
-    require_one_model,
     write_cpu_version,
     write_engine_version,
 )
@@ -213,35 +213,42 @@ def _switch(server: Asked, repository: Path, versions: dict[str, int]) -> None:
         _put_in_place(repository / model, version)
 
 
-def activate(
-    packages: Sequence[Shipped], repository: Path, server: Asked, name: str, allowed: Allowed
-) -> dict[str, tuple[int, int]]:
-    """Install the packages as a new version of the models of `name` and switch the server to it.
+def _replaceable(folder: Path, packages: Sequence[Shipped], allowed: Allowed) -> int:
+    """The version that the model in `folder` serves. Raises UserError if `packages` may not replace it."""
+    reasons = [engine_obstacle(each, allowed) for each in packages]
+    if not folder.name.endswith(CPU) and any(reasons):
+        raise UserError(
+            f"'{folder.name}' serves an engine: {next(filter(None, reasons))}; build one, or choose another --name"
+        )
+    version = served_version(_config(folder / CONFIG))
+    if shipped_from_package(folder / str(version)).contract != packages[0].contract:
+        raise UserError(
+            f"'{packages[0].folder}' has other tensors, batches or preprocessing than '{folder.name}' in '{folder.parent}': "
+            f"its clients would send it the wrong thing; write a repository of its own, or give --name"
+        )
+    return version
 
-    Returns model -> (version before, version now). Raises UserError if they are not what the repository serves under that
-    name, and ContractError if the new version does not load or answers wrongly: then the old one serves.
+
+def activate(
+    packages: Sequence[Shipped], repository: Path, server: Asked, name: str | None, allowed: Allowed
+) -> dict[str, tuple[int, int]]:
+    """Install the packages as new versions of the models of `name`, or of their own names, and switch the server to them.
+
+    Returns model -> (version before, version now). Raises UserError if they are not what the repository serves under these
+    names, and ContractError if a new version does not load or answers wrongly: then the old ones serve, all of them.
     """
-    require_one_model(packages)
+    groups = models_of(packages, name)
     server.require_live()
     with _alone(repository):
-        models = _installed(repository, name)
-        reasons = [engine_obstacle(each, allowed) for each in packages]
-        if name in models and any(reasons):
-            raise UserError(
-                f"'{name}' serves an engine: {next(filter(None, reasons))}; build one, or choose another --name"
-            )
-        before = {model: served_version(_config(repository / model / CONFIG)) for model in models}
+        require_unchanged(repository)
+        given = {model: group for each, group in groups.items() for model in _installed(repository, each)}
+        before = {model: _replaceable(repository / model, group, allowed) for model, group in given.items()}
         for model, version in before.items():
-            if shipped_from_package(repository / model / str(version)).contract != packages[0].contract:
-                raise UserError(
-                    f"'{packages[0].folder}' has other tensors, batches or preprocessing than '{model}' in '{repository}': "
-                    f"its clients would send it the wrong thing; write a repository of its own, or give --name"
-                )
             _remove_leftovers(repository / model, version)
         now = {model: version + 1 for model, version in before.items()}
         try:
             for model, version in now.items():
-                _install(packages, repository / model, version)
+                _install(given[model], repository / model, version)
             _switch(server, repository, now)
         except BaseException:
             for model, version in before.items():
@@ -251,14 +258,15 @@ def activate(
     return {model: (version, now[model]) for model, version in before.items()}
 
 
-def rollback(repository: Path, server: Asked, name: str) -> dict[str, tuple[int, int]]:
-    """Switch the models of `name` to the version before the one that serves; the result is that of `activate`.
+def rollback(repository: Path, server: Asked, *names: str) -> dict[str, tuple[int, int]]:
+    """Switch the models of `names` to the versions before those that serve; the result is that of `activate`.
 
-    Raises UserError if there is none, and ContractError if it does not load or answers wrongly.
+    Raises UserError if there is none, and ContractError if one does not load or answers wrongly.
     """
     server.require_live()
     with _alone(repository):
-        before = {model: served_version(_config(repository / model / CONFIG)) for model in _installed(repository, name)}
+        models = [model for name in dict.fromkeys(names) for model in _installed(repository, name)]
+        before = {model: served_version(_config(repository / model / CONFIG)) for model in models}
         now = {}
         for model, version in before.items():
             older = [each for each in _versions(repository / model) if each < version]

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from calib.errors import UserError
 from deploy import cli
 from deploy.measure.onnx_runner import OnnxRunner
+from docs.examples import clip_zero_shot
 
 pytestmark = pytest.mark.slow
 
@@ -129,3 +132,94 @@ def test_without_a_folder_the_weights_are_random_and_it_is_said():
     done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, check=True)
     assert "CLIP_FOLDER is not set: the text tower has random weights" in done.stderr
     assert int(done.stdout) > 60e6  # as CLIP ViT-B/32's
+
+
+NET = """
+import timm
+
+
+def image():
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 48}
+    net = timm.create_model("vit_base_patch32_clip_quickgelu_224", **small)
+    net.num_classes = 0
+    return net
+"""
+
+
+@pytest.fixture(scope="module")
+def towers(clip):
+    """(package of a tiny image tower, package of the text tower), and a folder of pictures in four classes."""
+    pytest.importorskip("tensorrt_rtx")
+    (clip / "nets.py").write_text(NET)
+    random = np.random.default_rng(0)
+    for index in range(20):
+        folder = clip / "photos" / CLASSES[index % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{index}.png")
+    command = ["engine", "--module", f"{clip / 'nets.py'}:image", "--weights", "random", "--input", "32", *COMMON]
+    command += ["--recipe", "int8_plain", "--calib", f"{clip / 'photos'}", "--out", f"{clip / 'out'}"]
+    assert cli.main(command) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        assert built(clip, patch, "--calib", clip / "prompts.npz", "--out", clip / "again") == 0
+    return clip / "out/nets.image-random-weights/int8_plain", clip / "again/clip_text.Text/int8_plain"
+
+
+def judged(place, monkeypatch, *words):
+    monkeypatch.setenv("CLIP_FOLDER", str(place / "clip"))
+    files = ["--prompts", place / "prompts.npz", "--clip", place / "clip.json"]
+    return clip_zero_shot.main([*map(str, (*words, *files))])
+
+
+def test_two_packages_are_judged_by_classes_that_texts_name(clip, towers, monkeypatch, capsys):
+    assert json.loads((towers[0] / "manifest.json").read_text())["task"] == "features"
+    capsys.readouterr()
+    assert judged(clip, monkeypatch, *towers, clip / "photos") == 0
+    first, *rows, last = capsys.readouterr().out.splitlines()
+    assert first == "20 images, 32 prompts of 4 classes"
+    found = [
+        re.findall(r"(float|images in INT8|both in INT8): top-1 (.*)%, same class (.*)%, same prompt (.*)%", row)
+        for row in rows
+    ]
+    assert [row[0][0] for row in found] == ["float", "images in INT8", "both in INT8"]
+    assert [float(value) for value in found[0][0][2:]] == [100, 100]
+    assert all(float(value) > 50 for row in found for value in row[0][2:])
+    cosines = re.fullmatch(r"cosine to float: images (.*), prompts (.*)", last).groups()
+    assert all(0.99 < float(value) <= 1 for value in cosines)
+
+
+def test_images_without_classes_are_judged_by_agreement_alone(clip, towers, monkeypatch, capsys):
+    capsys.readouterr()
+    assert judged(clip, monkeypatch, *towers, clip / "photos/cat") == 0
+    assert "top-1" not in (said := capsys.readouterr().out)
+    assert said.startswith("5 images")
+
+
+def test_what_does_not_fit_together_is_one_line(clip, towers, monkeypatch, tmp_path):
+    (tmp_path / "photos/horse").mkdir(parents=True)
+    shutil.copy(clip / "photos/cat/0.png", tmp_path / "photos/horse")
+    image, text = towers
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        ((image, text, tmp_path / "photos"), "has the subfolder 'horse': expected the classes of clip.json, cat"),
+        ((image, text, tmp_path / "empty"), "holds no images"),
+        ((text, text, clip / "photos"), "expected the package of an image tower and a folder of images"),
+        ((image, image, clip / "photos"), "expected the input of the text tower"),
+    ):
+        with pytest.raises(UserError, match=said):
+            judged(clip, monkeypatch, *words)
+    monkeypatch.delenv("CLIP_FOLDER")
+    words = [image, text, clip / "photos", "--prompts", clip / "prompts.npz", "--clip", clip / "clip.json"]
+    with pytest.raises(UserError, match="was built from other weights"):
+        clip_zero_shot.main([*map(str, words)])
+
+
+def test_classes_are_the_mean_of_their_prompts():
+    """Two classes of two prompts in a plane; rounding turns the second image to the other class."""
+    texts = np.array([[10, 0], [0.8, 0.6], [0, 1], [-0.6, 0.8]])
+    images = np.array([[1.0, 0.2], [0.1, 1.0]])
+    exact = clip_zero_shot.Tower(images, images[:, ::-1])
+    found = clip_zero_shot.table(exact, clip_zero_shot.Tower(texts, texts), np.array([0, 0, 1, 1]), np.array([0, 1]))
+    assert [row["top1"] for row in found] == [1.0, 0.0, 0.0]
+    assert [row["same_class"] for row in found] == [1.0, 0.0, 0.0]
+    unit = clip_zero_shot.of_classes(texts, np.array([0, 0, 1, 1]))
+    np.testing.assert_allclose(unit[0], np.array([1.8, 0.6]) / np.hypot(1.8, 0.6))
