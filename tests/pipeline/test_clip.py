@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -35,7 +36,7 @@ def clip(tmp_path_factory):
     place = tmp_path_factory.mktemp("clip")
     text = {
         "vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": END - 1, "eos_token_id": END,
+        "num_attention_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": END - 1, "eos_token_id": 2,  # OpenAI's too says 2: the largest id then ends a text
         "projection_dim": 48,
     }  # fmt: skip
     vision = {
@@ -162,6 +163,21 @@ def towers(clip):
     with pytest.MonkeyPatch.context() as patch:
         assert built(clip, patch, "--calib", clip / "prompts.npz", "--out", clip / "again") == 0
     return clip / "out/nets.image-random-weights/int8_plain", clip / "again/clip_text.Text/int8_plain"
+
+
+@pytest.mark.usefixtures("towers")  # which make the photos
+def test_the_short_name_becomes_an_engine(clip, monkeypatch, capsys):
+    """`make engine MODEL=clip_b32_image` with two narrow blocks in the place of twelve."""
+    create = timm.create_model
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **options, **small))
+    command = ["engine", "--model", "clip_b32_image", "--weights", "random", "--calib", f"{clip / 'photos'}", *COMMON]
+    assert cli.main([*command, "--recipe", "int8_plain", "--out", f"{clip / 'out'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engine"]["int8_gemms"] == 8
+    manifest = json.loads((clip / "out/clip_b32_image-random-weights/int8_plain/manifest.json").read_text())
+    assert manifest["task"] == "features"
+    assert manifest["io"]["outputs"][0]["opt"] == [2, 512]
+    assert manifest["preprocessing"]["resize_height"] == 224
 
 
 def judged(place, monkeypatch, *words):
