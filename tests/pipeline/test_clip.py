@@ -34,9 +34,10 @@ COMMON = ["--target", "tensorrt_rtx", "--sm", "89", "--batch", "2", "--max-batch
 def clip(tmp_path_factory):
     """A folder with a tiny CLIP and a tokenizer that knows letters alone; beside it the prompts of four classes."""
     place = tmp_path_factory.mktemp("clip")
+    # OpenAI's configuration too names 2 as its end token: transformers then takes the largest id of a text
     text = {
         "vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": END - 1, "eos_token_id": 2,  # OpenAI's too says 2: the largest id then ends a text
+        "num_attention_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": END - 1, "eos_token_id": 2,
         "projection_dim": 48,
     }  # fmt: skip
     vision = {
