@@ -28,6 +28,8 @@ REPO ?= models
 MAX_DROP ?=
 MIN_SPEEDUP ?=
 LABELS ?=
+PACKAGES ?=
+FILES ?=
 ALLOW ?=
 
 PYTHON ?= python3
@@ -105,9 +107,9 @@ $(VENV_TRITON)/.ready: requirements-triton.txt
 	@$(VENV_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-triton.txt
 	@touch $@
 
-serve-repo: $(VENV_SERVE)/.ready ## Write a package as a Triton model repository: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine, REPO= LABELS= ALLOW='sample-calibration random-weights unexecuted'
-	@$(VENV_SERVE)/bin/python -m deploy serve-repo --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" \
-	  --recipe "$(RECIPE)" --out "$(OUT)" --repo "$(REPO)" $(if $(LABELS),--labels "$(LABELS)") $(foreach each,$(ALLOW),--allow-$(each))
+serve-repo: $(VENV_SERVE)/.ready ## Write a package as a Triton model repository: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine, or PACKAGES= of several models, REPO= LABELS= FILES= ALLOW='sample-calibration random-weights unexecuted'
+	@$(VENV_SERVE)/bin/python -m deploy serve-repo $(PACKAGES) --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" \
+	  --recipe "$(RECIPE)" --out "$(OUT)" --repo "$(REPO)" $(if $(LABELS),--labels "$(LABELS)") $(foreach each,$(FILES),--file "$(each)") $(foreach each,$(ALLOW),--allow-$(each))
 
 serve: $(VENV_SERVE)/.ready $(VENV_TRITON)/.ready ## Run a Triton server without a GPU on loopback, for the _cpu models of REPO=
 	@$(VENV_SERVE)/bin/python -m deploy serve --repo "$(REPO)" --environment $(VENV_TRITON)

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from calib.errors import UserError
 from deploy import host
 from deploy.cli import Parser, answered
 from deploy.measure.onnx_runner import OnnxRunner
@@ -163,6 +164,8 @@ class Until:
 def measured(folder: Path, environment: Path, seconds: float, requests: int) -> dict[str, Any]:
     """The row of one package."""
     shipped = shipped_from_package(folder)
+    if shipped.preprocessing is None:
+        raise UserError(f"'{folder}' takes named inputs: expected packages of networks that take one image")
     name = served_name(shipped)
     runner = OnnxRunner(folder / MODEL_FP32)
     size = shipped.preprocessing.height, shipped.preprocessing.width

@@ -14,6 +14,8 @@ TIMM = {
     "deit distilled": ("deit_tiny_distilled_patch16_224", SMALL_VIT, 32),
     "eva02": ("eva02_tiny_patch14_224", SMALL_VIT, 32),
     "dinov3": ("vit_small_patch16_dinov3", SMALL_VIT, 32),
+    "clip image tower": ("vit_base_patch32_clip_quickgelu_224", {**SMALL_VIT, "num_classes": 32}, 32),
+    "siglip": ("vit_base_patch16_siglip_224", SMALL_VIT, 32),
     "beit": ("beit_base_patch16_224", SMALL_VIT, 32),
     "swin": (
         "swin_tiny_patch4_window7_224",

@@ -38,6 +38,10 @@ KEYWORDS = ("auto", "pretrained", "random")  # of WEIGHTS=, beside the path of a
 _NOT_WEIGHTS = ("mask_token", "relative_position_index", "attn_mask")
 # Tables that timm may resample to the network's grid.
 _POSITIONS = ("pos_embed", "relative_position_bias_table")
+# Parts of timm's names of networks trained on pairs of image and text, and what the widths of their features share: no
+# number of classes in timm does.
+_OF_PAIRS = ("clip", "pe_core")
+_PAIR_WIDTHS = 128
 _HUB_TIMEOUT_S = 5.0
 # timm's preprocessing for ImageNet, for a network that does not say what it reads.
 _USUAL_IMAGES: dict[str, Any] = {
@@ -320,6 +324,14 @@ def _check_tensors(net: "nn.Module", source: str) -> None:
         raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")
 
 
+def _projects(net: "nn.Module") -> bool:
+    """Whether the head of a timm network projects into the space of a text tower: timm counts its width as classes."""
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    name, width = f"{cfg.get('architecture')}.{cfg.get('tag')}", cfg.get("num_classes") or 0
+    of_pairs = any(part in name for part in _OF_PAIRS) and width % _PAIR_WIDTHS == 0
+    return bool(of_pairs and width and width == getattr(net, "num_classes", None))
+
+
 def _without_weight_norms(net: "nn.Module") -> None:
     """Set the weights that torch's hooks for weight and spectral norm compute before every run (edits `net`).
 
@@ -384,6 +396,8 @@ def load_net(
     net = net.float().eval()
     _check_tensors(net, source)
     _without_weight_norms(net)
+    if _projects(net) and not spec.factory:
+        net.num_classes = 0  # type: ignore[assignment]
     if spec.factory:
         _check_own(net, spec.factory)
 
@@ -400,6 +414,8 @@ def load_net(
         data_config["input_size"] = (3, *spec.img_size)
     if data_config and isinstance(said := getattr(net, "boxes", None), Mapping):
         net.boxes = {**said, "image": tuple(data_config["input_size"][1:])}  # type: ignore[assignment]
+    if spec.crop_pct is not None:
+        data_config["crop_pct"] = spec.crop_pct
     if pinned is not None:
         data_config.update(pinned.data_config)
     if spec.factory and weights == "auto":

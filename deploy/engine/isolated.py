@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +24,11 @@ class CrashError(Exception):
 
 
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Send (whether it returned, what it returned or raised)."""
+    """Send (whether it returned, what it returned or raised).
+
+    What native code prints goes to stderr: stdout is the caller's, who may have promised JSON on it.
+    """
+    os.dup2(2, 1)
     try:
         answer = (True, function(*arguments))
     except Exception as error:

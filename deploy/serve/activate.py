@@ -4,7 +4,7 @@ What a server loads when it starts is what `<model>/config.pbtxt` names: one ver
 
 1. write the new version beside the folder it will be, and rename it: nothing names it yet;
 2. let the server load it under its own configuration, sent with the request: the old version serves until it is ready;
-3. ask it: the golden images of its package, and an image file through the ensemble;
+3. ask it: the golden samples of its package, and an image file through the ensemble where there is one;
 4. put its configuration in place of the old one, by rename. From here on it is the version of the model.
 
 Where 2 or 3 fail, the server loads what config.pbtxt names, which is the old version, and the new folder goes. A kill at any
@@ -27,18 +27,19 @@ from calib.errors import UserError
 from deploy.errors import ContractError
 from deploy.lock import HeldError, locked
 from deploy.measure.accuracy import joined_rows, mean_sqnr_db
+from deploy.measure.onnx_runner import Given
 from deploy.measure.outputs import Outputs
 from deploy.package import GOLDEN
-from deploy.serve.configs import CPU, IMAGE, JPEG, LABELS, config_from_text, served_version
+from deploy.serve.bundle import models_of, require_unchanged
+from deploy.serve.configs import CPU, CPU_DTYPE, IMAGE, JPEG, LABELS, config_from_text, served_version
 from deploy.serve.preflight import Allowed
 from deploy.serve.repository import (
     CONFIG,
     engine_obstacle,
-    require_one_model,
     write_cpu_version,
     write_engine_version,
 )
-from deploy.serve.shipped import Shipped, shipped_from_package
+from deploy.serve.shipped import FLOATS, Shipped, shipped_from_package
 from deploy.verify import MAX_DRIFT_DB, golden_arrays, least_fp16_db
 
 if TYPE_CHECKING:
@@ -128,24 +129,40 @@ def _install(packages: Sequence[Shipped], folder: Path, version: int) -> None:
     half.rename(folder / str(version))
 
 
-def golden_fault(folder: Path, answer: Callable[[np.ndarray], Outputs], engine: bool) -> str | None:
-    """A sentence if answers to the golden images in `folder` are further from the float network than recorded, or None.
+def golden_fault(folder: Path, answer: Callable[[Given], Outputs], engine: bool) -> str | None:
+    """A sentence if answers to the golden samples in `folder` are further from the float network than recorded, or None.
 
-    `answer`: images float32 (N, 3, H, W) -> outputs by name. `engine`: they come from the engine, whose types are FP16.
+    `answer`: images float32 (N, 3, H, W), or named inputs (N, ...) -> outputs by name. `engine`: they come from the engine,
+    whose types are FP16.
     """
-    images, reference, simulated = golden_arrays(folder / GOLDEN)
-    assert isinstance(images, np.ndarray)  # other packages are refused when their manifest is read
+    given, reference, simulated = golden_arrays(folder / GOLDEN)
     recorded = mean_sqnr_db(joined_rows(reference), joined_rows(simulated, reference))
     least = least_fp16_db(recorded) if engine else recorded - MAX_DRIFT_DB
-    answers = {name: value.astype(np.float32) for name, value in answer(images).items()}
+    answers = {name: value.astype(np.float32) for name, value in answer(given).items()}
     if answers.keys() != reference.keys() or any(answers[name].shape != reference[name].shape for name in reference):
         return (
-            f"it returns {', '.join(f'{name} {value.shape}' for name, value in answers.items())} to the golden images"
+            f"it returns {', '.join(f'{name} {value.shape}' for name, value in answers.items())} to the golden samples"
         )
     found = mean_sqnr_db(joined_rows(reference), joined_rows(answers, reference))
     if found >= least:
         return None
-    return f"it reaches {found:.1f} dB on the golden images, expected {least:.1f} dB or more"
+    return f"it reaches {found:.1f} dB on the golden samples, expected {least:.1f} dB or more"
+
+
+def _sent(shipped: Shipped, golden: Given, engine: bool) -> dict[str, np.ndarray]:
+    """The golden samples as a client sends them: by name, in the model's types, one number per sample as (N, 1).
+
+    Raises UserError where they are not the inputs of the package.
+    """
+    arrays = {shipped.inputs[0].name: golden} if isinstance(golden, np.ndarray) else golden
+    sent = {}
+    for each in shipped.inputs:
+        if each.name not in arrays or arrays[each.name].shape[1:] != each.shape:
+            raise UserError(f"{GOLDEN} of '{shipped.folder}' has no samples of '{each.name}': build the package again")
+        dtype = each.dtype if engine or each.dtype not in FLOATS else CPU_DTYPE
+        array = arrays[each.name].astype(dtype)
+        sent[each.name] = array if each.shape else array[:, None]
+    return sent
 
 
 def _picture() -> np.ndarray:
@@ -158,17 +175,18 @@ def _picture() -> np.ndarray:
 def _fault(server: Asked, folder: Path, version: int) -> str | None:
     """A sentence if the version that the server has just loaded answers wrongly, or None."""
     model, shipped = folder.name, shipped_from_package(folder / str(version))
-    engine, (tensor,) = not model.endswith(CPU), shipped.inputs
+    engine = not model.endswith(CPU)
 
-    def answer(images: np.ndarray) -> Outputs:
-        given = images.astype(np.float16 if engine and tensor.dtype == "float16" else np.float32)
-        parts = [given[start : start + shipped.largest] for start in range(0, len(given), shipped.largest)]
-        found = [server.answer(model, {tensor.name: part}) for part in parts]
+    def answer(golden: Given) -> Outputs:
+        given = _sent(shipped, golden, engine)
+        count = len(next(iter(given.values())))
+        parts = [slice(start, start + shipped.largest) for start in range(0, count, shipped.largest)]
+        found = [server.answer(model, {name: array[part] for name, array in given.items()}) for part in parts]
         return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
 
     if reason := golden_fault(folder / str(version), answer, engine):
         return reason
-    if server.ready(model + JPEG):
+    if shipped.preprocessing and server.ready(model + JPEG):
         outputs = server.answer(model + JPEG, {IMAGE: _picture()})
         if not all(np.isfinite(each).all() for each in outputs.values()):
             return "its answer to an image file is not finite"
@@ -196,35 +214,42 @@ def _switch(server: Asked, repository: Path, versions: dict[str, int]) -> None:
         _put_in_place(repository / model, version)
 
 
-def activate(
-    packages: Sequence[Shipped], repository: Path, server: Asked, name: str, allowed: Allowed
-) -> dict[str, tuple[int, int]]:
-    """Install the packages as a new version of the models of `name` and switch the server to it.
+def _replaceable(folder: Path, packages: Sequence[Shipped], allowed: Allowed) -> int:
+    """The version that the model in `folder` serves. Raises UserError if `packages` may not replace it."""
+    reasons = [engine_obstacle(each, allowed) for each in packages]
+    if not folder.name.endswith(CPU) and any(reasons):
+        raise UserError(
+            f"'{folder.name}' serves an engine: {next(filter(None, reasons))}; build one, or choose another --name"
+        )
+    version = served_version(_config(folder / CONFIG))
+    if shipped_from_package(folder / str(version)).contract != packages[0].contract:
+        raise UserError(
+            f"'{packages[0].folder}' has other tensors, batches or preprocessing than '{folder.name}' in '{folder.parent}': "
+            f"its clients would send it the wrong thing; write a repository of its own, or give --name"
+        )
+    return version
 
-    Returns model -> (version before, version now). Raises UserError if they are not what the repository serves under that
-    name, and ContractError if the new version does not load or answers wrongly: then the old one serves.
+
+def activate(
+    packages: Sequence[Shipped], repository: Path, server: Asked, name: str | None, allowed: Allowed
+) -> dict[str, tuple[int, int]]:
+    """Install the packages as new versions of the models of `name`, or of their own names, and switch the server to them.
+
+    Returns model -> (version before, version now). Raises UserError if they are not what the repository serves under these
+    names, and ContractError if a new version does not load or answers wrongly: then the old ones serve, all of them.
     """
-    require_one_model(packages)
+    groups = models_of(packages, name)
     server.require_live()
     with _alone(repository):
-        models = _installed(repository, name)
-        reasons = [engine_obstacle(each, allowed) for each in packages]
-        if name in models and any(reasons):
-            raise UserError(
-                f"'{name}' serves an engine: {next(filter(None, reasons))}; build one, or choose another --name"
-            )
-        before = {model: served_version(_config(repository / model / CONFIG)) for model in models}
+        require_unchanged(repository)
+        given = {model: group for each, group in groups.items() for model in _installed(repository, each)}
+        before = {model: _replaceable(repository / model, group, allowed) for model, group in given.items()}
         for model, version in before.items():
-            if shipped_from_package(repository / model / str(version)).contract != packages[0].contract:
-                raise UserError(
-                    f"'{packages[0].folder}' has other tensors, batches or preprocessing than '{model}' in '{repository}': "
-                    f"its clients would send it the wrong thing; write a repository of its own, or give --name"
-                )
             _remove_leftovers(repository / model, version)
         now = {model: version + 1 for model, version in before.items()}
         try:
             for model, version in now.items():
-                _install(packages, repository / model, version)
+                _install(given[model], repository / model, version)
             _switch(server, repository, now)
         except BaseException:
             for model, version in before.items():
@@ -234,14 +259,15 @@ def activate(
     return {model: (version, now[model]) for model, version in before.items()}
 
 
-def rollback(repository: Path, server: Asked, name: str) -> dict[str, tuple[int, int]]:
-    """Switch the models of `name` to the version before the one that serves; the result is that of `activate`.
+def rollback(repository: Path, server: Asked, *names: str) -> dict[str, tuple[int, int]]:
+    """Switch the models of `names` to the versions before those that serve; the result is that of `activate`.
 
-    Raises UserError if there is none, and ContractError if it does not load or answers wrongly.
+    Raises UserError if there is none, and ContractError if one does not load or answers wrongly.
     """
     server.require_live()
     with _alone(repository):
-        before = {model: served_version(_config(repository / model / CONFIG)) for model in _installed(repository, name)}
+        models = [model for name in dict.fromkeys(names) for model in _installed(repository, name)]
+        before = {model: served_version(_config(repository / model / CONFIG)) for model in models}
         now = {}
         for model, version in before.items():
             older = [each for each in _versions(repository / model) if each < version]

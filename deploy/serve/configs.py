@@ -1,14 +1,14 @@
 """The configurations of the models that a Triton server runs for one package.
 
-`NAME` is the engine, `NAME_cpu` its graph in ONNX Runtime. Each has two companions: `..._preprocess` makes tensors of image
-files, and `..._jpeg` is the ensemble of both: image files in, outputs of the network out. The configurations are messages of
-Triton's own protobuf class, which the server reads back: a misspelt field cannot be written.
+`NAME` is the engine, `NAME_cpu` its graph in ONNX Runtime. Where the network takes an image, each has two companions:
+`..._preprocess` makes tensors of image files, and `..._jpeg` is the ensemble of both: image files in, outputs out. The
+configurations are messages of Triton's own protobuf class, which the server reads back: a misspelt field cannot be written.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy.serve.shipped import ServedTensor, Shipped
+from deploy.serve.shipped import FLOATS, ServedTensor, Shipped
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -19,12 +19,26 @@ LABELS = "labels.txt"
 PLAN = "model.plan"
 TENSORRT_PLAN = "tensorrt_plan"  # the platform of the engine's model
 MANIFEST_ID = "manifest_id"  # the parameter of the engine and of its graph
-TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32"}
-CPU_DTYPE = "float32"  # of model.fp32.onnx
+TYPES = {
+    "float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64", "int32": "TYPE_INT32", "bool": "TYPE_BOOL",
+}  # fmt: skip
+CPU_DTYPE = "float32"  # of what is floating in model.fp32.onnx
+
+
+def _type(tensor: ServedTensor, dtype: str | None) -> str:
+    """Triton's type of a tensor; `dtype` is that of floating ones, None: the engine's."""
+    return TYPES[dtype if dtype and tensor.dtype in FLOATS else tensor.dtype]
+
+
+def _dims(tensor: ServedTensor) -> tuple[int, ...]:
+    """The axes that a client sends behind that of the batch: Triton takes none without, so one number has an axis of 1."""
+    return tensor.shape or (1,)
 
 
 def _tensor(tensor: ServedTensor, dtype: str | None = None, labels: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": tensor.name, "data_type": TYPES[dtype or tensor.dtype], "dims": tensor.shape}
+    found: dict[str, Any] = {"name": tensor.name, "data_type": _type(tensor, dtype), "dims": _dims(tensor)}
+    if not tensor.shape:
+        found["reshape"] = {"shape": []}
     return {**found, "label_filename": LABELS} if labels else found
 
 
@@ -41,8 +55,7 @@ def _network(shipped: Shipped, sizes: Sequence[int], dtype: str | None = None, l
     """What engine and graph share: which package they are of, dynamic batching, one warm-up for each of `sizes`."""
     preferred = sorted({shipped.opt, shipped.largest} - {1})
     inputs = {
-        each.name: {"data_type": TYPES[dtype or each.dtype], "dims": each.shape, "zero_data": True}
-        for each in shipped.inputs
+        each.name: {"data_type": _type(each, dtype), "dims": _dims(each), "zero_data": True} for each in shipped.inputs
     }
     return {
         "parameters": {MANIFEST_ID: {"string_value": shipped.id}},
@@ -86,7 +99,7 @@ def engine_config(
 
 
 def cpu_config(shipped: Shipped, name: str, version: int, labels: bool = False) -> "ModelConfig":
-    """The model that runs a graph in ONNX Runtime, with float32 inputs and outputs. It checks its own digest: no agent."""
+    """The model that runs a graph in ONNX Runtime, with float32 in the place of FP16. It checks its own digest: no agent."""
     return _message(
         {
             **_common(shipped, name, version),

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from calib.store.digests import file_sha256
 from deploy.engine.backends import ONNXRUNTIME, TENSORRT
 from deploy.lock import HeldError, locked
 from deploy.package import ENGINE, GOLDEN, MANIFEST, MODEL_FP32
+from deploy.serve.bundle import copy_files, models_of, require_files
 from deploy.serve.configs import (
     CPU,
     CPU_DTYPE,
@@ -53,20 +54,6 @@ def engine_obstacle(shipped: Shipped, allowed: Allowed) -> str | None:
     if not (shipped.executed or allowed.unexecuted):
         return f"{ENGINE} was never run (--allow-unexecuted serves it all the same)"
     return None
-
-
-def require_one_model(packages: Sequence[Shipped]) -> None:
-    """Raise UserError unless the packages are one network built for several GPU architectures, each for others."""
-    first, *others = packages
-    for other in others:
-        if other.contract != first.contract or other.model != first.model:
-            raise UserError(
-                f"'{other.folder}' and '{first.folder}' differ in model, tensors or preprocessing: expected one model built "
-                f"for several GPUs; write them as repositories of their own"
-            )
-    targets = [target for each in packages for target in each.targets]
-    if twice := {target for target in targets if targets.count(target) > 1}:
-        raise UserError(f"several packages are for {min(twice)}: expected one for each GPU architecture")
 
 
 def _copy(shipped: Shipped, file: str, target: Path) -> None:
@@ -129,7 +116,8 @@ def write_engine_version(packages: Sequence[Shipped], folder: Path, name: str, v
 
 
 def _companions(shipped: Shipped, repository: Path, name: str, dtype: str | None, labels: Path | None) -> None:
-    """The preprocessing of the model `name` and the ensemble of both."""
+    """The preprocessing of the model `name`, which takes images, and the ensemble of both."""
+    assert shipped.preprocessing
     preprocess, jpeg = repository / (name + PREPROCESS), repository / (name + JPEG)
     for folder in (preprocess, jpeg):
         (folder / str(FIRST)).mkdir(parents=True)
@@ -168,28 +156,53 @@ def write_models(
     """Write the models of one network into the folder `repository`; returns their names, those for clients first."""
     shipped, names = packages[0], [name + CPU]
     write_cpu_version(packages, repository / (name + CPU) / str(FIRST), name + CPU, FIRST, labels is not None)
-    _companions(shipped, repository, name + CPU, CPU_DTYPE, labels)
+    if shipped.preprocessing:
+        _companions(shipped, repository, name + CPU, CPU_DTYPE, labels)
     if all(engine_obstacle(each, allowed) is None for each in packages):
         write_engine_version(packages, repository / name / str(FIRST), name, FIRST, labels is not None)
-        _companions(shipped, repository, name, None, labels)
+        if shipped.preprocessing:
+            _companions(shipped, repository, name, None, labels)
         names.insert(0, name)
     for each in names:
         folder = repository / each
         shutil.copyfile(folder / str(FIRST) / CONFIG, folder / CONFIG)
         if labels is not None:
             shutil.copyfile(labels, folder / LABELS)
-    return (*names, *(each + JPEG for each in names))
+    return (*names, *(each + JPEG for each in names)) if shipped.preprocessing else tuple(names)
+
+
+def _write_all(
+    models: Mapping[str, Sequence[Shipped]],
+    repository: Path,
+    allowed: Allowed,
+    labels: Path | None,
+    files: Sequence[Path],
+) -> tuple[str, ...]:
+    """Write everything into the folder `repository`; returns the names of the models for clients."""
+    names = [each for name, group in models.items() for each in write_models(group, repository, name, allowed, labels)]
+    copy_files(files, repository)
+    return tuple(names)
 
 
 def write_repository(
-    packages: Sequence[Shipped], repository: Path, name: str, allowed: Allowed, labels: Path | None = None
+    packages: Sequence[Shipped],
+    repository: Path,
+    name: str | None,
+    allowed: Allowed,
+    labels: Path | None = None,
+    files: Sequence[Path] = (),
 ) -> tuple[str, ...]:
     """Write a new model repository, which appears when it is whole; returns the names of the models for clients.
 
-    Raises UserError if the packages are not of one model, if `labels` does not fit, or if something lies at `repository`.
+    `name`: of the one model that the packages are; None: each has its own. `files`: what lies beside the models.
+    Raises UserError if packages of one name are not one model, if `labels` or `files` do not fit, or if something lies at
+    `repository`.
     """
-    require_one_model(packages)
+    models = models_of(packages, name)
+    require_files(files, models)
     if labels is not None:
+        if len(models) > 1:
+            raise UserError(f"LABELS= names the classes of one model, not of {len(models)}: leave it out")
         _checked_labels(labels, packages[0])
     if repository.is_symlink() or (repository.exists() and not (repository.is_dir() and not any(repository.iterdir()))):
         raise UserError(
@@ -203,7 +216,7 @@ def write_repository(
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(half)  # of a killed run
             try:
-                names = write_models(packages, half, name, allowed, labels)
+                names = _write_all(models, half, allowed, labels, files)
                 half.replace(repository)
             finally:
                 with contextlib.suppress(FileNotFoundError):

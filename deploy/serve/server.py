@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib.errors import UserError
+from deploy.serve.bundle import require_unchanged
 from deploy.serve.configs import CPU, JPEG
 
 READY_SECONDS = 120.0  # a network of hundreds of MB, warmed up on a busy machine
@@ -159,6 +160,7 @@ def serve(environment: Path, repository: Path) -> None:
     """Run a server until it is interrupted; tells where it answers."""
     if not cpu_models(repository):
         raise UserError(f"'{repository}' holds no model for a server without a GPU: write one with make serve-repo")
+    require_unchanged(repository)
     with running(environment, repository) as server:
         print(f"HTTP {server.http}  gRPC {server.grpc}  metrics {server.metrics}", flush=True)
         print(f"models: {', '.join(cpu_models(repository))}; Ctrl-C stops the server", flush=True)

@@ -4,7 +4,7 @@ The manifest is of any origin: every field that is used is checked, and none bec
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ from calib.store.digests import file_sha256
 from deploy.package import ENGINE, MANIFEST, read_json
 from deploy.verify import require_package
 
-DTYPES = ("float16", "float32")
+FLOATS = ("float16", "float32")
+DTYPES = (*FLOATS, "int64", "int32", "bool")  # of named inputs
 LARGEST = 1 << 16  # of a batch, of an edge of an image, of any other axis
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"  # of a folder in a model repository, and a part of an URL
 TENSOR_NAME = r"[\w.:/-]{1,256}"
@@ -27,7 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServedTensor:
-    """An input or output of the engine: its dtype ("float16" or "float32") and its shape without the batch axis."""
+    """An input or output of the engine: its dtype, one of DTYPES, and its shape without the batch axis.
+
+    Outputs are floating. Only a named input may have the shape (): one number per sample.
+    """
 
     name: str
     dtype: str
@@ -39,9 +43,10 @@ class Shipped:
     """A package as its server sees it.
 
     `id`: sha256 (hex) of the manifest, which itself holds that of every file. `opt`, `largest`: batch sizes that the engine
-    is tuned for and accepts. `targets`: GPU architectures, such as "SM89", or "SM120+" for this and later ones; or CPUs.
-    `executed`: whether the engine was ever run. `failed`: the limits (deploy/acceptance.py) that it does not keep, with what
-    was measured. `driver`: NVIDIA driver of the host that built it, None without one. `bytes`: of all files together.
+    is tuned for and accepts. `preprocessing`: None where the network takes named inputs and no image. `targets`: GPU
+    architectures, such as "SM89", or "SM120+" for this and later ones; or CPUs. `executed`: whether the engine was ever run.
+    `failed`: the limits (deploy/acceptance.py) that it does not keep, with what was measured. `driver`: NVIDIA driver of the
+    host that built it, None without one. `bytes`: of all files together.
     """
 
     folder: Path
@@ -52,7 +57,7 @@ class Shipped:
     outputs: tuple[ServedTensor, ...]
     opt: int
     largest: int
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     backend: str
     version: str
     targets: tuple[str, ...]
@@ -94,22 +99,25 @@ class _Manifest:
             raise self.wrong(f"'{at}' is {found[:80]!r}", f"a text of the form {pattern}")
         return found
 
-    def shape(self, at: str, values: Mapping[str, Any]) -> tuple[int, ...]:
+    def shape(self, at: str, values: Mapping[str, Any], least: int) -> tuple[int, ...]:
         found = self.get(at, list, values)
-        if not 2 <= len(found) <= 8 or not all(type(each) is int and 1 <= each <= LARGEST for each in found):
-            raise self.wrong(f"'{at}' of a tensor is {str(found)[:80]}", f"2 to 8 whole numbers from 1 to {LARGEST}")
+        if not least <= len(found) <= 8 or not all(type(each) is int and 1 <= each <= LARGEST for each in found):
+            expected = f"{least} to 8 whole numbers from 1 to {LARGEST}"
+            raise self.wrong(f"'{at}' of a tensor is {str(found)[:80]}", expected)
         return tuple(found)
 
 
-def _tensors(manifest: _Manifest, kind: str) -> tuple[tuple[ServedTensor, ...], tuple[int, int]]:
-    """(the tensors of `kind`, the usual and the largest batch size)."""
+def _tensors(
+    manifest: _Manifest, kind: str, dtypes: Sequence[str] = FLOATS, least: int = 2
+) -> tuple[tuple[ServedTensor, ...], tuple[int, int]]:
+    """(the tensors of `kind`, the usual and the largest batch size). `least`: the fewest axes, with that of the batch."""
     found, batches = [], set()
     for each in manifest.get(f"io.{kind}", list):
         values = each if isinstance(each, dict) else {}
-        shapes = [manifest.shape(which, values) for which in ("min", "opt", "max")]
+        shapes = [manifest.shape(which, values, least) for which in ("min", "opt", "max")]
         if len({shape[1:] for shape in shapes}) != 1:
             raise manifest.wrong(f"'io.{kind}' has a tensor of shapes {shapes}", "one shape but for the batch")
-        dtype = manifest.text("dtype", "|".join(DTYPES), values)
+        dtype = manifest.text("dtype", "|".join(dtypes), values)
         found.append(ServedTensor(manifest.text("name", TENSOR_NAME, values), dtype, shapes[0][1:]))
         batches.add(tuple(shape[0] for shape in shapes))
     if not found or len({each.name for each in found}) != len(found) or len(batches) != 1:
@@ -120,7 +128,10 @@ def _tensors(manifest: _Manifest, kind: str) -> tuple[tuple[ServedTensor, ...], 
     return tuple(found), (opt, largest)
 
 
-def _preprocessing(manifest: _Manifest) -> Preprocessing:
+def _preprocessing(manifest: _Manifest) -> Preprocessing | None:
+    """How images become the input; None where the manifest says that there are none."""
+    if manifest.values.get("preprocessing", "") is None:
+        return None
     values = manifest.get("preprocessing", dict)
     for edge in ("height", "width", "resize_height", "resize_width"):
         if not 1 <= manifest.get(edge, int, values) <= LARGEST:
@@ -157,17 +168,14 @@ def shipped_from_package(folder: Path) -> Shipped:
     """
     require_package(folder)
     manifest = _Manifest(folder / MANIFEST)
-    if manifest.values.get("preprocessing", "") is None:
-        raise UserError(
-            f"'{folder}' takes named inputs, and only packages of networks that take one image can be served: run "
-            f"{ENGINE} with deploy.engine.runner"
-        )
-    inputs, batches = _tensors(manifest, "inputs")
-    outputs, of_outputs = _tensors(manifest, "outputs")
     preprocessing = _preprocessing(manifest)
-    image = (3, preprocessing.height, preprocessing.width)
-    if of_outputs != batches or [each.shape for each in inputs] != [image]:
-        raise manifest.wrong("'io' has other batches or inputs than its preprocessing makes", f"one input of {image}")
+    inputs, batches = _tensors(manifest, "inputs") if preprocessing else _tensors(manifest, "inputs", DTYPES, least=1)
+    outputs, of_outputs = _tensors(manifest, "outputs")
+    if of_outputs != batches:
+        raise manifest.wrong(f"'io' has inputs in batches of {batches}, outputs of {of_outputs}", "equal ones")
+    if preprocessing and [each.shape for each in inputs] != [(3, preprocessing.height, preprocessing.width)]:
+        image = f"one input (3, {preprocessing.height}, {preprocessing.width})"
+        raise manifest.wrong("'io' has other inputs than its preprocessing makes", image)
     targets = manifest.get("engine.targets", list)
     if not targets or not all(isinstance(each, str) and re.fullmatch(TARGET, each) for each in targets):
         raise manifest.wrong(f"'engine.targets' is {str(targets)[:80]}", "GPU architectures such as SM89, or a CPU")

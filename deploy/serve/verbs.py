@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,19 @@ def _add_allowances(parser: argparse.ArgumentParser) -> None:
 
 def add_serve_verbs(verbs: Any) -> None:
     """Add the verbs to the sub-parsers of the command line."""
-    write = verbs.add_parser("serve-repo", help="write packages of one model as a Triton model repository")
-    write.add_argument("packages", nargs="*", help="folders, one for each GPU; default: that of these options")
+    write = verbs.add_parser("serve-repo", help="write packages as a Triton model repository")
+    write.add_argument("packages", nargs="*", help="folders, of several models or GPUs; default: that of these options")
     add_package_options(write)
     preflight = verbs.add_parser("preflight", help="whether a package may be served, and whether this machine can")
-    preflight.add_argument("package", help="folder of the package")
+    preflight.add_argument("packages", nargs="+", help="folders, of several models served together")
     preflight.add_argument("--cpu", action="store_true", help="only its graph is served, in ONNX Runtime")
     container = preflight.add_mutually_exclusive_group()
     container.add_argument("--triton", metavar="TAG", help="container of the server: 26.07-trtllm-python-py3")
     container.add_argument("--tensorrt", metavar="VERSION", help="version of TensorRT in the server's container")
-    activate = verbs.add_parser("activate", help="switch a running Triton server to a package, or back where it fails")
-    activate.add_argument("packages", nargs="+", help="folders, one for each GPU")
+    activate = verbs.add_parser("activate", help="switch a running Triton server to packages, or back where one fails")
+    activate.add_argument("packages", nargs="+", help="folders, of several models or GPUs; all are switched, or none")
     back = verbs.add_parser("rollback", help="switch a running Triton server to the version before")
-    back.add_argument("name", help="name of the model, as serve-repo printed it, without _cpu")
+    back.add_argument("names", nargs="+", metavar="name", help="of a model, as serve-repo printed it, without _cpu")
     serve = verbs.add_parser("serve", help="run a Triton server without a GPU on loopback: it serves the _cpu models")
     serve.add_argument("--environment", default=".venv-triton", help="where nvidia-pytriton is (default .venv-triton)")
     for parser in (write, preflight, activate, back, serve):
@@ -51,9 +52,12 @@ def add_serve_verbs(verbs: Any) -> None:
     for parser in (write, preflight, activate):
         _add_allowances(parser)
     for parser in (write, activate):
-        parser.add_argument("--name", help="of the model in the repository (default: the package's)")
+        parser.add_argument("--name", help="of the one model in the repository (default: each package's own)")
     for parser in (activate, back):
         parser.add_argument("--url", default=URL, help=f"host:port of the server's HTTP service (default {URL})")
+    write.add_argument(
+        "--file", dest="files", action="append", default=[], help="what to put beside the models; repeat it"
+    )
     write.add_argument("--labels", help="text file with the names of a classifier's classes, one a line")
 
 
@@ -98,7 +102,7 @@ def _unfit(folders: Sequence[Path], args: argparse.Namespace) -> bool:
 
 def _serve_repo(args: argparse.Namespace) -> int:
     from deploy.serve.repository import engine_obstacle, write_repository
-    from deploy.serve.shipped import served_name, shipped_from_package
+    from deploy.serve.shipped import shipped_from_package
 
     folders = [folder_from_options(args, each) for each in args.packages or [None]]
     if _unfit(folders, args):
@@ -106,24 +110,34 @@ def _serve_repo(args: argparse.Namespace) -> int:
     _require_client()
     packages, repository, allowed = [shipped_from_package(each) for each in folders], _repository(args), _allowed(args)
     labels = expanded(args.labels, "LABELS") if args.labels else None
-    names = write_repository(packages, repository, served_name(packages[0], args.name), allowed, labels)
+    files = [expanded(each, "FILES") for each in args.files]
+    names = write_repository(packages, repository, args.name, allowed, labels, files)
     for each in packages:
         if reason := engine_obstacle(each, allowed):
-            print(f"no engine in the repository: {reason}", file=sys.stderr)
+            which = f" of '{each.model}'" if len(packages) > 1 else ""
+            print(f"no engine{which} in the repository: {reason}", file=sys.stderr)
     print(f"written to {repository}: {', '.join(names)}")
     return 0
 
 
 def _preflight(args: argparse.Namespace) -> int:
+    from deploy.serve.bundle import models_of
     from deploy.serve.containers import tensorrt_of_container
     from deploy.serve.preflight import preflight, this_machine
+    from deploy.serve.shipped import shipped_from_package
 
-    folder = expanded(args.package, "PACKAGE")
+    folders = [expanded(each, "PACKAGE") for each in args.packages]
     tensorrt = tensorrt_of_container(args.triton) if args.triton else args.tensorrt
-    wrong = preflight(folder, this_machine(_repository(args), tensorrt), _allowed(args), args.cpu)
-    if _refused(folder, wrong):
+    packages, machine = [shipped_from_package(each) for each in folders], this_machine(_repository(args), tensorrt)
+    models_of(packages)
+    refused = []
+    for folder, shipped in zip(folders, packages, strict=True):
+        refused.append(_refused(folder, preflight(folder, machine, _allowed(args), args.cpu)))
+        machine = replace(machine, free_disk=machine.free_disk - shipped.bytes)  # they lie on the disk together
+    if any(refused):
         return EXIT_USER_ERROR
-    print(f"{folder}: may be served here" + (" by its graph in ONNX Runtime" if args.cpu else ""))
+    for folder in folders:
+        print(f"{folder}: may be served here" + (" by its graph in ONNX Runtime" if args.cpu else ""))
     return 0
 
 
@@ -139,11 +153,10 @@ def _activate(args: argparse.Namespace) -> int:
     _require_client()
     from deploy.serve.activate import activate
     from deploy.serve.client import Client
-    from deploy.serve.shipped import served_name, shipped_from_package
+    from deploy.serve.shipped import shipped_from_package
 
     packages = [shipped_from_package(each) for each in folders]
-    name = served_name(packages[0], args.name)
-    _told(activate(packages, _repository(args), Client(args.url), name, _allowed(args)))
+    _told(activate(packages, _repository(args), Client(args.url), args.name, _allowed(args)))
     return 0
 
 
@@ -152,7 +165,7 @@ def _rollback(args: argparse.Namespace) -> int:
     from deploy.serve.activate import rollback
     from deploy.serve.client import Client
 
-    _told(rollback(_repository(args), Client(args.url), args.name))
+    _told(rollback(_repository(args), Client(args.url), *args.names))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ def anchors(page):
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("make ")])
 def test_a_make_command_names_what_exists(command):
-    target, *given = command.split()[1:]
+    target, *given = shlex.split(command)[1:]
     assert target in TARGETS
     for assignment in given:
         name, _, value = assignment.partition("=")

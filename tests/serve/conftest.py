@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from deploy import cli
+from tests.pipeline.test_named_inputs import NETS as NAMED
+from tests.pipeline.test_named_inputs import samples
 from tests.pipeline.test_several_outputs import NETS
-from tests.serve.environments import SERVE, TRITON, environment, use_client
+from tests.serve.environments import ROOT, SERVE, TRITON, environment, use_client
 
 COMMON = ["--calib-images", "16", "--sm", "89", "--cache", "off", "--recipe", "int8_plain"]
 
@@ -80,6 +82,38 @@ def detector(tmp_path_factory, pictures) -> Path:
     command = ["engine", "--module", f"{folder / 'nets.py'}:detector", "--input", "32", "--weights", "random"]
     assert cli.main([*command, "--calib", str(pictures), *COMMON, "--out", str(folder / "out")]) == 0
     return folder / "out/nets.detector-random-weights/int8_plain"
+
+
+def _named(folder: Path, file: str, text: str, factory: str, samples: dict[str, np.ndarray]) -> Path:
+    """A package of a network with named inputs, whose code is `text`."""
+    pytest.importorskip("tensorrt_rtx")
+    (folder / file).write_text(text)
+    np.savez(folder / "calib.npz", **samples)
+    command = ["engine", "--module", f"{folder / file}:{factory}", "--weights", "random", "--batch", "2"]
+    command += ["--max-batch", "4", "--calib", str(folder / "calib.npz"), *COMMON, "--out", str(folder / "out")]
+    assert cli.main(command) == 0
+    return folder / f"out/{Path(file).stem}.{factory}-random-weights/int8_plain"
+
+
+@pytest.fixture(scope="session")
+def sentence(tmp_path_factory) -> Path:
+    """A package of the sentence encoder in docs/examples, made tiny, with random weights."""
+    tiny = "vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128"
+    text = (ROOT / "docs/examples/text_network.py").read_text().replace("BertConfig()", f"BertConfig({tiny})")
+    return _named(tmp_path_factory.mktemp("sentence"), "text_network.py", text, "Sentence", sentences(24))
+
+
+@pytest.fixture(scope="session")
+def denoiser(tmp_path_factory) -> Path:
+    """A package of a network that takes a latent, one number for its time, and a mask, with random weights."""
+    return _named(tmp_path_factory.mktemp("denoiser"), "nets.py", NAMED, "denoiser", samples(24)["denoiser"])
+
+
+def sentences(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Ids and masks of sentences of 4 to 12 tokens, as `sentence` takes them."""
+    random = np.random.default_rng(seed)
+    mask = (np.arange(12) < random.integers(4, 13, count)[:, None]).astype(np.int64)
+    return {"input_ids": random.integers(1, 50, (count, 12)) * mask, "attention_mask": mask}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The configurations are what Triton's own class reads back, and say what the package says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ SHIPPED = Shipped(
     driver=None,
     engine_bytes=1,
     bytes=1,
+)
+NAMED = replace(
+    SHIPPED,
+    inputs=(
+        ServedTensor("ids", "int64", (12,)),
+        ServedTensor("t", "int32", ()),
+        ServedTensor("kept", "bool", (8, 8)),
+        ServedTensor("latent", "float16", (4, 8, 8)),
+    ),
+    preprocessing=None,
 )
 PLANS, MD5 = {"8.9": "model.plan"}, {"1/model.plan": "0" * 32}
 
@@ -110,8 +121,6 @@ def test_an_ensemble_leads_image_files_through_the_preprocessing_into_the_model(
 
 
 def test_a_batch_of_one_is_no_preferred_size():
-    from dataclasses import replace
-
     config = cpu_config(replace(SHIPPED, opt=1, largest=1), "net_cpu", 1)
     assert config.HasField("dynamic_batching")
     assert config.dynamic_batching.preferred_batch_size[:] == []
@@ -121,3 +130,20 @@ def test_a_batch_of_one_is_no_preferred_size():
 def test_labels_are_named_for_the_outputs():
     assert [each.label_filename for each in cpu_config(SHIPPED, "net_cpu", 1, labels=True).output] == ["labels.txt"] * 2
     assert [each.label_filename for each in cpu_config(SHIPPED, "net_cpu", 1).output] == ["", ""]
+
+
+def test_named_inputs_keep_their_types_and_only_floating_ones_differ_between_engine_and_graph():
+    from tritonclient.grpc import model_config_pb2 as triton
+
+    others = [("ids", triton.TYPE_INT64), ("t", triton.TYPE_INT32), ("kept", triton.TYPE_BOOL)]
+    for config, floating in (
+        (engine_config(NAMED, "net", 1, PLANS, MD5), triton.TYPE_FP16),
+        (cpu_config(NAMED, "net_cpu", 1), triton.TYPE_FP32),
+    ):
+        assert [(each.name, each.data_type) for each in config.input] == [*others, ("latent", floating)]
+        warm_up = config.model_warmup[0].inputs
+        assert {name: each.data_type for name, each in warm_up.items()} == dict([*others, ("latent", floating)])
+        assert [each.dims[:] for each in config.input] == [[12], [1], [8, 8], [4, 8, 8]]
+        assert [each.HasField("reshape") for each in config.input] == [False, True, False, False]
+        assert config.input[1].reshape.shape[:] == []
+        assert config_from_text(text_from_config(config)) == config

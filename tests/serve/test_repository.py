@@ -73,7 +73,7 @@ def test_packages_of_several_gpus_are_one_model(engine, tmp_path):
 
 
 def test_packages_of_one_gpu_or_of_two_models_are_refused(engine, detector, tmp_path):
-    with pytest.raises(UserError, match="several packages are for SM89"):
+    with pytest.raises(UserError, match="several packages of 'test_vit' are for SM89"):
         written([engine(), engine()], tmp_path / "models")
     with pytest.raises(UserError, match="differ in model, tensors or preprocessing"):
         written([engine(), engine("SM80", detector)], tmp_path / "models")

@@ -20,12 +20,14 @@ SERVER = "make serve"
 
 
 @pytest.fixture
-def checkout(tmp_path, changed, package, pictures):
+def checkout(tmp_path, changed, package, sentence, pictures):
     """A folder that looks like a checkout in which `make engine` has written a package, with a picture in it."""
     for name in ("deploy", "calib", "Makefile", "requirements-serve.txt", "requirements-triton.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "artifacts/dinov2_s").mkdir(parents=True)
-    changed(package, model="dinov2_s").rename(tmp_path / "artifacts/dinov2_s/int8")
+    for name, folder in (("dinov2_s", package), ("clip_b32_image", package), ("clip_text.Text", sentence)):
+        (tmp_path / "artifacts" / name).mkdir(parents=True)
+        changed(folder, model=name, weights__random=False).rename(tmp_path / "artifacts" / name / "int8")
+    (tmp_path / "clip.json").write_text('{"logit_scale": 100.0}')
     (tmp_path / "photo.jpg").symlink_to(pictures / "01.jpg")
     for kind in (SERVE, TRITON):
         (tmp_path / f".venv-{kind}").symlink_to(environment(kind))
@@ -81,5 +83,6 @@ def test_every_command_runs(checkout):
         assert done.stdout == "(1, 1000)\n", done.stderr
         said = [run(command, checkout, port) for command in after]
     assert said == [
-        "dinov2_s_cpu: version 2 serves, before it 1\n", "dinov2_s_cpu: version 1 serves, before it 2\n"
+        "dinov2_s_cpu: version 2 serves, before it 1\n", "dinov2_s_cpu: version 1 serves, before it 2\n",
+        "written to both: clip_b32_image_cpu, clip_b32_image_cpu_jpeg, clip_text.Text_cpu\n",
     ]  # fmt: skip

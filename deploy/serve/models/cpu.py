@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.serve.models.self_test import require_sound_tensors
 
+REASON = 400  # characters of what ONNX Runtime says
 GRAPH, ENGINE, MANIFEST = "model.fp32.onnx", "model.engine", "manifest.json"
 
 
@@ -35,12 +36,26 @@ class TritonPythonModel:
         self.outputs = [each["name"] for each in json.loads(args["model_config"])["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run the images of all requests as one batch."""
-        images = [pb_utils.get_input_tensor_by_name(each, self.runner.inputs[0].name).as_numpy() for each in requests]
-        found = self.runner.named_outputs(np.concatenate(images))
-        ends = np.cumsum([len(each) for each in images])[:-1]
+        """Run the samples of all requests as one batch; one by one where that fails, so that others are not hurt."""
+        names = [each.name for each in self.runner.inputs]
+        given = [
+            {name: pb_utils.get_input_tensor_by_name(each, name).as_numpy() for name in names} for each in requests
+        ]
+        try:
+            return self._answers(given)
+        # ONNX Runtime's own, of many types: ids that a table has no row for
+        except Exception as error:
+            if len(requests) > 1:
+                return [self.execute([each])[0] for each in requests]
+            reason = " ".join(str(error).split())[:REASON]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the network cannot read this: {reason}"))]
+
+    def _answers(self, given: list[dict[str, np.ndarray]]) -> list[Any]:
+        """One response for each of `given`, inputs (B, ...) by name, which are run as one batch."""
+        found = self.runner.named_outputs({name: np.concatenate([each[name] for each in given]) for name in given[0]})
+        ends = np.cumsum([len(next(iter(each.values()))) for each in given])[:-1]
         rows = {name: np.split(found[name].astype(np.float32), ends) for name in self.outputs}
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor(name, rows[name][index]) for name in self.outputs])
-            for index in range(len(requests))
+            for index in range(len(given))
         ]

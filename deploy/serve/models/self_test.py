@@ -8,18 +8,19 @@ from types import ModuleType
 
 import numpy as np
 
-KNOWN = np.arange(12, dtype=np.float32).reshape(3, 4) - 5
+KNOWN = tuple(np.arange(-5, 7, dtype=dtype).reshape(3, 4) for dtype in (np.float32, np.int64))
 
 
 def require_sound_tensors(pb_utils: ModuleType) -> None:
-    """Raise RuntimeError unless a known tensor comes back from the module of the Python backend as it went in.
+    """Raise RuntimeError unless known tensors come back from the module of the Python backend as they went in.
 
-    It goes through DLPack once: a tensor that was made of an array returns that very array, which would show nothing.
+    They go through DLPack once: a tensor that was made of an array returns that very array, which would show nothing.
     """
-    sent = pb_utils.Tensor("known", KNOWN)
-    came_back = pb_utils.Tensor.from_dlpack("known", sent.to_dlpack()).as_numpy()
-    if np.shape(came_back) != KNOWN.shape or not np.array_equal(came_back, KNOWN):
-        raise RuntimeError(
-            f"this Python backend returns other numbers than it was given (numpy {np.__version__}): expected the same; "
-            f"install 'numpy<2' in its environment, or serve with Triton 24.11 or newer"
-        )
+    for known in KNOWN:
+        sent = pb_utils.Tensor("known", known)
+        came_back = pb_utils.Tensor.from_dlpack("known", sent.to_dlpack()).as_numpy()
+        if np.shape(came_back) != known.shape or not np.array_equal(came_back, known):
+            raise RuntimeError(
+                f"this Python backend returns other numbers than it was given (numpy {np.__version__}): expected the "
+                f"same; install 'numpy<2' in its environment, or serve with Triton 24.11 or newer"
+            )

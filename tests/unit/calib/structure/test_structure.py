@@ -37,6 +37,8 @@ EXPECTED = {
     "deit distilled": (8, 2, (4, 2, 2, 0), 2),
     "eva02": (8, 2, (4, 4, 0, 0), 0),
     "dinov3": (8, 2, (4, 2, 2, 0), 0),
+    "clip image tower": (8, 2, (4, 2, 0, 2), 2),  # QuickGELU is two operators: its scales lie in front of fc2
+    "siglip": (12, 2, (6, 3, 3, 0), 2),  # 4 layers of the attention that pools
     "beit": (8, 2, (4, 2, 2, 0), 0),
     "swin": (17, 4, (9, 4, 4, 0), 0),
     "swin v2": (17, 4, (0, 4, 4, 9), 0),

@@ -18,10 +18,11 @@ from huggingface_hub.utils import close_session
 from safetensors.torch import save_file
 
 from calib.errors import UserError
+from calib.outputs import outputs_from, task_of
 from calib.weights import load as weights
 from calib.weights.load import load_net, state_sha256
 from calib.weights.state import without_prefixes
-from calib.weights.zoo import ZOO, ModelSpec
+from calib.weights.zoo import ZOO, ModelSpec, resolve_model
 
 VIT = ModelSpec("tiny", "test_vit.r160_in1k")
 RESNET = ModelSpec("tiny_resnet", "test_resnet.r160_in1k")
@@ -176,6 +177,24 @@ def test_the_classes_are_those_of_the_checkpoint(tmp_path, spec, classes):
     x = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         torch.testing.assert_close(loaded.net(x), fine_tuned.eval()(x))
+
+
+@pytest.mark.parametrize("classes", [None, 6])
+def test_a_head_that_projects_into_the_space_of_texts_gives_features(tmp_path, classes):
+    spec, weights = resolve_model("vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"), "random"
+    if classes:  # a classifier that was trained from it
+        weights = str(write(tmp_path / "tuned.pth", timm.create_model(spec.tag, num_classes=classes).state_dict()))
+    loaded, images = load_net(spec, weights), torch.zeros(1, 3, 224, 224)
+    found = loaded.net(images)
+    assert found.shape == (1, classes or 512)
+    assert task_of(loaded.net, outputs_from({"output": found})) == ("classifier" if classes else "features")
+    assert load_net(VIT, "random").net.num_classes == 1000
+
+
+def test_clip_reads_images_as_its_authors_did():
+    spec = replace(ZOO["clip_b32_image"], tag="vit_xsmall_patch16_clip_224.tinyclip_yfcc15m")
+    assert load_net(spec, "random").data_config["crop_pct"] == 1.0
+    assert load_net(replace(spec, crop_pct=None), "random").data_config["crop_pct"] == 0.9
 
 
 def test_other_classes_and_another_difference_are_refused(tmp_path):

@@ -44,13 +44,19 @@ def test_a_manifest_is_read(tmp_path):
     assert len(found.id) == 64
 
 
-def test_a_package_with_named_inputs_is_refused_in_one_line(tmp_path):
-    ids = {"name": "ids", "dtype": "int64", "min": [1, 12], "opt": [8, 12], "max": [32, 12]}
-    with pytest.raises(
-        UserError, match=r"takes named inputs, and only packages of networks that take one image"
-    ) as caught:
-        read(tmp_path, lambda manifest: manifest.update(preprocessing=None, io={**manifest["io"], "inputs": [ids]}))
-    assert "\n" not in str(caught.value)
+IDS = {"name": "ids", "dtype": "int64", "min": [1, 12], "opt": [8, 12], "max": [32, 12]}
+TIME = {"name": "t", "dtype": "float16", "min": [1], "opt": [8], "max": [32]}
+
+
+def named(*inputs):
+    """A change to the manifest of a network with these inputs."""
+    return lambda manifest: manifest.update(preprocessing=None, io={**manifest["io"], "inputs": [*inputs]})
+
+
+def test_a_manifest_with_named_inputs_is_read(tmp_path):
+    found = read(tmp_path, named(IDS, TIME))
+    assert found.inputs == (ServedTensor("ids", "int64", (12,)), ServedTensor("t", "float16", ()))
+    assert found.preprocessing is None
 
 
 def executed(value):
@@ -107,6 +113,10 @@ HOSTILE = {
     "truth for bytes": at(["files", "model.engine", "bytes"], True),
     "text for bytes": at(["files", "model.engine", "bytes"], "70"),
     "no engine among the files": at(["files"], {"model.onnx": {"sha256": "1" * 64, "bytes": 30}}),
+    "ids in the place of an image": at(["io", "inputs", 0], IDS),
+    "named inputs of another type": named({**IDS, "dtype": "uint8"}),
+    "named inputs of other batches": named(IDS, {**TIME, "opt": [4]}),
+    "no preprocessing and nothing said of it": lambda manifest: manifest.pop("preprocessing"),
     "number for a driver": at(["host", "driver"], 580),
 }
 
