@@ -91,7 +91,10 @@ def taken(name: str) -> dict[str, Any]:
             return {"reason": f"no package within {TIMEOUT_S} s"}
     seconds = round(time.perf_counter() - start, 1)
     if done.returncode == 0:
-        return {**figures(json.loads(done.stdout)), "seconds": seconds}
+        try:
+            return {**figures(json.loads(done.stdout)), "seconds": seconds}
+        except json.JSONDecodeError:
+            return {"reason": f"printed no JSON: {done.stdout[:200]!r}", "bug": True, "seconds": seconds}
     last = (done.stderr.strip().splitlines() or [f"ended with exit code {done.returncode}"])[-1]
     return {"reason": last[:300], "bug": done.returncode not in (1, 2), "seconds": seconds}
 
@@ -155,7 +158,7 @@ def main(patterns: Sequence[str]) -> int:
                 rows[name] = {**run.result(), "commit": commit}
                 report = write(rows, chosen, commit)
                 print(f"{report['tried']}/{len(chosen)} {name}: {json.dumps(rows[name])}", flush=True)
-        except KeyboardInterrupt:
+        except BaseException:  # without waiting for all that is left
             pool.shutdown(cancel_futures=True)
             raise
     print(f"{report['green']} of {report['tried']} networks reached a verified package")

@@ -27,6 +27,10 @@ def test_a_refusal_is_its_line_and_a_traceback_is_a_bug(monkeypatch):
     monkeypatch.setattr(subprocess, "run", done(-9))
     assert coverage.taken("resnet18")["reason"] == "ended with exit code -9"
     assert coverage.taken("resnet18")["bug"]
+    monkeypatch.setattr(subprocess, "run", done(0, out="WARNING of a library\n{}"))
+    row = coverage.taken("resnet18")
+    assert row["bug"]
+    assert "printed no JSON: 'WARNING of a library" in row["reason"]
 
 
 ROW = {

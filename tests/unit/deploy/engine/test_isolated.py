@@ -39,6 +39,10 @@ def hears():
     return "nothing"
 
 
+def prints(text):
+    os.write(1, text)
+
+
 def waits():
     time.sleep(600)
 
@@ -112,3 +116,10 @@ def test_a_builder_that_crashes_is_one_line():
 def test_a_backend_that_is_missing_is_a_bug():
     with pytest.raises(ModuleNotFoundError):
         build_apart(SimpleNamespace(__name__="no.such.backend", NAME=""), graph(), Profile(), None)
+
+
+def test_what_native_code_prints_stays_out_of_stdout(capfd):
+    isolated(prints, b"WARNING of a builder\n")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "WARNING of a builder" in err
