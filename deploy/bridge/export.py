@@ -5,6 +5,7 @@ A strongly typed engine takes its types from the graph, so one trace becomes two
 """
 
 import ast
+import builtins
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ def _require_any_number(model: ir.Model, kind: str) -> None:
         if value.shape is None or value.shape.is_static(0):
             raise UserError(
                 f"{kind} fixes the number of samples of '{value.name}' when it is traced: expected a forward pass for any "
-                f"number; write x.shape[0] where it says len(x), int(x.shape[0]) or a number"
+                f"number; write x.shape[0] where it says int(x.shape[0]) or a number"
             )
 
 
@@ -180,6 +181,21 @@ def _said_in_one_line(kind: str) -> Iterator[None]:
 
 
 @contextmanager
+def _len_that_varies() -> Iterator[None]:
+    """Let `len(x)` of a tensor be its first size as the trace knows it: Python's own makes a fixed number of it."""
+    plain = builtins.len
+
+    def traced(x: Any) -> Any:
+        return x.shape[0] if isinstance(x, Tensor) and x.ndim else plain(x)
+
+    builtins.len = traced
+    try:
+        yield
+    finally:
+        builtins.len = plain
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the progress that the exporter prints on stdout and stderr."""
     with quiet("torch.onnx"), redirect_stdout(io.StringIO()):
@@ -207,7 +223,13 @@ def onnx_from_net(
             )
     named = None if isinstance(example, Tensor) else dict(example)
     each = {0: torch.export.Dim("batch")}
-    with _quiet(), torch.no_grad(), _said_in_one_line(type(net).__name__), separate_outputs(net):
+    with (
+        _quiet(),
+        torch.no_grad(),
+        _said_in_one_line(type(net).__name__),
+        separate_outputs(net),
+        _len_that_varies(),
+    ):
         program = torch.onnx.export(
             net,
             (example,) if named is None else (),

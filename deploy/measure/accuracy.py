@@ -1,5 +1,6 @@
 """The fidelity of a quantized network: how close its outputs are to those of the float network."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -84,9 +85,10 @@ def sqnr_interval_db(reference: np.ndarray, output: np.ndarray, sources: Sequenc
 
 
 def relative_l2(reference: np.ndarray, output: np.ndarray) -> float:
-    """The relative L2 difference |output - reference| / |reference| over all elements."""
+    """The relative L2 difference |output - reference| / |reference| over all elements; of zeros it is 0 or infinite."""
     reference = reference.astype(np.float64)
-    return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
+    noise, signal = (float(np.linalg.norm(each)) for each in (output - reference, reference))
+    return noise / signal if signal else (math.inf if noise else 0.0)
 
 
 def joined_rows(outputs: Outputs, sizes: Outputs | None = None) -> np.ndarray:

@@ -110,7 +110,20 @@ class Fixed(nn.Module):
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x):
+        return self.layer(x.flatten(1)[:, :4]).reshape(int(x.shape[0]), 4)
+
+
+class ByLength(Fixed):
+    def forward(self, x):
         return self.layer(x.flatten(1)[:, :4]).reshape(len(x), 4)
+
+
+def test_the_length_of_a_tensor_follows_the_number_of_samples(tmp_path):
+    net, images = ByLength().eval(), torch.rand(5, 3, 2, 2)
+    onnx.save(export_float(net, (2, 2)), tmp_path / "net.onnx")
+    torch.testing.assert_close(torch.from_numpy(OnnxRunner(tmp_path / "net.onnx")(images.numpy())), net(images))
+    assert len(images) == 5  # Python's own again
+    assert type(len([])) is int
 
 
 def test_a_forward_pass_for_one_number_of_samples_is_refused():

@@ -36,6 +36,8 @@ def test_sqnr_of_known_noise():
     assert sqnr_db(reference, reference) == MAX_SQNR_DB
     assert math.isnan(sqnr_db(reference, np.full_like(reference, np.nan)))
     assert relative_l2(reference, reference + 0.1) == pytest.approx(0.1)
+    assert relative_l2(0 * reference, 0 * reference) == 0
+    assert relative_l2(0 * reference, reference) == np.inf
 
 
 def test_the_mean_over_images_is_not_decided_by_the_worst_one():
