@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from calib.structure.channels import PASSED_ON
+from calib.structure.channels import PASSED_ON, SUMS
+from calib.structure.channels import PRODUCTS as FACTORS
 from calib.structure.trace import LAYER_OPERATORS, Trace, ancestors, aten, shape
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvTransposeNd)
@@ -130,8 +131,12 @@ def _numbers(node: fx.Node) -> int:
 
 
 def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
-    """Whether a layer reads one position, taken from more by pooling or selection and not by a convolution or a view."""
-    if _positions(node) > 1:
+    """Whether a layer reads one position, taken from more by pooling or selection and not by a convolution or a view.
+
+    Where no layer computes more than one, as in the decoding step of a language model, none is behind pooling: what
+    reduces there are the means of norms and the halves of a rotation.
+    """
+    if _positions(node) > 1 or all(_positions(each) == 1 for each in plain):
         return False
     waiting, seen = [node], set()
     while waiting:
@@ -147,6 +152,26 @@ def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
         else:
             waiting += each.all_input_nodes
     return False
+
+
+def _is_condition(node: fx.Node) -> bool:
+    """Whether a layer computes one position per sample, and all that comes of it scales or shifts many positions.
+
+    So do the layers that read the time step and the class of a diffusion network (adaLN, FiLM).
+    """
+    if _positions(node) > 1:
+        return False
+    waiting, seen = [node], {node}
+    while waiting:
+        each = waiting.pop()
+        for user in each.users:
+            if user.op == "output":
+                return False
+            spread = user.target in (*SUMS, *FACTORS, aten.sub.Tensor) and _numbers(user) > _numbers(each)
+            if not spread and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return True
 
 
 def _why_unwritten(trace: Trace, module: nn.Module) -> str | None:
@@ -189,6 +214,8 @@ def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx
         why = "the last layer: its error goes straight into the output"
     elif _pooled(node, plain):
         why = "it computes one position per image, behind pooling: INT8 saves no time"
+    elif _is_condition(node):
+        why = "it computes one position per sample, which scales or shifts all others: INT8 saves no time"
     elif min(inputs, outputs) < FEWEST:
         why = f"{inputs} channels in and {outputs} out are too few for an INT8 kernel"
     return why, unwritten is None
