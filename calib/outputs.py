@@ -16,6 +16,7 @@ SAME_REL_L2 = 1e-2  # of two runs; random weights can amplify float32's rounding
 NO_OUTPUT = 1e-6  # root mean square below which an output is nothing but rounding errors
 OUTPUT = "output"  # the name of a single one
 CLASSIFIER, FEATURES, PICTURES, VALUES = "classifier", "features", "pictures", "values"  # tasks: what the outputs are
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,13 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
 
 
 def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> str:
-    """Return what the outputs are: logits of classes, features, pictures, or values of any other kind.
+    """Return what the outputs are: logits of classes, features, pictures, logits of tokens, or values of any other kind.
 
-    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`.
+    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`; one whose one
+    output (B, T, vocabulary) tells the token behind each of T places by `returns_tokens`.
     """
+    if getattr(net, "returns_tokens", False) is True and [len(each.shape) for each in outputs] == [2]:
+        return TOKENS
     if getattr(net, "returns_pictures", False) is True and [len(each.shape) for each in outputs] == [3]:
         return PICTURES
     if len(outputs) > 1 or len(outputs[0].shape) > 1:

@@ -107,9 +107,14 @@ def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
     return found
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """Return everything that reads `node` through operators that only pass values on, and the outputs among them."""
-    seen, waiting = set(), [node]
+def _is_last(node: fx.Node) -> bool:
+    """Whether the network returns what a layer computes, and nothing in it reads that, but to pass values on.
+
+    Keys and values that a decoding step returns for later steps are read by its own attention too: their layers are inner
+    ones.
+    """
+    seen: set[fx.Node] = set()
+    waiting = [node]
     while waiting:
         each = waiting.pop()
         for user in each.users:
@@ -117,7 +122,9 @@ def _behind(node: fx.Node) -> set[fx.Node]:
                 seen.add(user)
                 if user.target in PASSED_ON:
                     waiting.append(user)
-    return seen
+    return any(each.op == "output" for each in seen) and all(
+        each.op == "output" or each.target in PASSED_ON for each in seen
+    )
 
 
 def _positions(node: fx.Node) -> int:
@@ -210,7 +217,7 @@ def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx
     why = unwritten
     if first and inputs <= FEWEST_FIRST:
         why = f"the first layer: {inputs} input channels are too few for INT8, and its error reaches every layer"
-    elif trace.last in _behind(node):
+    elif _is_last(node):
         why = "the last layer: its error goes straight into the output"
     elif _pooled(node, plain):
         why = "it computes one position per image, behind pooling: INT8 saves no time"

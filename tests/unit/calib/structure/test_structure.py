@@ -50,6 +50,8 @@ EXPECTED = {
     "nfnet": (24, 4, (0, 0, 15, 0), 0),
     "mixer": (8, 2, (2, 0, 4, 2), 0),
     "levit": (15, 3, (0, 0, 8, 7), 0),
+    "siglip": (12, 2, (6, 3, 3, 0), 2),
+    "sam 2": (23, 5, (10, 5, 5, 0), 0),
     "hiera": (23, 5, (10, 5, 5, 0), 0),
     "own module": (8, 2, (2, 3, 0, 0), 0),
     "chain": (3, 3, (0, 3, 0, 0), 0),
@@ -566,3 +568,22 @@ class Step(nn.Module):
 def test_a_network_that_computes_one_position_is_not_taken_for_what_follows_pooling():
     found = structure_of(Step().eval(), torch.randn(1, 1, 16))
     assert {name for name, layer in found.layers.items() if layer.why_float is None} == {"first", "second"}
+
+
+class Cache(nn.Module):
+    """Values that the network returns and reads itself, behind those of earlier steps, and logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        values = self.values(x)
+        return self.head(F.relu(self.mix(F.relu(torch.cat([x, values], 1))))), values.transpose(1, 2)
+
+
+def test_what_is_returned_and_read_inside_comes_from_no_last_layer():
+    found = structure_of(Cache().eval(), torch.randn(1, 4, 16))
+    assert {name for name, layer in found.layers.items() if layer.why_float is None} == {"values", "mix"}
+    assert found.why_float("head") == "the last layer: its error goes straight into the output"
+    assert not any(place.producer == "values" for place in found.places), "a scale there would reach the output"

@@ -1,0 +1,15 @@
+"""Logits of the token behind every place of a text, (N, T, vocabulary), as language models return them."""
+
+from typing import Any
+
+import numpy as np
+
+from deploy.measure.tasks.classifier import measures as of_classes
+
+TOP1 = True  # whether `measures` gives an agreement of top-1 results
+
+
+def measures(reference: np.ndarray, output: np.ndarray, _labels: np.ndarray | None) -> dict[str, Any]:
+    """Return how often the next token is the same, over all places of all texts, and the divergence of probabilities."""
+    exact, found = (logits.reshape(-1, logits.shape[-1]) for logits in (reference, output))
+    return {**of_classes(exact, found, None), "top1_kind": "next token"}
