@@ -169,3 +169,131 @@ def test_the_file_of_dit_is_a_script(dit_file):
     done = subprocess.run([sys.executable, dit_file, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "{write,compare,convert}" in done.stdout
+
+
+DECODERS = (
+    ("TOKENS = 64", "TOKENS = 12"), ('"vocab_size": 1000, "hidden_size": 256', '"vocab_size": 50, "hidden_size": 64'),
+    ('"intermediate_size": 512', '"intermediate_size": 96'), ('"ffn_dim": 512', '"ffn_dim": 96'),
+    ('"num_hidden_layers": 4', '"num_hidden_layers": 2'), ('"word_embed_proj_dim": 256', '"word_embed_proj_dim": 64'),
+    ("Path(__file__).parents[2]", f"'{ROOT}'"),
+)  # fmt: skip
+LINEAR_LAYERS = {"Llama": 7, "OPT": 6}  # of a decoder block
+
+
+@pytest.fixture(scope="module")
+def decoders_file(tmp_path_factory):
+    """The example with networks of two blocks."""
+    return smaller(tmp_path_factory.mktemp("decoders"), "decoder_blocks.py", *DECODERS)
+
+
+@pytest.mark.parametrize("factory", ["LlamaPrefill", "OPTPrefill", "LlamaStep", "OPTStep"])
+def test_a_language_model_computes_all_its_linear_layers_in_int8(decoders_file, tmp_path, capsys, monkeypatch, factory):
+    monkeypatch.delenv("DECODER", raising=False)
+    module = loaded(decoders_file)
+    assert module.main(["write", factory, "--samples", "30", "--to", str(tmp_path)]) == 0
+    files = ("--calib", tmp_path / "calib.npz", "--eval", tmp_path / "eval.npz", "--calib-images", 16)
+    package, report, manifest = engine(decoders_file, factory, tmp_path, "--recipe", "int8_plain", *files)
+    blocks = 2 * LINEAR_LAYERS[factory.removesuffix("Prefill").removesuffix("Step")]
+    assert (len(manifest["planned_int8_layers"]), report["engine"]["lost"]) == (blocks, [])
+    assert {*report["float_layers"]} == {"net.lm_head"}
+    assert report["fidelity"]["sqnr_db"] > 25
+    names = {kind: [each["name"] for each in manifest["io"][kind]] for kind in ("inputs", "outputs")}
+    if factory.endswith("Step"):
+        assert names["inputs"] == ["input_ids", "attention_mask", "keys", "values"]
+        assert names["outputs"] == ["logits", "new_keys", "new_values"]
+    else:
+        assert manifest["task"] == "tokens"
+        assert report["fidelity"]["top1_kind"] == "next token"
+        assert report["fidelity"]["top1_agreement"] > 0.8
+    capsys.readouterr()
+    assert module.main(["compare", str(package), str(tmp_path / "eval.npz"), "--weights", "random"]) == 0
+    told = capsys.readouterr().out
+    assert "RANDOM WEIGHTS" in told
+    places = 6 if factory.endswith("Step") else 72
+    assert re.search(rf"next token the same as float's: \d+\.\d% of {places} places", told)
+    assert ("perplexity: float " in told) == factory.endswith("Prefill")
+
+
+@pytest.mark.parametrize("name", ["Llama", "OPT"])
+def test_steps_behind_a_past_tell_what_the_whole_text_does(decoders_file, monkeypatch, name):
+    monkeypatch.delenv("DECODER", raising=False)
+    module = loaded(decoders_file)
+    torch.manual_seed(0)
+    step = module.FACTORIES[f"{name}Step"]().eval()
+    ids = np.random.default_rng(0).integers(0, 50, (3, 12))
+    given = {key: torch.from_numpy(array) for key, array in module.step_arrays(step, ids).items()}
+    with torch.no_grad():
+        found = step(**given)
+        whole = module.Prefill.forward(step, torch.from_numpy(ids), torch.ones(3, 12, dtype=torch.int64))
+        longer = module.step_arrays(step, np.concatenate([ids, ids[:, :1]], 1))
+    torch.testing.assert_close(found["logits"], whole[:, -1], atol=1e-5, rtol=1e-4)
+    for which in ("keys", "values"):
+        added = torch.cat([given[which], found[f"new_{which}"]], 3)
+        torch.testing.assert_close(added, torch.from_numpy(longer[which]), atol=1e-5, rtol=1e-4)
+
+
+def test_perplexity_is_torchs_and_leaves_out_what_fills_up(decoders_file):
+    generator = np.random.default_rng(0)
+    logits, ids = generator.normal(size=(2, 5, 7)), generator.integers(0, 7, (2, 5))
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    losses = [
+        torch.nn.functional.cross_entropy(
+            torch.from_numpy(rows[: count - 1]), torch.from_numpy(row[1:count]), reduction="sum"
+        )
+        for rows, row, count in zip(logits, ids, mask.sum(1), strict=True)
+    ]
+    assert loaded(decoders_file).perplexity(logits, ids, mask) == pytest.approx(float(torch.exp(sum(losses) / 6)))
+
+
+BAD_IDS = {
+    "no file": (None, "cannot be read"),
+    "another type": (np.zeros((4, 12), np.int32), r"holds int32 \(4, 12\): expected int64 \(N, 12\)"),
+    "other tokens": (np.zeros((4, 9), np.int64), r"holds int64 \(4, 9\)"),
+    "beyond the vocabulary": (np.full((4, 12), 50), "holds ids from 50 to 50: expected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDS)
+def test_ids_that_the_network_cannot_read_are_one_line(decoders_file, tmp_path, capsys, case):
+    ids, message = BAD_IDS[case]
+    if ids is not None:
+        np.save(tmp_path / "ids.npy", ids)
+    command = ["write", "OPTPrefill", "--ids", str(tmp_path / "ids.npy"), "--to", str(tmp_path)]
+    assert loaded(decoders_file).main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{message}", line), line
+
+
+DEPTH = (
+    ("SIDE = 518", "SIDE = 56"), ("LAYERS = (3, 6, 9, 12)", "LAYERS = (1, 2, 3, 4)"),
+    ('"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6',
+     '"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2'),
+    ('384, "neck_hidden_sizes": [48, 96, 192, 384], "fusion_hidden_size": 64',
+     '64, "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 16'),
+)  # fmt: skip
+
+
+def test_depth_anything_becomes_an_engine(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEPTH", raising=False)
+    path = smaller(tmp_path, "depth_anything.py", *DEPTH)
+    images = np.random.default_rng(0).integers(0, 256, (24, 60, 60, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    files = ("--calib", tmp_path / "images.npz", "--calib-images", 8)
+    _, report, manifest = engine(path, "Depth", tmp_path, "--recipe", "int8_plain", *files)
+    assert manifest["task"] == "values"
+    assert (len(manifest["planned_int8_layers"]), report["engine"]["lost"]) == (53, [])
+    assert report["engine"]["int8_gemms"] >= 16
+    assert "transposed convolution" in report["float_layers"]["net.neck.reassemble_stage.layers.0.resize"]
+    assert report["fidelity"]["sqnr_db"] > 15
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "layers", "blocks"),
+    [("dinov3_s", 64, 48, 12), ("siglip_b", 32, 52, 12), ("sam2_hiera_t", 128, 51, 12)],
+)
+def test_encoders_by_name_quantize_all_but_their_first_layer(capsys, name, side, layers, blocks):
+    """At their own sizes the numbers are the same; tests/contract/test_families.py takes small ones to engines."""
+    assert cli.main(["structure", name, "--input", str(side), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["quantized"]), len(found["blocks"])) == (layers, blocks)
+    assert {*found["float"]} - {"attn_pool.q"} == {"patch_embed.proj"}
