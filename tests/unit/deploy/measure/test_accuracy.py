@@ -86,5 +86,5 @@ def test_rows_that_are_zero_in_both_are_equal():
 
 
 def test_an_unknown_task_is_no_task():
-    with pytest.raises(ValueError, match="expected classifier, features, pictures, values"):
-        task_module("boxes")
+    with pytest.raises(ValueError, match="expected classifier, features, pictures, tokens, values"):
+        task_module("boxses")
