@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass, tree_flatten_with_path, tree_leaves
 
 from calib.errors import UserError, first_line
-from calib.task import BOXES, CLASSIFIER, FEATURES, PICTURES, VALUES, Task, boxes_of
+from calib.task import BOXES, CLASSIFIER, FEATURES, PICTURES, TOKENS, VALUES, Task, boxes_of
 
 SAME_REL_L2 = 1e-2  # of two runs; random weights can amplify float32's rounding, not to as much
 NO_OUTPUT = 1e-6  # root mean square below which an output is nothing but rounding errors
@@ -169,14 +169,17 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
 
 
 def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
-    """Return what the outputs are: logits of classes, features, pictures, boxes, or values of any other kind.
+    """Return what the outputs are: logits of classes or of tokens, features, pictures, boxes, or values of any other kind.
 
-    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`; a detector says
-    by its attribute `boxes` how its outputs become boxes. Raises UserError if what it says does not fit its outputs.
+    A network whose one output (B, 3, H, W) is a picture in 0..1 says so by its attribute `returns_pictures`; one whose one
+    output (B, T, vocabulary) tells the token behind each of T places by `returns_tokens`; a detector says by `boxes` how its
+    outputs become boxes. Raises UserError if what it says there does not fit its outputs.
     """
     described = getattr(net, "boxes", None)
     if described is not None and not isinstance(described, Tensor) and not callable(described):
         return Task(BOXES, boxes_of(described, {each.name: each.shape for each in outputs}, type(net).__name__))
+    if getattr(net, "returns_tokens", False) is True and [len(each.shape) for each in outputs] == [2]:
+        return Task(TOKENS)
     if getattr(net, "returns_pictures", False) is True and [len(each.shape) for each in outputs] == [3]:
         return Task(PICTURES)
     if len(outputs) > 1 or len(outputs[0].shape) > 1:

@@ -6,7 +6,8 @@ from typing import Any
 
 from calib.errors import UserError, suggestion
 
-CLASSIFIER, FEATURES, PICTURES, BOXES, VALUES = "classifier", "features", "pictures", "boxes", "values"
+CLASSIFIER, FEATURES, PICTURES, BOXES = "classifier", "features", "pictures", "boxes"
+TOKENS, VALUES = "tokens", "values"
 CORNERS, CENTERS, DELTAS, BINS = "corners", "centers", "deltas", "bins"
 SIGMOID, SOFTMAX = "sigmoid", "softmax"
 FORMS = (CORNERS, CENTERS, DELTAS, BINS)

@@ -18,7 +18,7 @@ from torch import nn
 from calib.device import CPU
 from calib.errors import UserError, first_line, of_types, several_types
 from calib.hooks import output_hooks
-from calib.images.image_set import ImageSet, image_sets
+from calib.images.image_set import ImageSet, Reading, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.input_rows import arrays_from_rows
 from calib.inputs import Inputs
@@ -77,12 +77,20 @@ from deploy.stages import FOLD, CalibrationImages, Stage, halves_of
 from deploy.verify import Reference, cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
+PIXELS = BATCH * 448 * 448  # of all images of a pass: 16 of 896 x 896 took more than 15 GB in SAM 2's encoder
 GOLDEN_IMAGES = 8
 KEPT_BYTES = 1 << 27  # of a set of images: 220 of 224 x 224
 RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
 COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
 
 Lines = Sequence[str]  # what a stage tells
+
+
+def per_pass(reading: Reading) -> int:
+    """Return how many images or samples go through a network at once: fewer of large images, whose tensors are large."""
+    if isinstance(reading, Inputs):
+        return BATCH
+    return max(1, min(BATCH, PIXELS // (reading.height * reading.width)))
 
 
 class Batches:
@@ -94,11 +102,12 @@ class Batches:
     def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
         self.images, self.progress, self.convert = images, progress, convert
         self._kept: list[np.ndarray] = []
+        self.per_pass = per_pass(images.preprocessing)
 
     def __iter__(self) -> Iterator[Any]:
         kept: list[np.ndarray] = []
         small = False
-        for number, batch in enumerate(self.progress.bar(self._kept or self.images.batches(BATCH), len(self))):
+        for number, batch in enumerate(self.progress.bar(self._kept or self.images.batches(self.per_pass), len(self))):
             if not number:  # the last one may be smaller than the others
                 small = batch.nbytes * len(self) <= KEPT_BYTES
             if small:
@@ -107,7 +116,7 @@ class Batches:
         self._kept = kept
 
     def __len__(self) -> int:
-        return -(-self.images.count // BATCH)
+        return -(-self.images.count // self.per_pass)
 
 
 def _to(device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
@@ -244,7 +253,8 @@ def read_images(run: Run) -> Lines:
         {
             "network": [run.spec.tag, run.spec.img_size, run.loaded.sha256],
             "images": run.calibration.sha256,
-            "batch": BATCH, "seed": options.seed, "device": run.device.type, "precision": asdict(run.recipe.precision),
+            "batch": per_pass(run.calibration.preprocessing), "seed": options.seed, "device": run.device.type,
+            "precision": asdict(run.recipe.precision),
         }
     )  # fmt: skip
     found = f"{run.calibration.count} to calibrate, {run.evaluation.count} to judge; {run.calibration.source}"

@@ -39,6 +39,11 @@ TIMM = {
         {"img_size": 64, "embed_dim": (32, 48), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 16},
         64,
     ),
+    "sam 2": (
+        "sam2_hiera_tiny",
+        {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1), "global_att_blocks": (3,), "window_spec": (4, 4, 4, 2)},
+        64,
+    ),
     "hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1)}, 64),
 }  # fmt: skip
 

@@ -14,7 +14,8 @@ from deploy.named_toml import named_path, read_toml, stems
 from deploy.recipe import Recipe, recipe_from_tables
 
 FOLDER = Path(__file__).parent
-KEYS = ("title", "source", "notes", "first_last", "models", "float", "published", "ours")
+KEYS = ("title", "source", "notes", "first_last", "models", "float", "published", "ours", "not_run")
+KEYS_NOT_RUN = ("network", "where", "figures", "why", "rows")
 MISSING = "-"  # stands for a number that the paper does not give
 FLOAT_BITS = "32/32"
 
@@ -26,6 +27,21 @@ class Published:
     bits: str
     method: str
     top1: dict[str, float]
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """What the paper gives for a network that `make table` does not run, and `why` it does not.
+
+    `where`: its table in the paper. `figures`: what the numbers of a row are. `rows`: bits, method, one number per figure,
+    None for one that the paper does not give.
+    """
+
+    network: str
+    where: str
+    figures: tuple[str, ...]
+    why: str
+    rows: tuple[tuple[str, str, tuple[float | None, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,7 @@ class Table:
     models: tuple[str, ...]
     published: tuple[Published, ...]
     experiments: tuple[Experiment, ...]
+    not_run: tuple[NotRun, ...] = ()
 
 
 def table_names() -> tuple[str, ...]:
@@ -71,6 +88,22 @@ def _published(bits: str, method: str, numbers: Sequence[Any], models: Sequence[
     if wrong := [number for number in given.values() if not isinstance(number, int | float) or not 0 <= number <= 100]:
         raise UserError(f"{where}: '{method}' at {bits} has {wrong[0]!r}; expected % or '{MISSING}'")
     return Published(bits, method, given)
+
+
+def _not_run(given: Any, where: str) -> NotRun:
+    if not isinstance(given, dict) or {*given} != {*KEYS_NOT_RUN}:
+        raise UserError(f"{where}: a [[not_run]] has {', '.join(given)}; expected {', '.join(KEYS_NOT_RUN)}")
+    figures, rows = given["figures"], []
+    for bits, method, *numbers in given["rows"]:
+        if len(numbers) != len(figures) or not all(
+            isinstance(each, int | float) or each == MISSING for each in numbers
+        ):
+            raise UserError(
+                f"{where}: {given['network']}, '{method}' at {bits} has {numbers}; expected {len(figures)} numbers or "
+                f"'{MISSING}': {', '.join(figures)}"
+            )
+        rows.append((bits, method, tuple(None if each == MISSING else each for each in numbers)))
+    return NotRun(given["network"], given["where"], tuple(figures), given["why"], tuple(rows))
 
 
 def _experiments(lines: dict[str, Any], first_last: int, where: str) -> tuple[Experiment, ...]:
@@ -111,6 +144,7 @@ def table_from_toml(path: Path) -> Table:
         models=tuple(models),
         published=tuple(rows),
         experiments=_experiments(content["ours"], content.get("first_last", 8), where),
+        not_run=tuple(_not_run(each, where) for each in content.get("not_run", ())),
     )
 
 

@@ -256,6 +256,7 @@ def table(options: TableOptions) -> tuple[Path, dict[str, Any]]:
         "paper": paper.name, "title": paper.title, "source": paper.source, "notes": list(paper.notes),
         "published_models": list(paper.models),
         "published": [asdict(each) for each in paper.published],
+        "not_run": [asdict(each) for each in paper.not_run],
         "models": models,
         "rows": rows,
         "machine": host.describe(),
@@ -299,6 +300,20 @@ def _lines(result: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str
                 yield bits, who, method, [str(found.get(column, "")) for column in columns]
 
 
+def _print_not_run(console: Console, groups: Sequence[dict[str, Any]]) -> None:
+    """Print what the paper gives for other networks, and why it was not run."""
+    for group in groups:
+        shown = RichTable(title=f"{group['network']}, {group['where']}", title_justify="left")
+        for name in ("bits", "method"):
+            shown.add_column(name)
+        for name in group["figures"]:
+            shown.add_column(name, justify="right")
+        for bits, method, numbers in group["rows"]:
+            shown.add_row(bits, method, *("" if each is None else f"{each:g}" for each in numbers))
+        console.print(shown)
+        console.print(f"published, not run: {group['why']}", markup=False, soft_wrap=True)
+
+
 def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None) -> None:
     """Print published and measured numbers by bits on `stream` (stdout by default)."""
     columns = list(result["models"])
@@ -318,6 +333,7 @@ def print_table(result: dict[str, Any], path: Path, stream: TextIO | None = None
         last = bits
         shown.add_row(bits, who, method, *cells)
     console.print(shown)
+    _print_not_run(console, result["not_run"])
     for text in (
         "bits: weights/inputs; numbers: top-1 on ImageNet in %, or SQNR to float in dB and top-1 agreement with float",
         *([f"published: {result['source']}"] if result["source"] else []),

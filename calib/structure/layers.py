@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from calib.structure.channels import PASSED_ON
+from calib.structure.channels import PASSED_ON, SUMS
+from calib.structure.channels import PRODUCTS as FACTORS
 from calib.structure.trace import LAYER_OPERATORS, Trace, ancestors, aten, shape
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvTransposeNd)
@@ -106,9 +107,14 @@ def not_plain(trace: Trace, plain: Mapping[fx.Node, str]) -> dict[str, str]:
     return found
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """Return everything that reads `node` through operators that only pass values on, and the outputs among them."""
-    seen, waiting = set(), [node]
+def _is_last(node: fx.Node) -> bool:
+    """Whether the network returns what a layer computes, and nothing in it reads that, but to pass values on.
+
+    Keys and values that a decoding step returns for later steps are read by its own attention too: their layers are inner
+    ones.
+    """
+    seen: set[fx.Node] = set()
+    waiting = [node]
     while waiting:
         each = waiting.pop()
         for user in each.users:
@@ -116,7 +122,9 @@ def _behind(node: fx.Node) -> set[fx.Node]:
                 seen.add(user)
                 if user.target in PASSED_ON:
                     waiting.append(user)
-    return seen
+    return any(each.op == "output" for each in seen) and all(
+        each.op == "output" or each.target in PASSED_ON for each in seen
+    )
 
 
 def _positions(node: fx.Node) -> int:
@@ -130,8 +138,12 @@ def _numbers(node: fx.Node) -> int:
 
 
 def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
-    """Whether a layer reads one position, taken from more by pooling or selection and not by a convolution or a view."""
-    if _positions(node) > 1:
+    """Whether a layer reads one position, taken from more by pooling or selection and not by a convolution or a view.
+
+    Where no layer computes more than one, as in the decoding step of a language model, none is behind pooling: what
+    reduces there are the means of norms and the halves of a rotation.
+    """
+    if _positions(node) > 1 or all(_positions(each) == 1 for each in plain):
         return False
     waiting, seen = [node], set()
     while waiting:
@@ -147,6 +159,26 @@ def _pooled(node: fx.Node, plain: Mapping[fx.Node, str]) -> bool:
         else:
             waiting += each.all_input_nodes
     return False
+
+
+def _is_condition(node: fx.Node) -> bool:
+    """Whether a layer computes one position per sample, and all that comes of it scales or shifts many positions.
+
+    So do the layers that read the time step and the class of a diffusion network (adaLN, FiLM).
+    """
+    if _positions(node) > 1:
+        return False
+    waiting, seen = [node], {node}
+    while waiting:
+        each = waiting.pop()
+        for user in each.users:
+            if user.op == "output":
+                return False
+            spread = user.target in (*SUMS, *FACTORS, aten.sub.Tensor) and _numbers(user) > _numbers(each)
+            if not spread and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return True
 
 
 def _why_unwritten(trace: Trace, module: nn.Module) -> str | None:
@@ -185,10 +217,12 @@ def _why_float(trace: Trace, node: fx.Node, module: nn.Module, plain: Mapping[fx
     why = unwritten
     if first and inputs <= FEWEST_FIRST:
         why = f"the first layer: {inputs} input channels are too few for INT8, and its error reaches every layer"
-    elif trace.last in _behind(node):
+    elif _is_last(node):
         why = "the last layer: its error goes straight into the output"
     elif _pooled(node, plain):
         why = "it computes one position per image, behind pooling: INT8 saves no time"
+    elif _is_condition(node):
+        why = "it computes one position per sample, which scales or shifts all others: INT8 saves no time"
     elif min(inputs, outputs) < FEWEST:
         why = f"{inputs} channels in and {outputs} out are too few for an INT8 kernel"
     return why, unwritten is None

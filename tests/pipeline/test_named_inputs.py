@@ -179,7 +179,8 @@ def test_what_is_kept_may_be_left_out_and_the_structure_is_told(files, tmp_path,
     argv = ["structure", "--module", f"{files / 'nets.py'}:denoiser", "--calib", str(tmp_path / "few.npz"), "--json"]
     assert cli.main(argv) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"body.0.conv", "time.1"} <= {*found["quantized"]}
+    assert {"body.0.conv", "body.1.conv"} <= {*found["quantized"]}
+    assert "one position per sample" in found["float"]["time.1"]
     assert [block["name"] for block in found["blocks"]] == ["body.0", "body.1"]
 
 

@@ -37,6 +37,12 @@ float = [81.39, 84.54]
 [ours]
 "max" = { bits = ["4/4", "6/32"], calibrate = { observer = "max" } }
 "max + gptq" = { bits = ["4/4"], calibrate = { observer = "max" }, method = { name = "gptq" } }
+[[not_run]]
+network = "A detector"
+where = "table 8"
+figures = ["MB", "AP"]
+why = "needs data"
+rows = [["32/32", "float", 12.5, 40.0], ["8/8", "Theirs", "-", 39.5]]
 """
 COUNTS = ["--calib-images", "16", "--eval-images", "8"]
 
@@ -83,7 +89,8 @@ def test_rows_hold_figures_settings_and_where_they_come_from(paper, capsys):
     assert {"machine", "commit", "command", "published"} <= result.keys()
     assert f"PAPER={paper} MODELS=vit_s,deit_s CALIB_IMAGES=16 EVAL_IMAGES=8" in result["command"]
     shown = capsys.readouterr().out
-    for text in ("A paper", "Theirs", "65.05", "max + gptq", " dB ", "published: table 7", "a remark", "written to"):
+    for text in ("A paper", "Theirs", "65.05", "max + gptq", " dB ", "published: table 7", "a remark", "written to",
+                 "A detector, table 8", "39.5", "published, not run: needs data"):  # fmt: skip
         assert text in shown
     weights_only, both = (
         next(row["fidelity"]["sqnr_db"] for row in result["rows"] if row["bits"] == bits) for bits in ("6/32", "4/4")

@@ -1,5 +1,6 @@
 """What stages refuse."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from calib.errors import UserError
 from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
+from calib.inputs import Input, Inputs
 from deploy import steps
 from deploy.engine.kernels import Kernel
 from deploy.progress import Progress
@@ -66,12 +68,18 @@ def test_a_backend_without_fp16_has_no_twin():
 class Counted:
     """A set of 20 images of one value each, which counts how often it is read."""
 
-    count, reads = 20, 0
+    count, reads, preprocessing = 20, 0, PLAIN
 
     def batches(self, size):
         self.reads += 1
         for start in range(0, self.count, size):
             yield np.full((min(size, self.count - start), 3, 2, 2), start, np.float32)
+
+
+@pytest.mark.parametrize(("side", "count"), [(224, 16), (448, 16), (518, 11), (896, 4), (8192, 1)])
+def test_fewer_large_images_go_through_a_network_at_once(side, count):
+    assert steps.per_pass(replace(PLAIN, height=side, width=side)) == count
+    assert steps.per_pass(Inputs((Input("latent", "float32", (4, side, side)),))) == 16
 
 
 @pytest.mark.parametrize(("most", "reads"), [(20 * 12 * 4 + 12 * 4 * 12, 1), (100, 3), (4 * 12 * 4 * 2, 3)])

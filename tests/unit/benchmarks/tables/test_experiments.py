@@ -36,6 +36,36 @@ def test_a_table_parses_and_rounding_never_beats_float(name):
     assert all(each.recipe.precision.first_last == first_last for each in table.experiments)
 
 
+# (table, network, bits, method, numbers) read from the papers, of networks that are not run.
+PRINTED_ONLY = [
+    ("qwt", "DETR ResNet-50", "8/8", "MinMax + QwT", (58.4, 41.7)),
+    ("qwt", "CLIP ViT-B/32, both towers", "8/8", "RepQ-ViT + QwT", (252.6, 54.6)),
+    ("qwt", "DiT-XL/2, 50 steps, cfg 1.5", "8/8", "Q-DiT + QwT", (707, 5.35, 236.91)),
+    ("qwt", "DiT-XL/2, 100 steps, cfg 1.5", "4/8", "Q-DiT + QwT", (5.86, 18.29, 221.66, 0.7678, 0.6915)),
+    ("qwt", "LLaMA3-8B", "4/16", "GPTQ + QwT", (6.80, 6.63, 9.38, 65.18)),
+    ("erq", "Cascade R-CNN Swin-T", "4/4", "ERQ", (47.9, 42.1)),
+    ("erq", "Mask R-CNN Swin-S", "4/8", "ERQ", (46.1, 42.2)),
+    ("adaq", "RetinaNet MobileNet-v2", "2/2", "AdaQTransform on NWQ", (18.10,)),
+    ("adaq", "OPT-6.7B", "8/8", "naive", (41.9,)),
+    ("adaq", "EDSR x4", "4/4", "AdaQTransform", (31.41, 0.845, 27.55, 0.742, 26.81, 0.698, 24.64, 0.718)),
+]
+
+
+@pytest.mark.parametrize(("name", "network", "bits", "method", "numbers"), PRINTED_ONLY)
+def test_published_rows_of_networks_that_are_not_run_are_known(name, network, bits, method, numbers):
+    (found,) = (group for group in load_table(name).not_run if group.network == network)
+    assert [row for row in found.rows if row[:2] == (bits, method)] == [(bits, method, numbers)]
+    assert found.rows[0][1] == "float"
+    assert found.why.startswith("needs ")
+
+
+def test_all_tables_of_the_three_papers_are_known():
+    found = {name: {group.where.partition(";")[0] for group in load_table(name).not_run} for name in table_names()}
+    assert found["qwt"] == {f"table {number}" for number in (5, 6, 7, 8)} | {"appendix, table 4", "appendix, table 5"}
+    assert found["erq"] == {"tables 3 and 12"}
+    assert found["adaq"] == {"table 5", "table 6", "table 7"}
+
+
 @pytest.mark.parametrize("name", table_names())
 def test_rows_have_the_bits_they_name_and_no_name_twice(name):
     table = load_table(name)
@@ -79,6 +109,14 @@ BAD = {
     "option": (GOOD + '[ours]\na = {bits = ["4/4"], calibrate = {observe = "max"}}\n', "Did you mean 'observer'"),
     "method": (GOOD + '[ours]\na = {bits = ["4/4"], method = {name = "gptk"}}\n', "Did you mean 'gptq'"),
     "not TOML": ("[ours", "cannot be read"),
+    "no reason": (
+        GOOD + '[[not_run]]\nnetwork = "n"\n' + OURS,
+        r"a \[\[not_run\]\] has network; expected network, where",
+    ),
+    "a figure too few": (
+        GOOD + '[[not_run]]\nnetwork = "n"\nwhere = "t"\nfigures = ["AP"]\nwhy = "w"\nrows = [["4/4", "m"]]\n' + OURS,
+        r"n, 'm' at 4/4 has \[\]; expected 1 numbers or '-': AP",
+    ),
 }
 
 

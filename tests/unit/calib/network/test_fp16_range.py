@@ -66,6 +66,20 @@ def test_attention_scores_are_seen():
     assert (found.module, found.largest) == ("net (attention scores)", 4000.0)
 
 
+class GroupedScores(nn.Module):
+    """Four heads of queries, the last of them large, and two of keys and values."""
+
+    def forward(self, x):
+        heads = torch.tensor([1.0, 1.0, 1.0, 1000.0])[None, :, None, None]
+        kv = x[:, :2] * torch.tensor([0.0, 1.0])[None, :, None, None]
+        return F.scaled_dot_product_attention(x * heads, kv, kv, enable_gqa=True)
+
+
+def test_scores_of_grouped_queries_are_those_with_their_own_keys():
+    found = fp16_range(GroupedScores(), [torch.ones(2, 4, 3, 4)])
+    assert (found.module, found.largest) == ("net (attention scores)", 2000.0)
+
+
 def test_the_module_that_overflows_first_is_named():
     net = nn.Sequential(Gain(3e4), Gain(3.0), Gain(10.0))
     with pytest.raises(UserError, match="'1' reaches 9e"):

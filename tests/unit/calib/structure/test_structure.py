@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from calib.errors import UserError
 from calib.hooks import input_hooks
+from calib.input_rows import join_inputs
+from calib.inputs import Input, Inputs
 from calib.network.fold import fold_affine
 from calib.quant_model import QuantModel
 from calib.structure.moves import FRONT, INSERT, LAYER, NORM, move
@@ -50,6 +52,7 @@ EXPECTED = {
     "nfnet": (24, 4, (0, 0, 15, 0), 0),
     "mixer": (8, 2, (2, 0, 4, 2), 0),
     "levit": (15, 3, (0, 0, 8, 7), 0),
+    "sam 2": (23, 5, (10, 5, 5, 0), 0),
     "hiera": (23, 5, (10, 5, 5, 0), 0),
     "own module": (8, 2, (2, 3, 0, 0), 0),
     "chain": (3, 3, (0, 3, 0, 0), 0),
@@ -519,3 +522,69 @@ def test_a_scale_in_front_of_a_layer_is_told_apart_from_one_that_is_absorbed():
     lines = "\n".join(structure_lines(structure_of(PostNorm().eval(), torch.randn(1, 4, 16))))
     assert "in front of layer" in lines
     assert "-> layer" not in lines
+
+
+class Conditioned(nn.Module):
+    """Tokens that a vector scales and shifts; the vector comes out too where `returned`."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+        self.embed, self.modulate, self.add = nn.Linear(16, 24), nn.Linear(24, 32), nn.Linear(24, 16)
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, tokens, vector):
+        vector = F.silu(self.embed(vector))
+        scale, shift = self.modulate(vector).chunk(2, 1)
+        x = self.first(tokens) * (1 + scale[:, None]) + shift[:, None]
+        x = self.head(F.relu(self.second(x) + self.add(vector)[:, None]))
+        return (x, vector) if self.returned else x
+
+
+@pytest.mark.parametrize("tokens", [6, 1])
+@pytest.mark.parametrize("returned", [False, True])
+def test_layers_of_a_vector_that_scales_and_shifts_all_tokens_stay_in_float(tokens, returned):
+    net = Conditioned(returned).eval()
+    join_inputs(net, Inputs((Input("tokens", "float32", (tokens, 16)), Input("vector", "float32", (16,)))))
+    found = structure_of(net, torch.randn(1, tokens * 16 + 16))
+    floats = {name for name, layer in found.layers.items() if "scales or shifts all others" in str(layer.why_float)}
+    expected = {"modulate", "add"} | (set() if returned else {"embed"})
+    assert floats == (expected if tokens > 1 else set()), "a vector that scales one token is as large as the token"
+    assert {"first", "second"} <= {name for name, layer in found.layers.items() if layer.why_float is None}
+    assert all(found.layers[name].roundable for name in floats)
+
+
+class Step(nn.Module):
+    """One token of a text at a time: a norm without means, as RMSNorm, and a half of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.first(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+        return self.head(F.relu(self.second(x[..., :16] * x[..., 16:])))
+
+
+def test_a_network_that_computes_one_position_is_not_taken_for_what_follows_pooling():
+    found = structure_of(Step().eval(), torch.randn(1, 1, 16))
+    assert {name for name, layer in found.layers.items() if layer.why_float is None} == {"first", "second"}
+
+
+class Cache(nn.Module):
+    """Values that the network returns and reads itself, behind those of earlier steps, and logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        values = self.values(x)
+        return self.head(F.relu(self.mix(F.relu(torch.cat([x, values], 1))))), values.transpose(1, 2)
+
+
+def test_what_is_returned_and_read_inside_comes_from_no_last_layer():
+    found = structure_of(Cache().eval(), torch.randn(1, 4, 16))
+    assert {name for name, layer in found.layers.items() if layer.why_float is None} == {"values", "mix"}
+    assert found.why_float("head") == "the last layer: its error goes straight into the output"
+    assert not any(place.producer == "values" for place in found.places), "a scale there would reach the output"

@@ -89,5 +89,5 @@ def test_rows_that_are_zero_in_both_are_equal():
 
 
 def test_an_unknown_task_is_no_task():
-    with pytest.raises(ValueError, match="expected boxes, classifier, features, pictures, values"):
+    with pytest.raises(ValueError, match="expected boxes, classifier, features, pictures, tokens, values"):
         task_module("sounds")

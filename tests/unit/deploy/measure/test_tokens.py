@@ -1,0 +1,30 @@
+"""The measures of a language model: every place of every text counts alike."""
+
+import numpy as np
+import pytest
+
+from calib.outputs import Output, task_of
+from calib.task import TOKENS, VALUES, Task
+from deploy.measure.accuracy import fidelity
+
+
+def test_the_next_token_is_compared_at_every_place():
+    generator = np.random.default_rng(0)
+    exact = generator.normal(size=(3, 4, 7)).astype(np.float32)
+    other = exact.copy()
+    other[1, 2] = np.roll(other[1, 2], 1)
+    found = fidelity({"output": exact}, {"output": other}, Task(TOKENS))
+    assert (found.top1_agreement, found.top1_kind) == (pytest.approx(11 / 12), "next token")
+    (p, q) = (np.exp(rows[1, 2].astype(float)) / np.exp(rows[1, 2].astype(float)).sum() for rows in (exact, other))
+    assert found.kl == pytest.approx(float((p * np.log(p / q)).sum()) / 12)
+    assert found.top1 is None
+
+
+class Says:
+    returns_tokens = True
+
+
+def test_a_network_says_that_its_outputs_are_tokens():
+    assert task_of(Says(), (Output("output", (12, 50)),)) == Task(TOKENS)
+    assert task_of(object(), (Output("output", (12, 50)),)) == Task(VALUES)
+    assert task_of(Says(), (Output("a", (12, 50)), Output("b", (12, 50)))) == Task(VALUES)
