@@ -384,8 +384,6 @@ def load_net(
         UserError: the weights cannot be fetched or read, do not fit exactly, or are not finite; `inputs` are not those of
             the network's forward pass; or a network of the user's own cannot be copied.
     """
-    import timm
-
     pinned = PUBLISHED[spec.published] if weights == "auto" and spec.published else None
     net, source = _built(spec, weights, seed, pinned is not None)
     if pinned is not None:
@@ -406,18 +404,9 @@ def load_net(
     named: Inputs | None = None
     if spec.factory and inputs is not None and not _says_images(spec, net):
         named = _joined(net, inputs())
-    elif spec.factory:
-        data_config, warnings = _own_images(spec, net)
     else:
-        data_config = timm.data.resolve_model_data_config(net)
-    if spec.img_size is not None:
-        data_config["input_size"] = (3, *spec.img_size)
-    if data_config and isinstance(said := getattr(net, "boxes", None), Mapping):
-        net.boxes = {**said, "image": tuple(data_config["input_size"][1:])}  # type: ignore[assignment]
-    if spec.crop_pct is not None:
-        data_config["crop_pct"] = spec.crop_pct
-    if pinned is not None:
-        data_config.update(pinned.data_config)
+        data_config, warnings = _images(spec, net)
+        data_config |= {} if pinned is None else pinned.data_config
     if spec.factory and weights == "auto":
         warnings.append(
             "no checkpoint was given: the weights are those that the factory made, untrained if it loads none"
@@ -427,6 +416,23 @@ def load_net(
     return LoadedNet(
         net, source, state_sha256(net), weights == "random", data_config, tuple(warnings), module, named, digest
     )
+
+
+def _images(spec: ModelSpec, net: "nn.Module") -> tuple[dict[str, Any], list[str]]:
+    """Return (timm's description of the images that `net` reads, warnings on what was assumed).
+
+    A detector is told the size of its images (edits `net`).
+    """
+    import timm
+
+    found, warnings = _own_images(spec, net) if spec.factory else (timm.data.resolve_model_data_config(net), [])
+    if spec.img_size is not None:
+        found["input_size"] = (3, *spec.img_size)
+    if spec.crop_pct is not None:
+        found["crop_pct"] = spec.crop_pct
+    if isinstance(said := getattr(net, "boxes", None), Mapping):
+        net.boxes = {**said, "image": tuple(found["input_size"][1:])}  # type: ignore[assignment]
+    return found, warnings
 
 
 def _joined(net: "nn.Module", inputs: "Inputs") -> "Inputs":
