@@ -26,7 +26,7 @@ MARGIN = 8.0  # other images exceed the largest value of a few images, but rarel
 
 
 def _scores(query: Tensor, key: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
-    """The attention scores q k^T times scale, as the exported graph computes them"""
+    """The attention scores q k^T times scale, as the exported graph computes them."""
     if key.shape[-3] < query.shape[-3]:  # grouped queries: every head of keys serves several
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     return query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,122 @@
+"""Detectors by the commands of docs/models.md, at small sizes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deploy import cli
+from deploy.verify import verify_package
+from tests.docs.pages import ROOT
+from tests.pipeline.test_task_examples import EXAMPLES, engine, loaded, smaller
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 16 images of noise with a bright rectangle each."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(16):
+        pixels = generator.integers(0, 128, (64, 96, 3), dtype=np.uint8)
+        top, left = generator.integers(0, 32, 2)
+        pixels[top : top + 24, left : left + 40] += 100
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_retinanet_by_name(photos, tmp_path):
+    argv = [
+        "engine", "--model", "retinanet_r18", "--weights", "random", "--recipe", "int8_plain", "--input", "64x96",
+        "--batch", "1", "--max-batch", "4", "--cache", "off", "--out", str(tmp_path), "--calib", str(photos),
+        "--target", "tensorrt_rtx", "--sm", "89",
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    (found,) = tmp_path.rglob("manifest.json")
+    manifest, report = (json.loads((found.parent / f"{name}.json").read_text()) for name in ("manifest", "report"))
+    assert verify_package(found.parent) == []
+    assert (manifest["task"], manifest["boxes"]["image"]) == ("boxes", [64, 96])
+    assert report["engine"]["planned"] == 67
+    assert report["engine"]["lost"] == []
+
+
+def test_detr(photos, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.delenv("DETR", raising=False)
+    _, report, manifest = engine(
+        EXAMPLES / "detr.py", "small", tmp_path, "--recipe", "int8_plain", "--input", "64x96", "--calib", photos
+    )
+    assert (manifest["task"], manifest["boxes"]["background"]) == ("boxes", -1)
+    assert report["engine"]["fused_attention"] == 6
+    assert report["engine"]["lost"] == []
+
+
+@pytest.fixture(scope="module")
+def faster(tmp_path_factory):
+    """The example with a ResNet-18, and the file of its weights."""
+    folder = tmp_path_factory.mktemp("faster")
+    path = smaller(
+        folder, "faster_rcnn.py", ('BACKBONE = "resnet50"', 'BACKBONE = "resnet18"'),
+        ("CLASSES = 640, 91", "CLASSES = 640, 5"), ("Path(__file__).parents[2]", f"'{ROOT}'"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = loaded(path).whole()
+    torch.nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight, std=0.5)  # so that some classes are certain
+    torch.save(net.state_dict(), folder / "weights.pth")
+    return path, folder / "weights.pth"
+
+
+def test_the_two_parts_of_faster_rcnn_are_torchvisions_network(faster, monkeypatch):
+    path, weights = faster
+    monkeypatch.setenv("FASTER_RCNN", str(weights))
+    example, images = loaded(path), torch.rand(2, 3, 64, 96)
+    net = example.whole()
+    net.transform.min_size, net.transform.max_size = (64,), 96
+    net.transform.image_mean, net.transform.image_std = [0, 0, 0], [1, 1, 1]
+    with torch.no_grad():
+        expected = net(list(images))
+        found = example.detect(net, images, example.Proposals().eval(), example.Regions().eval())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(theirs["scores"]) > 5
+        for name in ("boxes", "scores", "labels"):
+            torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_faster_rcnn_becomes_two_engines_that_are_compared_together(faster, photos, tmp_path, monkeypatch, capsys):
+    path, weights = faster
+    monkeypatch.setenv("FASTER_RCNN", str(weights))
+    example = loaded(path)
+    first, report, manifest = engine(
+        path,
+        "Proposals",
+        tmp_path / "a",
+        "--weights",
+        "auto",
+        "--recipe",
+        "int8_plain",
+        "--input",
+        "64",
+        "--calib",
+        photos,
+    )
+    assert (manifest["task"], manifest["boxes"]["classes"]) == ("boxes", 1)
+    assert report["engine"]["lost"] == []
+    regions = tmp_path / "regions.npz"
+    assert example.main(["write", str(photos), "--side", "64", "--to", str(regions)]) == 0
+    with np.load(regions) as arrays:
+        assert arrays["regions"].shape[1:] == (256, 7, 7)
+        assert len(set(arrays["groups"])) == 16
+    second, report, _ = engine(
+        path, "Regions", tmp_path / "b", "--weights", "auto", "--recipe", "int8_plain", "--calib", regions
+    )
+    assert report["engine"]["int8_gemms"] == 2
+    capsys.readouterr()
+    assert example.main(["compare", str(first), str(second), str(photos)]) == 0
+    assert "boxes of the float network: AP 0." in capsys.readouterr().out
+    monkeypatch.delenv("FASTER_RCNN")
+    assert example.main(["compare", str(first), str(second), str(photos)]) == 2
+    assert "built from other weights" in capsys.readouterr().err
