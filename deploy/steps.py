@@ -3,6 +3,7 @@
 A stage is a function of the `Run`: it reads and writes fields of it, and returns the lines that tell what came of it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -79,6 +80,9 @@ from deploy.verify import Reference, cpu_speed, verify_fidelity
 BATCH = 16  # images per forward pass on the CPU
 PIXELS = BATCH * 448 * 448  # of all images of a pass: 16 of 896 x 896 took more than 15 GB in SAM 2's encoder
 GOLDEN_IMAGES = 8
+JUDGED_BYTES = (
+    1 << 30
+)  # of the float network's outputs on all images that judge; the INT8 network's are held beside them
 KEPT_BYTES = 1 << 27  # of a set of images: 220 of 224 x 224
 RANGE_IMAGES = 32  # calibration images the float network must fit FP16 on
 COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the calibrated ranges
@@ -227,6 +231,13 @@ def load(run: Run) -> Lines:
     return (run.loaded.source,)
 
 
+def _few_enough(images: ImageSet, outputs: Sequence[Output]) -> ImageSet:
+    """Return as many of the evaluation images as have outputs that fit into memory, where these are pictures or maps."""
+    values = sum(math.prod(each.shape) for each in outputs)
+    most = max(JUDGED_BYTES // (4 * values), GOLDEN_IMAGES)
+    return images if images.count <= most else replace(images.subset(0, most), too_many=images.count - most)
+
+
 def read_images(run: Run) -> Lines:
     """Images to calibrate on and to judge on; with the weights they are what every later state depends on."""
     options, inputs = run.options, run.loaded.inputs
@@ -234,6 +245,7 @@ def read_images(run: Run) -> Lines:
     run.calibration, run.evaluation = image_sets(
         options.calib, options.evaluation, preprocessing, options.calib_images, seed=options.seed
     )
+    run.evaluation = _few_enough(run.evaluation, run.outputs)
     if options.limits.max_drop is not None:
         options.limits.max_drop.require_images(run.evaluation.count)
     if run.task.name == CLASSIFIER:

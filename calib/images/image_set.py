@@ -43,6 +43,7 @@ class ImageSet:
     duplicates: int = 0  # files left out because an earlier one has the same content (0 in a held-out set)
     labels: tuple[int, ...] | None = None  # class index of each image
     overlap: int = 0  # evaluation images left out because their content or group is in the calibration set
+    too_many: int = 0  # images left out because the outputs of more would not fit into memory
 
     @property
     def count(self) -> int:
@@ -64,6 +65,8 @@ class ImageSet:
             found.append(f"{len(self.other_pictures)} pictures of kinds that cannot be read, convert them: {some}")
         if self.duplicates:
             found.append(f"{self.duplicates} duplicates left out: the same content as another image")
+        if self.too_many:
+            found.append(f"{self.too_many} left out: the outputs of so many {self.kind} would not fit into memory")
         return found
 
     @property

@@ -55,16 +55,32 @@ class Fidelity:
         return asdict(self)
 
 
+def powers(reference: np.ndarray, output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of squares of `reference` and of its difference from `output` (N, ...) by row, (N,) each.
+
+    Rows are looked at one by one: the outputs of many images would take much memory in float64.
+    """
+    signal, noise = np.zeros(len(reference)), np.zeros(len(reference))
+    for row, (exact, found) in enumerate(zip(reference, output, strict=True)):
+        exact = exact.astype(np.float64)
+        signal[row], noise[row] = np.square(exact).sum(), np.square(exact - found).sum()
+    return signal, noise
+
+
+def _db(signal: float, noise: float) -> float:
+    return MAX_SQNR_DB if noise == 0 else min(float(10 * np.log10(signal / noise)), MAX_SQNR_DB)
+
+
 def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
     """The signal to quantization-noise ratio in dB over all elements, at most MAX_SQNR_DB; NaN if an element is NaN."""
-    noise = float(((reference.astype(np.float64) - output) ** 2).sum())
-    signal = float((reference.astype(np.float64) ** 2).sum())
-    return MAX_SQNR_DB if noise == 0 else min(float(10 * np.log10(signal / noise)), MAX_SQNR_DB)
+    of_one = reference.ndim == 1
+    signal, noise = powers(reference[None], output[None]) if of_one else powers(reference, output)
+    return _db(signal.sum(), noise.sum())
 
 
 def mean_sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
     """The mean over images of `sqnr_db` (dB): unlike `sqnr_db` of all, one image with much noise cannot dominate it."""
-    return float(np.mean([sqnr_db(*rows) for rows in zip(reference, output, strict=True)]))
+    return float(np.mean([_db(*row) for row in zip(*powers(reference, output), strict=True)]))
 
 
 def sqnr_interval_db(reference: np.ndarray, output: np.ndarray, sources: Sequence[int]) -> tuple[float, float]:
@@ -73,8 +89,7 @@ def sqnr_interval_db(reference: np.ndarray, output: np.ndarray, sources: Sequenc
     `sources` (N,): the number of the source image of every row. The draws are seeded, so the interval is reproducible.
     """
     of_row = np.unique(np.asarray(sources), return_inverse=True)[1]
-    signal = np.bincount(of_row, (reference.astype(np.float64) ** 2).sum(1))
-    noise = np.bincount(of_row, ((reference.astype(np.float64) - output) ** 2).sum(1))
+    signal, noise = (np.bincount(of_row, each) for each in powers(reference, output))
     generator = np.random.default_rng(0)
     found = []
     for _ in range(RESAMPLES):
@@ -108,8 +123,11 @@ def joined_rows(outputs: Outputs, sizes: Outputs | None = None) -> np.ndarray:
 
 def mean_cosine(reference: np.ndarray, output: np.ndarray) -> float:
     """The mean over rows (N, D) of their cosine; 1 for a row that is zero in both."""
-    cosines = (unit(reference) * unit(output)).sum(1)
-    return float(np.where(reference.any(1) | output.any(1), cosines, 1.0).mean())
+    cosines = [
+        float((unit(exact[None]) * unit(found[None])).sum()) if exact.any() or found.any() else 1.0
+        for exact, found in zip(reference, output, strict=True)
+    ]
+    return float(np.mean(cosines))
 
 
 def fidelity(

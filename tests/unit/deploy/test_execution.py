@@ -11,6 +11,7 @@ from torch import nn
 from calib.input_rows import arrays_from_rows, join_inputs
 from calib.inputs import Input, Inputs
 from calib.network.qdq import quantized_net
+from calib.task import Task
 from deploy.bridge.export import export_float, export_fp16, export_pair
 from deploy.engine.backends import tensorrt
 from deploy.engine.build import Profile, serialize_network
@@ -34,7 +35,7 @@ def package(tmp_path_factory):
     onnx.save(fp32, folder / MODEL_FP32)
     onnx.save(export_float(model.float_net, (SIZE, SIZE)), folder / "float.onnx")
     images = [batch.numpy() for batch in tiny_batches(4, seed=7)]
-    reference = Reference(folder / "float.onnx", images, images[0], "features")
+    reference = Reference(folder / "float.onnx", images, images[0], Task("features"))
     verdict = verify_fidelity(folder, reference)
     assert verdict.failure() is None
     return folder, fp16, reference, verdict
@@ -102,7 +103,7 @@ def test_an_engine_with_named_inputs_is_given_them_in_its_types(api_of, monkeypa
     ]
     given = arrays_from_rows(inputs, rows.numpy())
     with EngineRunner(plan, trt) as run:
-        found = executed(run, HERE.name, tmp_path, Reference(tmp_path / MODEL_FP32, [given], given, "features"))
+        found = executed(run, HERE.name, tmp_path, Reference(tmp_path / MODEL_FP32, [given], given, Task("features")))
     assert found.fidelity.count == 6
     assert min(found.golden_db) > 50
 

@@ -13,10 +13,11 @@ from calib.errors import UserError
 from calib.images.image_set import ImageSet
 from calib.images.preprocess import Preprocessing
 from calib.inputs import Input, Inputs
+from calib.outputs import Output
 from deploy import steps
 from deploy.engine.kernels import Kernel
 from deploy.progress import Progress
-from deploy.steps import _check_labels, _outputs
+from deploy.steps import _check_labels, _few_enough, _outputs
 
 PLAIN = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
@@ -95,3 +96,15 @@ def test_a_small_set_is_read_once_and_stays_what_it_was(monkeypatch, most, reads
         for batch in found:
             batch.fill_(7)
     assert images.reads == reads
+
+
+def test_so_many_images_judge_as_have_outputs_that_fit_into_memory(monkeypatch):
+    images = ImageSet("made up", PLAIN, tuple(range(100)), labels=tuple(range(100)))
+    maps = (Output("scores", (10, 4)), Output("boxes", (10, 4)))  # 320 bytes an image
+    assert _few_enough(images, maps) is images
+    monkeypatch.setattr(steps, "JUDGED_BYTES", 320 * 40)
+    fewer = _few_enough(images, maps)
+    assert (fewer.count, fewer.labels, fewer.too_many) == (40, tuple(range(40)), 60)
+    assert fewer.left_out() == ["60 left out: the outputs of so many images would not fit into memory"]
+    monkeypatch.setattr(steps, "JUDGED_BYTES", 1)
+    assert _few_enough(images, maps).count == steps.GOLDEN_IMAGES
