@@ -61,6 +61,7 @@ class Run:
     model: "QuantModel" = field(init=False)
     calibration: "ImageSet" = field(init=False)
     evaluation: "ImageSet" = field(init=False)
+    annotations: "list[np.ndarray] | None" = field(init=False)  # boxes of the evaluation images (K, 6) each
     golden: "np.ndarray" = field(init=False)  # a few evaluation images (B, 3, H, W), which go into the package
     images: "CalibrationImages" = field(init=False)
     key: str = field(init=False)  # of the state of `model`

@@ -19,6 +19,7 @@ from torch import nn
 from calib.device import CPU
 from calib.errors import UserError, first_line, of_types, several_types
 from calib.hooks import output_hooks
+from calib.images.annotations import annotations_of, boxes_from_coco
 from calib.images.image_set import ImageSet, Reading, image_sets
 from calib.images.preprocess import preprocessing_from_config
 from calib.input_rows import arrays_from_rows
@@ -37,6 +38,7 @@ from calib.outputs import (
 )
 from calib.quant_model import QuantModel
 from calib.scales.coverage import coverage
+from calib.store.paths import expanded
 from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.task import CLASSIFIER
@@ -238,6 +240,18 @@ def _few_enough(images: ImageSet, outputs: Sequence[Output]) -> ImageSet:
     return images if images.count <= most else replace(images.subset(0, most), too_many=images.count - most)
 
 
+def _annotations(run: Run) -> list[np.ndarray] | None:
+    """Return the boxes that COCO's annotations tell of the evaluation images of a detector; None without."""
+    said, folder, reading = run.task.boxes, run.options.evaluation, run.evaluation.preprocessing
+    if said is None or folder is None or isinstance(reading, Inputs):
+        return None
+    path = annotations_of(expanded(folder, "EVAL"))
+    if path is None:
+        return None
+    names = [picture.name for picture in run.evaluation.pictures]
+    return boxes_from_coco(path, names, reading, said.classes, said.background)
+
+
 def read_images(run: Run) -> Lines:
     """Images to calibrate on and to judge on; with the weights they are what every later state depends on."""
     options, inputs = run.options, run.loaded.inputs
@@ -248,6 +262,7 @@ def read_images(run: Run) -> Lines:
     run.evaluation = _few_enough(run.evaluation, run.outputs)
     if options.limits.max_drop is not None:
         options.limits.max_drop.require_images(run.evaluation.count)
+    run.annotations = _annotations(run)
     if run.task.name == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])
     run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
@@ -413,7 +428,7 @@ def prove(run: Run) -> Lines:
 
 def verify(run: Run) -> Lines:
     """How near the graphs come to the float network on images that did not calibrate; ContractError if FP16 overflows."""
-    labels = None if run.evaluation.labels is None else np.array(run.evaluation.labels)
+    labels = run.annotations if run.evaluation.labels is None else np.array(run.evaluation.labels)
     images = Batches(run.evaluation, run.progress, partial(arrays_from_rows, run.loaded.inputs))
     run.reference = Reference(run.float_model, images, _golden(run), run.task, labels, run.evaluation.sources)
     run.verdict = verify_fidelity(run.folder, run.reference)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,14 +107,14 @@ class Reference:
     """The images that judge, and what the float network, the graph `float_model`, computes of them in ONNX Runtime.
 
     `batches`: re-iterable, images float32 (B, 3, H, W) or named inputs (B, ...). `golden`: a few of them. `task`: what the
-    outputs are. `labels`: (images,) class indices of a classifier. `sources`: the number of each image's source image.
+    outputs are. `labels`: as `fidelity` takes them. `sources`: the number of each image's source image.
     """
 
     float_model: Path
     batches: Iterable[Given]
     golden: Given
     task: Task
-    labels: np.ndarray | None = None
+    labels: Any = None
     sources: Sequence[int] | None = None
 
     @functools.cached_property

@@ -150,6 +150,18 @@ def _without_long_sides(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + kept_width, top + kept_height))
 
 
+def placed(boxes: np.ndarray, size: tuple[float, float], preprocessing: Preprocessing) -> np.ndarray:
+    """`boxes` (K, 4), left, top, right, bottom in pixels of an image of `size` (width, height), in the preprocessed image.
+
+    They are cut at its border. The image is not longer than LONGEST_ASPECT, and upright.
+    """
+    width, height = _resized_size(int(size[0]), int(size[1]), preprocessing)
+    left, top = _crop_start(width, preprocessing.width), _crop_start(height, preprocessing.height)
+    scale = np.array([width / size[0], height / size[1]] * 2)
+    moved = boxes * scale - np.array([left, top] * 2)
+    return np.clip(moved, 0, [preprocessing.width, preprocessing.height] * 2)
+
+
 def normalised(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """The pixels of an RGB image as float32 (3, H, W), (pixel / 255 - mean) / std per channel; no resizing."""
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)

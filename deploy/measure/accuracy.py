@@ -27,8 +27,9 @@ class Fidelity:
     classes. `psnr_db`, `ssim`: of pictures to the float network's, None for other outputs. `boxes`: those that the float
     network is certain of; `ap50`, `ap`: average precision beside them at an overlap of .5, and its mean over .5 to .95;
     `lost`: boxes without a counterpart, `moved_px`: median distance of the others' sides in pixels (tasks/boxes.py).
-    `top1`, `reference_top1`: accuracy on labels, None without labels. `sources`: number of source images,
-    `sqnr_interval_db`: 95 % bootstrap interval of `sqnr_db` over them; None where the source images are not known.
+    `true_ap`, `reference_true_ap`: average precision beside annotated boxes. `top1`, `reference_top1`: accuracy on
+    labels. Both are None without labels. `sources`: number of source images, `sqnr_interval_db`: 95 % bootstrap interval
+    of `sqnr_db` over them; None where the source images are not known.
     """
 
     count: int
@@ -47,6 +48,8 @@ class Fidelity:
     ap: float | None = None
     lost: int | None = None
     moved_px: float | None = None
+    true_ap: float | None = None
+    reference_true_ap: float | None = None
     sources: int | None = None
     sqnr_interval_db: tuple[float, float] | None = None
 
@@ -134,13 +137,13 @@ def fidelity(
     reference: Outputs,
     output: Outputs,
     task: Task,
-    labels: np.ndarray | None = None,
+    labels: Any = None,
     sources: Sequence[int] | None = None,
 ) -> Fidelity:
     """Compare `output` with `reference`, both with one entry per image on the first axis of every output.
 
-    `task`: what the outputs are. `labels` (N,) are class indices of a classifier, `sources` (N,) the
-    numbers of the images' source images.
+    `task`: what the outputs are. `labels`: class indices (N,) of a classifier, or of a detector N tables of annotated boxes
+    (calib/images/annotations.py). `sources` (N,): the numbers of the images' source images.
     """
     exact, found = joined_rows(reference), joined_rows(output, reference)
     return Fidelity(

@@ -40,6 +40,9 @@ def pictures_and_boxes(fidelity: Values) -> tuple[Row, ...]:
         rows.append(("AP of the boxes, the float network's being true", (every, ", at overlap .5 ", half)))
         lost: Line = (fidelity.figure("lost"), " of ", fidelity.figure("boxes"))
         rows.append(("boxes lost", lost))
+    if fidelity.holds("true_ap") and fidelity.holds("reference_true_ap"):
+        of_float = fidelity.figure("reference_true_ap", spec=".3f")
+        rows.append(("AP on annotations", (fidelity.figure("true_ap", spec=".3f"), ", the float network ", of_float)))
     if fidelity.holds("moved_px"):
         rows.append(
             ("sides of the others moved by", (fidelity.figure("moved_px", spec=".1f", unit=" pixels (median)"),))

@@ -138,6 +138,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if fidelity.get("boxes") is not None:
         rows.append((f"the float network's {fidelity['boxes']} boxes", _boxes(fidelity)))
+    if fidelity.get("true_ap") is not None:
+        rows.append(("AP on annotations", f"{fidelity['true_ap']:.3f} (float {fidelity['reference_true_ap']:.3f})"))
     if fidelity["kl"] is not None:
         rows.append(("KL of class probabilities", f"{fidelity['kl']:.4f} nats"))
     if fidelity["top1"] is not None:

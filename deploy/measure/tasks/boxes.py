@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from calib.images.annotations import CLASS, CROWD
 from calib.task import Task
 from deploy.measure.boxes import Found, decoded, overlaps
 from deploy.measure.outputs import Outputs
@@ -19,7 +20,8 @@ SAME = 0.5  # intersection over union of two boxes of one object
 def average_precision(truth: Sequence[Found], found: Sequence[Found]) -> tuple[float | None, float | None]:
     """The average precision of the boxes `found` at an overlap of .5, and its mean over .5, .55 to .95, by COCO's rules.
 
-    Both hold the boxes of the same images. None where no image has a true box.
+    Both hold the boxes of the same images. A true box with a score of 0 is a crowd: boxes in it count for nothing. None
+    where no image has a true box.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -27,7 +29,7 @@ def average_precision(truth: Sequence[Found], found: Sequence[Found]) -> tuple[f
     def rows(every: Sequence[Found]) -> list[dict[str, Any]]:
         return [
             {
-                "image_id": image, "category_id": int(kind), "score": float(score), "iscrowd": 0,
+                "image_id": image, "category_id": int(kind), "score": float(score), "iscrowd": int(score == 0),
                 "bbox": [*place[:2].tolist(), *(place[2:] - place[:2]).tolist()],
                 "area": float((place[2:] - place[:2]).prod()),
             }
@@ -76,11 +78,21 @@ def lost_and_moved(truth: Sequence[Found], found: Sequence[Found]) -> tuple[int,
     return lost, float(np.median(moved)) if moved else None
 
 
-def measures(reference: Outputs, output: Outputs, task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, task: Task, labels: Sequence[np.ndarray] | None) -> dict[str, Any]:
     """Return how well a network finds the boxes that the float network is certain of (a score above `CERTAIN`)."""
     assert task.boxes is not None
-    truth = [each.above(CERTAIN) for each in decoded(reference, task.boxes)]
-    found = [*decoded(output, task.boxes)]
+    exact, found = ([*decoded(outputs, task.boxes)] for outputs in (reference, output))
+    truth = [each.above(CERTAIN) for each in exact]
     ap50, ap = average_precision(truth, found)
     lost, moved = lost_and_moved(truth, found)
-    return {"boxes": sum(len(each.scores) for each in truth), "ap50": ap50, "ap": ap, "lost": lost, "moved_px": moved}
+    return {
+        "boxes": sum(len(each.scores) for each in truth), "ap50": ap50, "ap": ap, "lost": lost, "moved_px": moved,
+        **({} if labels is None else beside_labels(exact, found, labels)),
+    }  # fmt: skip
+
+
+def beside_labels(exact: Sequence[Found], found: Sequence[Found], labels: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return the average precision of both networks beside boxes that people drew (calib/images/annotations.py)."""
+    truth = [Found(each[:, :4], 1 - each[:, CROWD], each[:, CLASS].astype(np.int64)) for each in labels]
+    (_, of_float), (_, of_int8) = (average_precision(truth, each) for each in (exact, found))
+    return {"true_ap": of_int8, "reference_true_ap": of_float}

@@ -15,7 +15,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def measures(reference: Outputs, output: Outputs, _task: Task, labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, _task: Task, labels: Any) -> dict[str, Any]:
     """Return how often the class is the same, the divergence of probabilities, and accuracies if there are `labels` (N,)."""
     exact, found = only(reference), only(output)
     winner, reference_winner = found.argmax(1), exact.argmax(1)

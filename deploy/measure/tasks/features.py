@@ -25,7 +25,7 @@ def nearest_neighbours(features: np.ndarray) -> np.ndarray:
     return similarity.argmax(1)
 
 
-def measures(reference: Outputs, output: Outputs, _task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, _task: Task, _labels: Any) -> dict[str, Any]:
     """Return how often the most similar other image is the same one."""
     same = nearest_neighbours(only(reference)[:NEIGHBOUR_ROWS]) == nearest_neighbours(only(output)[:NEIGHBOUR_ROWS])
     return {"top1_agreement": float(same.mean()), "top1_kind": "nearest neighbour"}

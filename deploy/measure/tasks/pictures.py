@@ -27,6 +27,6 @@ def ssim(reference: np.ndarray, output: np.ndarray) -> float:
     return float(np.mean([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]))
 
 
-def measures(reference: Outputs, output: Outputs, _task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, _task: Task, _labels: Any) -> dict[str, Any]:
     """Return how near the pictures of a network come to those of the float network."""
     return {"psnr_db": psnr_db(only(reference), only(output)), "ssim": ssim(only(reference), only(output))}

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from calib.task import Task
 from deploy.measure.outputs import Outputs
 from deploy.measure.tasks.classifier import measures as of_classes
@@ -11,7 +9,7 @@ from deploy.measure.tasks.classifier import measures as of_classes
 TOP1 = True  # whether `measures` gives an agreement of top-1 results
 
 
-def measures(reference: Outputs, output: Outputs, task: Task, _labels: np.ndarray | None) -> dict[str, Any]:
+def measures(reference: Outputs, output: Outputs, task: Task, _labels: Any) -> dict[str, Any]:
     """Return how often the next token is the same, over all places of all texts, and the divergence of probabilities."""
     exact, found = (
         {name: logits.reshape(-1, logits.shape[-1]) for name, logits in each.items()} for each in (reference, output)

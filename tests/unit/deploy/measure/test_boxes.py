@@ -125,3 +125,22 @@ def test_a_detector_is_judged_by_its_boxes():
     assert (measured.boxes, measured.lost, measured.moved_px) == (2, 0, pytest.approx(1))
     assert measured.ap50 == pytest.approx(1)
     assert set(measured.outputs) == {"scores", "boxes"}
+
+
+def test_both_networks_are_measured_beside_annotations():
+    said = Boxes("corners", (64, 64), 2)
+    scores = np.full((2, 2, 2), -9, np.float32)
+    scores[:, 0, 1] = logit(0.9)
+    places = np.tile(np.array([[8, 8, 40, 40], [0, 0, 5, 5]], np.float32), (2, 1, 1))
+    drawn = np.array([[8, 8, 40, 40, 1, 0], [50, 50, 60, 60, 1, 1]], np.float64)
+    off = places.copy()
+    off[0] += 30
+    measured = fidelity(
+        {"scores": scores, "boxes": places}, {"scores": scores, "boxes": off}, Task("boxes", said), [drawn, drawn]
+    )
+    assert measured.reference_true_ap == pytest.approx(1)  # the crowd is no box that has to be found
+    assert measured.true_ap == pytest.approx(0.5, abs=0.01)
+    assert (
+        fidelity({"scores": scores, "boxes": places}, {"scores": scores, "boxes": off}, Task("boxes", said)).true_ap
+        is None
+    )
