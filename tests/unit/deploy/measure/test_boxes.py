@@ -139,8 +139,7 @@ def test_both_networks_are_measured_beside_annotations():
         {"scores": scores, "boxes": places}, {"scores": scores, "boxes": off}, Task("boxes", said), [drawn, drawn]
     )
     assert measured.reference_true_ap == pytest.approx(1)  # the crowd is no box that has to be found
-    assert measured.true_ap == pytest.approx(0.5, abs=0.01)
-    assert (
-        fidelity({"scores": scores, "boxes": places}, {"scores": scores, "boxes": off}, Task("boxes", said)).true_ap
-        is None
-    )
+    # one of two is found, behind a wrong box as certain: half of them right up to a recall of .5, at 51 of COCO's 101 places
+    assert measured.true_ap == pytest.approx(0.5 * 51 / 101)
+    same = {"scores": scores, "boxes": places}
+    assert fidelity(same, same, Task("boxes", said)).true_ap is None
