@@ -33,10 +33,10 @@ from deploy.run import Run
 from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
-IMAGES = ("calibration", "evaluation", "golden", "model", "images", "key")
+IMAGES = ("calibration", "evaluation", "annotations", "golden", "model", "images", "key")
 EXPORTED = ("simulation", "fp16", "fp32", "float_model")
 BUILT_FROM = ("fp16", "fp32", "float_model", "model", "loaded", "golden")
-JUDGED = ("float_model", "evaluation", "golden", "loaded", "task")
+JUDGED = ("float_model", "evaluation", "annotations", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
     "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "acceptance", "float_model",
