@@ -26,6 +26,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import intake
 from calib.weights.zoo import ZOO
 from deploy import host
@@ -35,10 +37,11 @@ ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/results/coverage.json", ROOT / "docs/coverage.md"
 PER_FILE = 2
 TIMEOUT_S = 900
+CALIBRATED, JUDGED, CROP = 16, 8, 256  # images, and their side in pixels
 WORKERS = 4  # a large network takes some 5 GB
 OPTIONS = (
-    "--weights", "random", "--recipe", "int8_plain", "--target", "tensorrt_rtx", "--sm", "89", "--calib-images", "16",
-    "--batch", "1", "--max-batch", "4", "--cache", "off",
+    "--weights", "random", "--recipe", "int8_plain", "--target", "tensorrt_rtx", "--sm", "89", "--batch", "1", "--max-batch", "4",
+    "--cache", "off",
 )  # fmt: skip
 INTAKE_ONLY = "--intake-only"
 INTRODUCTION = """# Networks that were tried
@@ -77,11 +80,32 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def write_images(folder: Path) -> list[str]:
+    """Write a few crops of photographs to calibrate on and to judge on; returns the options that take them.
+
+    The tool's own sample judges on 128 images, which is most of the time of a small network.
+    """
+    from skimage import data
+
+    generator, photographs = np.random.default_rng(0), (data.astronaut(), data.coffee(), data.cat())
+    options = []
+    for role, count in (("calib", CALIBRATED), ("eval", JUDGED)):
+        crops = []
+        for number in range(count):
+            photograph = photographs[number % len(photographs)]
+            top, left = (int(generator.integers(0, size - CROP + 1)) for size in photograph.shape[:2])
+            crops.append(photograph[top : top + CROP, left : left + CROP])
+        np.save(folder / f"{role}.npy", np.stack(crops))
+        options += [f"--{role}", str(folder / f"{role}.npy")]
+    return options
+
+
 def taken(name: str) -> dict[str, Any]:
     """Return the row of one network: figures of its package, or the reason why there is none."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "deploy", "engine", "--model", name, *OPTIONS, "--json", "--out", folder]
+        options = [*OPTIONS, *write_images(Path(folder)), "--json", "--out", folder]
+        command = [sys.executable, "-m", "deploy", "engine", "--model", name, *options]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, cwd=ROOT,
