@@ -40,8 +40,8 @@ TIMEOUT_S = 900
 CALIBRATED, JUDGED, CROP = 16, 8, 256  # images, and their side in pixels
 WORKERS = 4  # a large network takes some 5 GB
 OPTIONS = (
-    "--weights", "random", "--recipe", "int8_plain", "--target", "tensorrt_rtx", "--sm", "89", "--batch", "1", "--max-batch", "4",
-    "--cache", "off",
+    "--weights", "random", "--recipe", "int8_plain", "--target", "tensorrt_rtx", "--sm", "89", "--batch", "1",
+    "--max-batch", "4", "--cache", "off",
 )  # fmt: skip
 INTAKE_ONLY = "--intake-only"
 INTRODUCTION = """# Networks that were tried
