@@ -123,19 +123,16 @@ def _fault(said: Boxes) -> str | None:
 def boxes_of(described: Any, outputs: Mapping[str, tuple[int, ...]], kind: str) -> Boxes:
     """Return what a network of the class `kind` says of its boxes, compared with the shapes of its `outputs`.
 
-    `described`: a `Boxes`, or a mapping of its fields. Raises UserError if it is neither, or does not fit the outputs.
+    `described`: a mapping of the fields of `Boxes`. Raises UserError if it is none, or does not fit the outputs.
     """
-    if isinstance(described, Boxes):
-        said = described
-    else:
-        names = Boxes.__dataclass_fields__
-        if not isinstance(described, Mapping):
-            raise UserError(f"{kind} says boxes = {described!r}: {EXPECTED}")
-        if unknown := [name for name in described if name not in names]:
-            raise UserError(f"{kind} says boxes with '{unknown[0]}': {EXPECTED}.{suggestion(str(unknown[0]), names)}")
-        if missing := [name for name in ("form", "image", "classes") if name not in described]:
-            raise UserError(f"{kind} says boxes without '{missing[0]}': {EXPECTED}")
-        said = Boxes(**{name: _tuples(value) for name, value in described.items()})
+    names = Boxes.__dataclass_fields__
+    if not isinstance(described, Mapping):
+        raise UserError(f"{kind} says boxes = {described!r}: {EXPECTED}")
+    if unknown := [name for name in described if name not in names]:
+        raise UserError(f"{kind} says boxes with '{unknown[0]}': {EXPECTED}.{suggestion(str(unknown[0]), names)}")
+    if missing := [name for name in ("form", "image", "classes") if name not in described]:
+        raise UserError(f"{kind} says boxes without '{missing[0]}': {EXPECTED}")
+    said = Boxes(**{name: _tuples(value) for name, value in described.items()})
     if fault := _fault(said):
         raise UserError(f"{kind} says boxes, but {fault}: {EXPECTED}")
     expected = said.shapes()

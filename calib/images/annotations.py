@@ -43,7 +43,7 @@ def _lists(path: Path) -> tuple[list[Mapping[str, Any]], ...]:
     ]
     if not all(isinstance(each, list) and all(isinstance(one, dict) for one in each) for each in found):
         raise UserError(f"'{path}' holds no annotations of boxes: {FORM}")
-    return tuple(each or [] for each in found)
+    return tuple(found)  # type: ignore[arg-type]
 
 
 def _indices(

@@ -8,7 +8,7 @@ make engine MODULE=docs/examples/faster_rcnn.py:Regions CALIB=regions.npz
   artifacts/faster_rcnn.Regions/int8 /data/photos
 
 Between the two, proposals are chosen and regions cut out of the feature maps (RoIAlign), behind them repeated boxes are
-dropped: by torchvision, on the CPU, because TensorRT builds neither from a graph with Q/DQ nodes. Without FASTER_RCNN= the
+dropped: by torchvision, on the CPU, because TensorRT-RTX builds neither on a host without a GPU. Without FASTER_RCNN= the
 weights are random.
 """
 
