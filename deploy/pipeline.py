@@ -6,7 +6,7 @@ engine half:  check -> build -> audit -> verify -> run -> benchmark -> accept ->
 
 A stage is a function (deploy/steps.py) of the `Run` (deploy/run.py), whose fields it reads and writes. What a stage of the
 torch half decided is kept (deploy/kept_states.py), so that a run can stop after any stage (`--until`) and go on at any
-(`--from`).
+(`--from`). Engines are kept too (deploy/kept_engines.py). The graphs and all proofs are made anew in every run.
 """
 
 import tempfile
@@ -20,9 +20,10 @@ from calib.device import chosen_device
 from calib.errors import UserError
 from calib.store.user_cache import cache_folder
 from calib.weights.zoo import ModelSpec, spec_of
-from deploy import steps
+from deploy import kept_engines, steps
 from deploy.engine.backends import choose_backend
 from deploy.host import return_memory
+from deploy.kept_engines import KeptEngines
 from deploy.kept_states import KeptStates
 from deploy.options import Options
 from deploy.package import not_accepted, package_folder, staging
@@ -91,19 +92,19 @@ def _folder(final: Path, whole: bool, become: Callable[[], Path]) -> Iterator[Pa
         yield Path(folder)
 
 
-def _states_folder(options: Options, spec: ModelSpec, progress: Progress) -> Path | None:
-    """Where states are kept; None, with the reason said, where none can be."""
-    why = ""
-    if options.cache and spec.factory:
-        why = "the code of your own network is not part of a state's key"
-    elif options.cache:
+def _kept(options: Options, spec: ModelSpec, progress: Progress) -> tuple[KeptStates, KeptEngines]:
+    """What earlier runs kept; says why where nothing can be kept."""
+    states = engines = None
+    if options.cache:
         try:
-            return cache_folder("stages")
+            states, engines = cache_folder("stages"), cache_folder(kept_engines.FOLDER)
         except UserError as error:
-            why = str(error)
-    if why:
-        progress.console.print(f"  nothing is kept for later runs: {why}", markup=False)
-    return None
+            progress.console.print(f"  nothing is kept for later runs: {error}", markup=False)
+    if states and spec.factory:
+        why = "the code of your own network is not part of their keys"
+        progress.console.print(f"  the stages before export are not kept for later runs: {why}", markup=False)
+        states = None
+    return KeptStates(states), KeptEngines(engines)
 
 
 def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
@@ -125,7 +126,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     final = package_folder(options.out, options.model, options.module, options.weights, options.recipe)
     name = final.parent.name
     progress = Progress(f"{name}, recipe {recipe.name}, backend {backend.NAME} ({why})")
-    kept = KeptStates(_states_folder(options, spec, progress))
+    kept, engines = _kept(options, spec, progress)
     if options.begin and kept.folder is None:
         raise UserError("--from goes on from kept states, and none are kept, as said above: run without --from")
     last = stages.index(plan[-1])
@@ -133,7 +134,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     run: Run
     place = lambda: final if run.acceptance.accepted else not_accepted(final)  # noqa: E731 - of a whole run, in the end
     with _folder(final, whole, place) as folder, tempfile.TemporaryDirectory() as scratch:
-        run = Run(name, options, spec, recipe, backend, final, folder, Path(scratch), progress, kept, device)
+        run = Run(name, options, spec, recipe, backend, final, folder, Path(scratch), progress, kept, engines, device)
         for stage in plan:
             run.anew = run.anew or stage.name == options.begin
             with progress.stage(stage.name) as note:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deploy.engine.backends import Built
     from deploy.execution import Execution
     from deploy.explain.kernel_list import KernelLists
+    from deploy.kept_engines import KeptEngines
     from deploy.kept_states import KeptStates
     from deploy.options import Options
     from deploy.progress import Progress
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 class Run:
     """Given at the start: what was asked for. The rest does not exist before the stage that writes it.
 
-    `folder` takes the files of the package and becomes `final`, `scratch` takes those that go away; `kept`: the states of
-    earlier runs.
+    `folder` takes the files of the package and becomes `final`, `scratch` takes those that go away; `kept` and
+    `engines`: states and engines of earlier runs.
     """
 
     name: str
@@ -51,9 +52,10 @@ class Run:
     scratch: Path
     progress: "Progress"
     kept: "KeptStates"
+    engines: "KeptEngines"
     device: "torch.device"  # of the torch half
-    anew: bool = False  # the stage that --from names has been reached: nothing is taken from `kept` any more
-    taken: dict[str, str] = field(default_factory=dict)  # stage -> key of the state it was taken from
+    anew: bool = False  # the stage that --from names has been reached: nothing is taken from earlier runs any more
+    taken: dict[str, str] = field(default_factory=dict)  # stage -> key of what was taken
 
     loaded: "LoadedNet" = field(init=False)
     outputs: "tuple[Output, ...]" = field(init=False)

@@ -47,7 +47,7 @@ from deploy.acceptance import keeps
 from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair, halved
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
-from deploy.engine.isolated import build_apart
+from deploy.engine.backends import Built
 from deploy.errors import ContractError
 from deploy.execution import Execution, executed
 from deploy.explain.kernel_list import KernelLists, lists_to_json
@@ -378,6 +378,11 @@ def check(run: Run) -> Lines:
     return (f"strongly typed FP16; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",)
 
 
+def _built(run: Run, graph: onnx.ModelProto) -> tuple[Built, str, Lines]:
+    """(the engine of `graph`, its key if it was kept, what to tell)."""
+    return run.engines.built(run.backend, graph, run.options.profile, run.options.sms, run.anew)
+
+
 def _kernel_lists(run: Run) -> KernelLists:
     """The kernels of the engine, and of the same build of the float network with FP16 types, if it fits them."""
     if not run.backend.FP16:
@@ -386,7 +391,7 @@ def _kernel_lists(run: Run) -> KernelLists:
         )
     try:
         require_fp16_weights(run.model.float_net)
-        twin = build_apart(run.backend, halved(onnx.load(run.float_model)), run.options.profile, run.options.sms)
+        twin, _, _ = _built(run, halved(onnx.load(run.float_model)))
     except UserError as error:
         return KernelLists(run.built.kernels, None, str(error))
     return KernelLists(run.built.kernels, twin.kernels)
@@ -394,12 +399,13 @@ def _kernel_lists(run: Run) -> KernelLists:
 
 def build(run: Run) -> Lines:
     """The engine; to tell what INT8 and branches cost, one in FP16 and one without branches."""
-    profile, sms = run.options.profile, run.options.sms
-    graph = run.fp16 if run.backend.FP16 else run.fp32
-    run.built, run.plain = build_apart(run.backend, graph, profile, sms), None
+    run.built, kept, said = _built(run, run.fp16 if run.backend.FP16 else run.fp32)
+    run.plain = None
+    if kept:
+        run.taken["build"] = kept
     (run.folder / ENGINE).write_bytes(run.built.plan)
     write_json(run.folder / LAYERS, run.built.layers_json())
-    lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *run.built.notes]
+    lines = [f"{len(run.built.plan) / 1e6:.1f} MB for {', '.join(run.built.targets)}", *said, *run.built.notes]
     run.kernels = _kernel_lists(run)
     twin = f"no FP16 engine to compare with: {run.kernels.why_no_twin}"
     if run.kernels.fp16 is not None:
@@ -408,7 +414,7 @@ def build(run: Run) -> Lines:
     if run.model.branches:
         net, example = quantized_net(replace(run.model, branches={})), _example(run)
         without = (export_fp16 if run.backend.FP16 else export_fp32)(net, example)
-        run.plain = build_apart(run.backend, without, profile, sms)
+        run.plain, _, _ = _built(run, without)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
 

@@ -80,6 +80,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
         "preprocessing": None if run.loaded.inputs else run.calibration.preprocessing.to_json(),
         "recipe": run.recipe.to_json(),
         "calibration_cache": run.taken.get("calibrate"),
+        "engine_cache": run.taken.get("build"),
         "planned_int8_layers": list(run.planned),
         "kept_float": run.model.kept_float,
         "engine": {

@@ -3,7 +3,7 @@
 import sys
 
 import deploy.engine.runner
-import deploy.steps
+import deploy.kept_engines
 from deploy.engine.backends import tensorrt
 from deploy.gpu import Gpu
 from tests.gpu.fake_trt import FakeTensorRT
@@ -27,5 +27,5 @@ def gpu_host(monkeypatch, api, **broken):
     monkeypatch.setattr(tensorrt, "why_not_loaded", lambda *_: None)
     monkeypatch.setattr(deploy.engine.runner, "open_device", device)
     # in this process, where the stand-in is
-    monkeypatch.setattr(deploy.steps, "build_apart", lambda backend, *arguments: backend.build(*arguments))
+    monkeypatch.setattr(deploy.kept_engines, "build_apart", lambda backend, *arguments: backend.build(*arguments))
     return trt

@@ -107,7 +107,7 @@ def test_the_report_says_how_far_fp16_and_the_calibration_set_reach(package):
 
 def kept(cache: Path) -> dict[str, Path]:
     """Stage -> its only state."""
-    files = list(cache.rglob("*.pt"))
+    files = list((cache / "int8-engine/stages").iterdir())
     found = {file.name.partition(".")[0]: file for file in files}
     assert len(found) == len(files)
     return found
@@ -121,7 +121,7 @@ def test_the_same_run_again_takes_its_decisions_from_the_cache_and_gives_the_sam
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().err
     again = tmp_path / "test_vit" / "int8"
-    for name in ("model.onnx", "model.fp32.onnx"):
+    for name in ("model.onnx", "model.fp32.onnx", "model.engine", "kernels.json"):
         assert (again / name).read_bytes() == (package / name).read_bytes()
     report, manifest = (json.loads((again / name).read_text()) for name in ("report.json", "manifest.json"))
     for stage, key in keys.items():
@@ -129,7 +129,12 @@ def test_the_same_run_again_takes_its_decisions_from_the_cache_and_gives_the_sam
         assert said in shown
         assert [each["stage"] for each in report["history"] if said in each["notes"]] == [stage]
     assert manifest["calibration_cache"] == keys["calibrate"]
-    assert json.loads((package / "manifest.json").read_text())["calibration_cache"] is None
+    engines = [file.name.split(".")[1] for file in (cache / "int8-engine/engines").iterdir()]
+    assert len(engines) == 2  # and its FP16 twin
+    assert manifest["engine_cache"] in engines
+    assert f"taken from cache {manifest['engine_cache'][:12]}" in shown
+    first = json.loads((package / "manifest.json").read_text())
+    assert (first["calibration_cache"], first["engine_cache"]) == (None, None)
 
 
 def stopped(*_args):

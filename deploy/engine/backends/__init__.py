@@ -1,5 +1,6 @@
 """Engine builders: one file per backend, each with `NAME` and the functions `cannot_build`, `cannot_run`, `require_target`,
-`version`, `build`, `runner` and `device_name`. `FP16`: whether its engines have FP16 types, or FP32 beside the integers.
+`version`, `depends_on`, `build`, `runner` and `device_name`. `FP16`: whether its engines have FP16 types, or FP32 beside the
+integers.
 """
 
 import importlib

@@ -8,7 +8,7 @@ the graph itself. What is computed in integers is read from the graph as a sessi
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
 from deploy.engine.backends import ONNXRUNTIME, Built
@@ -18,7 +18,7 @@ from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.kernels import Kernel, Kind
 from deploy.engine.loading import why_not_loaded
 from deploy.graph.integer_operators import CONVOLUTION, INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, PRODUCT
-from deploy.host import processor
+from deploy.host import int8_instructions, processor
 from deploy.measure.integer_graph import optimized
 from deploy.measure.ort_options import saturates
 
@@ -50,6 +50,11 @@ def cannot_run() -> str | None:
 def version() -> str:
     """The version of the installed package."""
     return importlib.metadata.version("onnxruntime")
+
+
+def depends_on() -> dict[str, Any]:
+    """What of this machine, beside the version, decides an engine."""
+    return {"processor": processor(), "instructions": int8_instructions(), "saturates": saturates()}
 
 
 def require_target(sms: tuple[int, ...] | None) -> None:

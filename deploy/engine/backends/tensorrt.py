@@ -2,8 +2,9 @@
 
 import importlib
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
 from deploy.engine.backends import Built
@@ -58,6 +59,11 @@ def version() -> str:
     import tensorrt as trt
 
     return trt.__version__
+
+
+def depends_on() -> dict[str, Any]:
+    """What of this machine, beside the version, decides an engine."""
+    return asdict(gpu())
 
 
 def require_target(sms: tuple[int, ...] | None) -> None:

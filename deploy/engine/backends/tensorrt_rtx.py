@@ -4,7 +4,7 @@ import importlib
 import importlib.metadata
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
 from deploy.engine.architectures import RTX_DEFAULT, RTX_SMS, why_not_rtx
@@ -54,6 +54,11 @@ def runner(plan: bytes, device: Device | None = None, kernels_file: Path | None 
 def version() -> str:
     """The version of the installed package."""
     return importlib.metadata.version("tensorrt_rtx")
+
+
+def depends_on() -> dict[str, Any]:
+    """What of this machine, beside the version, decides an engine: nothing."""
+    return {}
 
 
 def require_target(sms: tuple[int, ...] | None) -> None:

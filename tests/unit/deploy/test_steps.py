@@ -41,13 +41,15 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 8 * 8, 2)).eval()
     monkeypatch.setattr(steps.onnx, "load", lambda path: path)
     monkeypatch.setattr(steps, "halved", lambda graph: graph)
-    monkeypatch.setattr(steps, "build_apart", lambda *_: SimpleNamespace(kernels=(kernel, kernel)))
+    twin = SimpleNamespace(kernels=(kernel, kernel))
     run = SimpleNamespace(
         model=SimpleNamespace(float_net=net),
         float_model="float.onnx",
         backend=SimpleNamespace(FP16=True),
         built=SimpleNamespace(kernels=(kernel,)),
         options=SimpleNamespace(profile=None, sms=None),
+        engines=SimpleNamespace(built=lambda *_: (twin, "", ())),
+        anew=False,
     )
     lists = steps._kernel_lists(run)
     assert (lists.int8, lists.fp16, lists.why_no_twin) == ((kernel,), (kernel, kernel), "")
