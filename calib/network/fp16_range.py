@@ -118,11 +118,14 @@ class Fp16Range:
 def require_fp16_weights(net: nn.Module) -> tuple[tuple[str, float], ...]:
     """(name, largest |value|) of floating-point tensors all of whose values are subnormal in FP16.
 
-    Raises UserError for one that FP16 cannot hold.
+    Raises UserError for one that FP16 cannot hold. Inf in a buffer is a mask or a limit, which FP16 holds as well.
     """
-    subnormal = []
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        largest = float(tensor.detach().abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+    subnormal, parameters = [], dict(net.named_parameters())
+    for name, tensor in [*parameters.items(), *net.named_buffers()]:
+        values = tensor.detach() if tensor.is_floating_point() else tensor.new_zeros(0)
+        if name not in parameters:
+            values = values[~values.isinf()]
+        largest = float(values.abs().max()) if values.numel() else 0.0
         if not largest <= FP16_MAX:
             raise UserError(
                 f"'{name}' holds {largest:.3g}, beyond FP16's {FP16_MAX:.0f}: the engine would compute "

@@ -304,7 +304,10 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
 
 
 def _check_tensors(net: "nn.Module", source: str) -> None:
-    """Raise UserError for a network whose tensors have no values, are none of torch's plain ones, or hold NaN or Inf."""
+    """Raise UserError for a network whose tensors have no values, are none of torch's plain ones, or hold NaN or Inf.
+
+    A buffer may hold Inf, as masks of attention and limits that clip nothing do; the statistics of a norm may not.
+    """
     import torch
     from torch.nn.parameter import is_lazy
 
@@ -319,7 +322,13 @@ def _check_tensors(net: "nn.Module", source: str) -> None:
             what = "is on the device meta, without values: build the network on the CPU"
         if what:
             raise UserError(f"'{name}' of {type(net).__name__} {what}")
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    norms = [name for name, module in net.named_modules() if isinstance(module, torch.nn.modules.batchnorm._NormBase)]
+    buffers = {name for name, _ in net.named_buffers() if name.rpartition(".")[0] not in norms}
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if (tensor.isnan().any() if name in buffers else not tensor.isfinite().all())
+    ]
     if bad:
         raise UserError(f"NaN or Inf in {len(bad)} tensors ({first_few(bad)}) of {source}: give intact weights.")
 

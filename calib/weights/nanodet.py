@@ -102,6 +102,9 @@ class NanoDet(nn.Module):
         return maps
 
 
+BUILDERS = {"nanodet": NanoDet}
+
+
 def nanodet_from_tfjs(model: bytes, shard: bytes, net: nn.Module) -> dict[str, Tensor]:
     """The state dict of a NanoDet, read from its graph's files. Raises ValueError if they are of another network.
 

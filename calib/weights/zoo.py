@@ -8,6 +8,7 @@ accuracy can be compared, the accuracy itself cannot.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from calib.errors import UserError, suggestion
@@ -32,22 +33,10 @@ class ModelSpec:
     factory: str = ""  # of a network of the user's own (calib/weights/own.py); then `tag` is the same text
 
 
-def _super_resolution(name: str) -> "nn.Module":
-    from calib.weights.super_resolution import BUILDERS
-
-    return BUILDERS[name]()
-
-
-def _detector(name: str) -> "nn.Module":
-    from calib.weights.torchvision_detectors import BUILDERS
-
-    return BUILDERS[name]()
-
-
-def _nanodet() -> "nn.Module":
-    from calib.weights.nanodet import NanoDet
-
-    return NanoDet()
+def _build(module: str, name: str) -> "nn.Module":
+    """Build a network of `calib.weights.<module>`, which imports torch: a mistyped name is answered before."""
+    builders: dict[str, Callable[[], nn.Module]] = import_module(f"calib.weights.{module}").BUILDERS
+    return builders[name]()
 
 
 _SPECS = (
@@ -111,21 +100,21 @@ _SPECS = (
         "realesr_animevideov3_x4",
         published="srvgg_x4",
         note="super-resolution, four times as high and wide; pictures in 0..1",
-        builder=partial(_super_resolution, "srvgg_x4"),
+        builder=partial(_build, "super_resolution", "srvgg_x4"),
     ),
     ModelSpec(
         "rrdb6_x4",
         "realesrgan_x4plus_anime",
         published="rrdb6_x4",
         note="super-resolution, four times as high and wide; pictures in 0..1",
-        builder=partial(_super_resolution, "rrdb6_x4"),
+        builder=partial(_build, "super_resolution", "rrdb6_x4"),
     ),
     *(
         ModelSpec(
             name,
             name,
             note="detector of COCO's 91 ids; WEIGHTS= takes what torchvision saved",
-            builder=partial(_detector, name),
+            builder=partial(_build, "torchvision_detectors", name),
         )
         for name in ("retinanet_r18", "retinanet_r50", "retinanet_mobilenetv2")
     ),
@@ -135,7 +124,7 @@ _SPECS = (
             f"upscalerjs_esrgan_medium_x{scale}",
             published=f"rdn_x{scale}",
             note=f"super-resolution, {scale} times as high and wide; pictures in 0..1",
-            builder=partial(_super_resolution, f"rdn_x{scale}"),
+            builder=partial(_build, "super_resolution", f"rdn_x{scale}"),
         )
         for scale in (2, 3, 4, 8)
     ),
@@ -143,14 +132,14 @@ _SPECS = (
         "edsr_x4",
         "edsr_baseline_x4",
         note="super-resolution, four times as high and wide; pictures in 0..1; WEIGHTS= takes EDSR-PyTorch's checkpoint",
-        builder=partial(_super_resolution, "edsr_x4"),
+        builder=partial(_build, "super_resolution", "edsr_x4"),
     ),
     ModelSpec(
         "nanodet",
         "nanodet_g",
         published="nanodet",
         note="a detector: raw maps of scores and boxes, COCO's 80 classes",
-        builder=_nanodet,
+        builder=partial(_build, "nanodet", "nanodet"),
     ),
 )
 

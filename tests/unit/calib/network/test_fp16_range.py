@@ -107,6 +107,19 @@ def test_a_weight_beyond_fp16_is_refused_and_one_below_its_normal_numbers_is_nam
     assert "1 weight tensors lie below" in found.warnings()[0]
 
 
+def test_infinity_in_a_buffer_is_no_weight():
+    net = nn.Module()
+    net.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    assert require_fp16_weights(net) == ()
+    net.register_buffer("divisor", torch.tensor([1e5, float("inf")]))
+    with pytest.raises(UserError, match=r"'divisor' holds 1e\+05"):
+        require_fp16_weights(net)
+    layer = nn.Linear(1, 1)
+    layer.weight.data.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"'weight' holds inf"):
+        require_fp16_weights(layer)
+
+
 def test_export_refuses_such_a_weight_too():
     with pytest.raises(UserError, match="beyond FP16"):
         export_pair(nn.Sequential(Gain(1e5)), (4, 4))

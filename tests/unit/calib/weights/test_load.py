@@ -16,11 +16,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import close_session
 from safetensors.torch import save_file
+from torch import nn
 
 from calib.errors import UserError
 from calib.outputs import outputs_from, task_of
 from calib.weights import load as weights
-from calib.weights.load import load_net, state_sha256
+from calib.weights.load import _check_tensors, load_net, state_sha256
 from calib.weights.state import without_prefixes
 from calib.weights.zoo import ZOO, ModelSpec, resolve_model
 
@@ -97,6 +98,24 @@ def test_prefixes_of_wrappers_go_in_any_order(tmp_path, prefix):
     loaded = load_net(VIT, str(write(tmp_path / "compiled.pth", content)))
     assert_same(loaded.net, state)
     assert f"(without '{prefix}')" in loaded.source
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("limit", float("inf"), False), ("limit", -float("inf"), False), ("limit", float("nan"), True),
+        ("1.running_var", float("inf"), True), ("0.weight", float("inf"), True), ("0.weight", float("nan"), True),
+    ],
+)  # fmt: skip
+def test_a_buffer_may_hold_infinity_and_nothing_else_may(name, value, refused):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    net.register_buffer("limit", torch.ones(()))
+    net.state_dict()[name].fill_(value)
+    if refused:
+        with pytest.raises(UserError, match=rf"NaN or Inf in 1 tensors \({name}\) of here"):
+            _check_tensors(net, "here")
+    else:
+        _check_tensors(net, "here")
 
 
 def test_a_prefix_that_the_network_has_itself_stays():
