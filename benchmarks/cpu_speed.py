@@ -2,6 +2,10 @@
 
 All three run in turn in ONNX Runtime on the golden images of a package, with one and with two threads. A package holds no
 float graph, so the network is loaded again, and refused unless it has the weights that the package was made of.
+
+With `--peer-python` the graphs run beside them that onnxruntime.quantization and ModelOpt (of that interpreter, see
+requirements-peers.txt) make of the same float graph, with their default calibration, once with the products of attention in
+INT8 and once without. ERQ's Table 9 is `--batch 1 --threads 1` on packages of its seven networks.
 """
 
 import argparse
@@ -9,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from benchmarks.peers.quantizers import TOOLS
+from benchmarks.peers.run import Inputs, peer_contenders, run
 from calib.errors import UserError
 from calib.weights.load import load_net
 from calib.weights.zoo import spec_of
@@ -31,8 +38,18 @@ from deploy.verify import golden_arrays
 
 RESULT = Path(__file__).parent / "results" / "cpu_speed.json"
 THREADS = (1, 2)
-FLOAT, PLAIN, INTEGER = "float", "plain", "integer"  # the graphs, in the order they run in
-PAIRS = ((FLOAT, PLAIN), (FLOAT, INTEGER), (PLAIN, INTEGER))  # baseline, candidate
+FLOAT, PLAIN, INTEGER = "float", "plain", "integer"  # our graphs, in the order they run in
+
+
+@dataclass(frozen=True)
+class How:
+    """How packages are measured. `batch`: images at a time, at most those of the package; None: all of them."""
+
+    weights: str = "auto"
+    rounds: int = 25
+    threads: tuple[int, ...] = THREADS
+    batch: int | None = None
+    peer_python: str | None = None  # the interpreter that has the other tools; None: they are left out
 
 
 def float_graph(folder: Path, weights: str) -> onnx.ModelProto:
@@ -49,27 +66,52 @@ def float_graph(folder: Path, weights: str) -> onnx.ModelProto:
     return export_float(loaded.net, size)
 
 
+def peer_graphs(folder: Path, images: np.ndarray, python: str) -> dict[str, Path]:
+    """The graphs that other tools make of `folder`/float.onnx, by tool and setting; `images` (B, 3, H, W) calibrate them.
+
+    Raises UserError for a tool that fails.
+    """
+    inputs, found = Inputs(folder), {}
+    np.save(inputs.calibration, images)
+    for contender in peer_contenders(inputs, folder, python):
+        name = f"{contender.peer} {contender.setting}"
+        if contender.setting.partition(",")[0] != TOOLS[contender.peer].calibrations[0]:
+            continue
+        if error := run(contender.command).error:
+            raise UserError(f"{name}: {error}")
+        found[name] = folder / contender.product
+    return found
+
+
 def ratios(times: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """`<baseline>/<candidate>` -> their comparison, of milliseconds (rounds,) per graph that were measured in turn."""
-    return {f"{one}/{other}": comparison(times[one], times[other]).to_json() for one, other in PAIRS}
+    """`<baseline>/<candidate>` -> their comparison, of milliseconds (rounds,) per graph that were measured in turn.
+
+    Every graph is compared with the float one, and that with integer kernels with every other.
+    """
+    pairs = [(FLOAT, other) for other in times if other != FLOAT]
+    pairs += [(other, INTEGER) for other in times if other not in (FLOAT, INTEGER)]
+    return {f"{one}/{other}": comparison(times[one], times[other]).to_json() for one, other in pairs}
 
 
-def measure(folder: Path, weights: str, rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, how: How) -> list[dict[str, Any]]:
     """One row for each number of threads."""
     golden = golden_arrays(folder / GOLDEN)[0]
     if not isinstance(golden, np.ndarray):
         raise UserError(f"'{folder}' takes named inputs: expected a package of a network of images")
-    images = np.ascontiguousarray(golden.astype(np.float32))
+    images = np.ascontiguousarray(golden.astype(np.float32)[: how.batch])
     manifest = read_json(folder / MANIFEST)
     integer, written = integer_graph(folder / MODEL_FP32)
     with tempfile.TemporaryDirectory() as scratch:
-        onnx.save(float_graph(folder, weights), Path(scratch) / "float.onnx")
-        graphs = {FLOAT: Path(scratch) / "float.onnx", PLAIN: folder / MODEL_FP32, INTEGER: integer}
+        onnx.save(float_graph(folder, how.weights), Path(scratch) / "float.onnx")
+        peers = peer_graphs(Path(scratch), golden.astype(np.float32), how.peer_python) if how.peer_python else {}
+        graphs: dict[str, Any] = {
+            FLOAT: Path(scratch) / "float.onnx", PLAIN: folder / MODEL_FP32, INTEGER: integer, **peers,
+        }  # fmt: skip
         rows = []
-        for threads in THREADS:
+        for threads in how.threads:
             runners = {name: OnnxRunner(graph, threads=threads) for name, graph in graphs.items()}
             outputs = {name: runner(images) for name, runner in runners.items()}
-            found = times_in_turn([lambda runner=runner: runner(images) for runner in runners.values()], rounds)  # type: ignore[misc]
+            found = times_in_turn([lambda runner=runner: runner(images) for runner in runners.values()], how.rounds)  # type: ignore[misc]
             rows.append(
                 {
                     "model": manifest["model"], "recipe": manifest["recipe"]["name"], "package_commit": manifest["commit"],
@@ -94,16 +136,20 @@ def main(arguments: Sequence[str]) -> int:
     """Measure the packages, write `results/cpu_speed.json` and print a line for each row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_speed", description=__doc__)
     parser.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help="folder that make engine wrote")
-    parser.add_argument("--weights", default="auto", help="weights of the packages, as in make engine")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--weights", default=How.weights, help="weights of the packages, as in make engine")
+    parser.add_argument("--rounds", type=int, default=How.rounds)
+    parser.add_argument("--threads", type=int, nargs="+", default=How.threads, help="numbers of threads (default 1 2)")
+    parser.add_argument("--batch", type=int, help="images at a time (default: all golden ones)")
+    parser.add_argument("--peer-python", help="interpreter with the packages of requirements-peers.txt")
     options = parser.parse_args(arguments)
+    how = How(options.weights, options.rounds, tuple(options.threads), options.batch, options.peer_python)
     try:
-        rows = [row for folder in options.packages for row in measure(folder, options.weights, options.rounds)]
+        rows = [row for folder in options.packages for row in measure(folder, how)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {
-        "machine": host.describe(), "commit": tool_commit(), "rounds": options.rounds, "rows": rows,
+        "machine": host.describe(), "commit": tool_commit(), "rounds": how.rounds, "rows": rows,
         "command": f"python -m benchmarks.cpu_speed {' '.join(arguments)}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -81,7 +81,7 @@ from deploy.verify import Reference, cpu_speed, verify_fidelity
 
 BATCH = 16  # images per forward pass on the CPU
 PIXELS = BATCH * 448 * 448  # of all images of a pass: 16 of 896 x 896 took more than 15 GB in SAM 2's encoder
-GOLDEN_IMAGES = 8
+GOLDEN_IMAGES = 8  # fewer of large ones: graphs run on all of them at once
 JUDGED_BYTES = (
     1 << 30
 )  # of the float network's outputs on all images that judge; the INT8 network's are held beside them
@@ -265,7 +265,8 @@ def read_images(run: Run) -> Lines:
     run.annotations = _annotations(run)
     if run.task.name == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])
-    run.golden = next(run.evaluation.subset(0, GOLDEN_IMAGES).batches(GOLDEN_IMAGES))
+    few = min(GOLDEN_IMAGES, per_pass(preprocessing))
+    run.golden = next(run.evaluation.subset(0, few).batches(few))
     if inputs is not None:
         every = (Batches(each, run.progress, torch.from_numpy) for each in (run.calibration, run.evaluation))
         require_readable(run.loaded.net, inputs, chain.from_iterable(every))

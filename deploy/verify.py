@@ -14,7 +14,7 @@ from calib.store.digests import file_sha256
 from calib.task import Task
 from deploy.measure.accuracy import Fidelity, fidelity, joined_rows, mean_sqnr_db
 from deploy.measure.latency import Comparison, compare
-from deploy.measure.onnx_runner import Given, OnnxRunner, first
+from deploy.measure.onnx_runner import Given, OnnxRunner, count_samples
 from deploy.measure.outputs import Outputs
 from deploy.package import (
     FILES,
@@ -40,7 +40,6 @@ MAX_DRIFT_DB = 3.0
 # Below these a result is no network of use: a tenth of the output's power is noise, every second answer another one.
 LEAST_DB = 10.0
 LEAST_AGREEMENT = 0.5
-SPEED_BATCH = 8
 PLAIN_NAME = r"\w[\w.-]*"  # of a file inside a package: no separators, no ".."
 
 
@@ -153,12 +152,13 @@ def verify_fidelity(folder: Path, reference: Reference) -> Verdict:
 class CpuSpeed:
     """Speed of the INT8 graph against the float graph in ONNX Runtime, and the number of layers it computes in integers.
 
-    `written`: operator -> number of nodes that deploy/graph/integer_kernels wrote into the graph that was timed.
-    `sqnr_db`: SQNR of that graph to the float graph on the timed images (mean over images), `plain_sqnr_db`: of the graph
-    that ships.
+    `batch`: images at a time. `written`: operator -> number of nodes that deploy/graph/integer_kernels wrote into the graph
+    that was timed. `sqnr_db`: SQNR of that graph to the float graph on the timed images (mean over images),
+    `plain_sqnr_db`: of the graph that ships.
     """
 
     comparison: Comparison
+    batch: int
     integer_layers: int
     written: dict[str, int]
     sqnr_db: float
@@ -175,24 +175,21 @@ class CpuSpeed:
 
 
 def cpu_speed(folder: Path, float_model: Path, given: Given) -> CpuSpeed:
-    """Time the float graph and the INT8 graph with integer kernels in turn, in ONNX Runtime with 2 threads.
-
-    The batch is the first SPEED_BATCH of `given`.
-    """
-    batch = first(given, SPEED_BATCH)
+    """Time the float graph and the INT8 graph with integer kernels in turn on the batch `given`, in ONNX Runtime."""
     from deploy.measure.integer_graph import integer_graph, integer_layers  # needs onnx, which a server has not
 
     baseline = OnnxRunner(float_model)
-    reference = outputs_over(baseline.named_outputs, [batch])
-    plain_sqnr_db = golden_db(reference, folder / MODEL_FP32, batch)  # sessions that need not run in turn end first
+    reference = outputs_over(baseline.named_outputs, [given])
+    plain_sqnr_db = golden_db(reference, folder / MODEL_FP32, given)  # sessions that need not run in turn end first
     graph, written = integer_graph(folder / MODEL_FP32)
     layers, candidate = integer_layers(graph), OnnxRunner(graph)
     return CpuSpeed(
-        compare(lambda: baseline(batch), lambda: candidate(batch)),
+        compare(lambda: baseline(given), lambda: candidate(given)),
+        count_samples(given),
         layers,
         written,
         sqnr_db=mean_sqnr_db(
-            joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [batch]), reference)
+            joined_rows(reference), joined_rows(outputs_over(candidate.named_outputs, [given]), reference)
         ),
         plain_sqnr_db=plain_sqnr_db,
     )

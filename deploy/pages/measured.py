@@ -2,7 +2,6 @@
 
 from deploy.pages.parts import Line, Row, Table
 from deploy.pages.values import Values, clipped
-from deploy.verify import SPEED_BATCH
 
 
 def sqnr(fidelity: Values) -> Line:
@@ -131,7 +130,8 @@ def speed_rows(report: Values) -> tuple[Row, ...]:
             ", INT8 ", measured.figure("candidate_ms", spec=".1f", unit=" ms"),
         )),
         ("how", (
-            f"the first {SPEED_BATCH} golden images in one batch, both graphs in turn, median of ",
+            *(("a batch of ", speed.figure("batch"), " golden images, ") if speed.holds("batch") else ()),
+            "both graphs in turn, median of ",
             measured.figure("rounds"), " rounds; ", speed.figure("ort_int8_layers"), " layers ran in INT8 kernels",
         )),
         ("machine", (

@@ -170,6 +170,7 @@ def report_json(run: "Run") -> dict[str, Any]:
             "rewrites": run.speed.written,
             "sqnr_db": run.speed.sqnr_db,
             "plain_sqnr_db": run.speed.plain_sqnr_db,
+            "batch": run.speed.batch,
             "threads": THREADS,
         },
         "bytes": {

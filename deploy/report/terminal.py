@@ -118,6 +118,7 @@ def _boxes(fidelity: dict[str, Any]) -> str:
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     fidelity, engine, parity, size = report["fidelity"], report["engine"], report["parity"], report["bytes"]
+    speed, batch = report["speed"], report["speed"].get("batch", 8)  # which a report of an older version lacks
     rows = [
         ("weights", report["weights_source"]),
         ("calibrated on", f"{report['calibration']['count']} {_kind(report)}: {report['calibration']['source']}"),
@@ -149,7 +150,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         *_repairs(report),
         ("simulation vs ONNX", _agreement(parity)),
         ("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB"),
-        ("speed, ONNX Runtime CPU", f"{report['speed']['ort_cpu_ratio']:.2f}x float (batch 8, 2 threads)"),
+        ("speed, ONNX Runtime CPU", f"{speed['ort_cpu_ratio']:.2f}x float (batch {batch}, {speed['threads']} threads)"),
         ("size", f"float {size['float_onnx'] / 1e6:.1f} MB, {MODEL} {size[MODEL] / 1e6:.1f} MB, "
                  f"engine {size[ENGINE] / 1e6:.1f} MB"),
         ("engine", f"{engine['backend']} {engine['version']} for {', '.join(engine['targets'])}"),

@@ -1,10 +1,12 @@
 import json
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import cpu_speed
+from benchmarks.peers.run import Contender
 from calib.errors import UserError
 from deploy.package import MANIFEST, write_json
 
@@ -15,6 +17,9 @@ def test_ratios_are_of_the_same_round_and_above_1_where_the_candidate_is_faster(
     times = {"float": 12 * load, "plain": 6 * load, "integer": 4 * load * generator.uniform(0.9, 1.1, 9)}
     found = cpu_speed.ratios(times)
     assert list(found) == ["float/plain", "float/integer", "plain/integer"]
+    assert list(cpu_speed.ratios({**times, "peer": load})) == [
+        "float/plain", "float/integer", "float/peer", "plain/integer", "peer/integer",
+    ]  # fmt: skip
     assert found["float/plain"]["ratio"] == found["float/plain"]["low"] == pytest.approx(2)
     expected = statistics.median(6 * one / other for one, other in zip(load, times["integer"], strict=True))
     assert found["plain/integer"]["ratio"] == pytest.approx(expected)
@@ -33,12 +38,12 @@ def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch,
     pair = {"ratio": 1.5, "low": 1.4, "high": 1.6}
     row = {"model": "m", "threads": 1, "ratios": {"float/plain": pair}}
     monkeypatch.setattr(
-        cpu_speed, "measure", lambda folder, weights, rounds: [row | {"asked": [folder.name, weights, rounds]}]
+        cpu_speed, "measure", lambda folder, how: [row | {"asked": [folder.name, how.weights, how.rounds, how.batch]}]
     )
     monkeypatch.setattr(cpu_speed, "RESULT", tmp_path / "out.json")
     assert cpu_speed.main(["a", "b", "--rounds", "3"]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [each["asked"] for each in written["rows"]] == [["a", "auto", 3], ["b", "auto", 3]]
+    assert [each["asked"] for each in written["rows"]] == [["a", "auto", 3, None], ["b", "auto", 3, None]]
     assert written["command"] == "python -m benchmarks.cpu_speed a b --rounds 3"
     assert {"machine", "commit", "date"} <= written.keys()
     assert "m                    1 threads  float/plain 1.50 (1.40 to 1.60)" in capsys.readouterr().out
@@ -47,3 +52,27 @@ def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch,
 def test_a_folder_that_is_no_package_is_one_line(tmp_path, capsys):
     assert cpu_speed.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_each_peer_quantizes_with_its_default_calibration_and_one_that_fails_is_named(tmp_path, monkeypatch):
+    def contender(peer, setting):
+        return Contender(peer, setting, (peer, setting), f"{peer}-{setting}.onnx", dict)
+
+    known = [
+        *(contender("onnxruntime", setting) for setting in ("minmax", "minmax, linears only", "entropy", "percentile")),
+        *(contender("modelopt", setting) for setting in ("max", "entropy")),
+    ]
+    commands, fails = [], set()
+    monkeypatch.setattr(cpu_speed, "peer_contenders", lambda *_: known)
+    monkeypatch.setattr(
+        cpu_speed, "run",
+        lambda command: commands.append(command) or SimpleNamespace(error="no such module" if command in fails else None),
+    )  # fmt: skip
+    found = cpu_speed.peer_graphs(tmp_path, np.zeros((2, 3, 4, 4)), "python")
+    wanted = [("onnxruntime", "minmax"), ("onnxruntime", "minmax, linears only"), ("modelopt", "max")]
+    assert commands == wanted
+    assert found == {f"{peer} {setting}": tmp_path / f"{peer}-{setting}.onnx" for peer, setting in wanted}
+    assert np.load(tmp_path / "calib.npy").shape == (2, 3, 4, 4)
+    fails.add(("modelopt", "max"))
+    with pytest.raises(UserError, match=r"^modelopt max: no such module$"):
+        cpu_speed.peer_graphs(tmp_path, np.zeros((2, 3, 4, 4)), "python")

@@ -216,6 +216,6 @@ def test_the_graph_with_integer_kernels_is_timed_and_compared_with_the_one_that_
 
 @pytest.mark.parametrize("loss", [0.5 * MAX_DRIFT_DB, 1.5 * MAX_DRIFT_DB, float("nan")])
 def test_integer_kernels_that_compute_something_else_are_told(loss):
-    found = CpuSpeed(None, 1, {"QLinearConv": 1}, sqnr_db=20.0 - loss, plain_sqnr_db=20.0).warnings()
+    found = CpuSpeed(None, 8, 1, {"QLinearConv": 1}, sqnr_db=20.0 - loss, plain_sqnr_db=20.0).warnings()
     assert len(found) == (not loss <= MAX_DRIFT_DB)
     assert all("without them 20.0 dB" in line for line in found)
