@@ -15,6 +15,7 @@ and graph, seconds, or the line that says why there is no package; and docs/cove
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,11 @@ def write_images(folder: Path) -> list[str]:
     return options
 
 
+def _last(said: str) -> str:
+    """Return the last line of what a run said, with single spaces."""
+    return " ".join((said.strip().splitlines() or ["nothing"])[-1].split())[:300]
+
+
 def taken(name: str) -> dict[str, Any]:
     """Return the row of one network: figures of its package, or the reason why there is none."""
     start = time.perf_counter()
@@ -111,16 +117,18 @@ def taken(name: str) -> dict[str, Any]:
                 command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return {"reason": f"no package within {TIMEOUT_S} s"}
+        except subprocess.TimeoutExpired as late:
+            return {"reason": f"no package within {TIMEOUT_S} s; told last: {_last((late.stderr or b'').decode())}"}
     seconds = round(time.perf_counter() - start, 1)
     if done.returncode == 0:
         try:
             return {**figures(json.loads(done.stdout)), "seconds": seconds}
         except json.JSONDecodeError:
             return {"reason": f"printed no JSON: {done.stdout[:200]!r}", "bug": True, "seconds": seconds}
-    last = (done.stderr.strip().splitlines() or [f"ended with exit code {done.returncode}"])[-1]
-    return {"reason": last[:300], "bug": done.returncode not in (1, 2), "seconds": seconds}
+    reason = _last(done.stderr)
+    if done.returncode < 0:
+        reason = f"killed by {signal.Signals(-done.returncode).name}; told last: {reason}"
+    return {"reason": reason, "bug": done.returncode not in (1, 2), "seconds": seconds}
 
 
 def page(report: dict[str, Any]) -> str:

@@ -13,6 +13,11 @@ FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
 THREADS = 2  # fixed, so that results do not depend on the number of cores
 
 
+def first(given: Given, count: int) -> Given:
+    """Return the first `count` samples of `given`."""
+    return given[:count] if isinstance(given, np.ndarray) else {name: array[:count] for name, array in given.items()}
+
+
 def count_samples(given: Given) -> int:
     """The number of samples of `given`."""
     return len(given if isinstance(given, np.ndarray) else next(iter(given.values())))

@@ -20,13 +20,19 @@ def done(code, out="", err=""):
     return lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
 
 
+def late(*_, **__):
+    raise subprocess.TimeoutExpired("", 900, stderr=b"  fold 1 s\n  parity  3 s\n")
+
+
 def test_a_refusal_is_its_line_and_a_traceback_is_a_bug(monkeypatch):
     monkeypatch.setattr(subprocess, "run", done(2, err="loading\nerror: cannot be traced"))
     row = coverage.taken("resnet18")
     assert (row["reason"], row["bug"]) == ("error: cannot be traced", False)
-    monkeypatch.setattr(subprocess, "run", done(-9))
-    assert coverage.taken("resnet18")["reason"] == "ended with exit code -9"
-    assert coverage.taken("resnet18")["bug"]
+    monkeypatch.setattr(subprocess, "run", done(-9, err="  run   0.0 s  not run\n"))
+    row = coverage.taken("resnet18")
+    assert (row["reason"], row["bug"]) == ("killed by SIGKILL; told last: run 0.0 s not run", True)
+    monkeypatch.setattr(subprocess, "run", late)
+    assert coverage.taken("resnet18")["reason"] == "no package within 900 s; told last: parity 3 s"
     monkeypatch.setattr(subprocess, "run", done(0, out="WARNING of a library\n{}"))
     row = coverage.taken("resnet18")
     assert row["bug"]

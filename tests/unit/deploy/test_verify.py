@@ -20,6 +20,7 @@ from deploy.verify import (
     golden_arrays,
     least_fp16_db,
     require_package,
+    timed_samples,
     verify_package,
 )
 from tests.unit.deploy.graph.test_integer_kernels import QUANTIZED, SAME, convolution, images
@@ -212,6 +213,11 @@ def test_the_graph_with_integer_kernels_is_timed_and_compared_with_the_one_that_
     assert found.sqnr_db == pytest.approx(found.plain_sqnr_db, abs=0.1)
     assert found.plain_sqnr_db > 15
     assert found.warnings() == []
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(0.1, 8), (5.0, 8), (10.0, 4), (39.0, 1), (500.0, 1)])
+def test_a_batch_that_takes_long_is_timed_in_part(seconds, samples):
+    assert timed_samples(8, seconds) == samples
 
 
 @pytest.mark.parametrize("loss", [0.5 * MAX_DRIFT_DB, 1.5 * MAX_DRIFT_DB, float("nan")])
