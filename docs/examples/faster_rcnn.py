@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
+
+if TYPE_CHECKING:
+    from deploy.measure.boxes import Found
 
 BACKBONE = "resnet50"  # or another of torchvision, such as resnet18
 SIDE, CLASSES = 640, 91  # pixels of the images that are read; COCO's ids, of which 0 is the background
@@ -53,11 +56,11 @@ def whole() -> FasterRCNN:
 
 
 class Proposals(nn.Module):
-    """Backbone, feature pyramid and the head that proposes boxes: the first engine."""
+    """Backbone, feature pyramid and the head that proposes boxes of `net`, else of `whole()`: the first engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: FasterRCNN | None = None) -> None:
         super().__init__()
-        net = whole()
+        net = net or whole()
         self.backbone, self.head = net.backbone, net.rpn.head
         self.pretrained_cfg = IMAGES
         self.boxes = {
@@ -77,9 +80,9 @@ class Proposals(nn.Module):
 class Regions(nn.Module):
     """The head that judges regions of the feature maps: the second engine, with one sample per region."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: FasterRCNN | None = None) -> None:
         super().__init__()
-        heads = whole().roi_heads
+        heads = (net or whole()).roi_heads
         self.head, self.predictor = heads.box_head, heads.box_predictor
 
     def forward(self, regions: Tensor) -> dict[str, Tensor]:
@@ -88,9 +91,14 @@ class Regions(nn.Module):
         return {"scores": scores, "boxes": boxes}
 
 
+def maps_of(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the feature maps that regions are cut out of, by level, of what `Proposals` returned."""
+    return {level: found[f"features_{level}"] for level in LEVELS[:-1]}
+
+
 def regions_of(net: FasterRCNN, found: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
     """Return (the proposals of every image, (n, 4) in pixels, their regions (N, 256, 7, 7)) of what `Proposals` returned."""
-    features = {level: found[f"features_{level}"] for level in LEVELS[:-1]}
+    features = maps_of(found)
     maps = [*features.values(), nn.functional.max_pool2d(features[LEVELS[-2]], 1, 2)]
     count = len(found["scores"])
     anchors = net.rpn.anchor_generator(ImageList(found["scores"].new_zeros(count, 3, *size), [size] * count), maps)
@@ -113,7 +121,7 @@ def detect(
     return [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in every]
 
 
-def _images(folder: Path, size: tuple[int, int]) -> Iterator[Tensor]:
+def images_in(folder: Path, size: tuple[int, int]) -> Iterator[Tensor]:
     """Yield the images of a folder, (1, 3, H, W) each, as `Proposals` reads them."""
     from calib.errors import UserError
     from calib.images.folder import listed
@@ -130,11 +138,48 @@ def _images(folder: Path, size: tuple[int, int]) -> Iterator[Tensor]:
             raise UserError(f"'{folder / name}' cannot be read ({error}): expected an image") from error
 
 
+def graph_of(package: Path, name: str, part: nn.Module) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Return the INT8 graph of a package, as a function of its input `name`. Raises UserError for weights not of `part`."""
+    from calib.errors import UserError
+    from calib.weights.load import state_sha256
+    from deploy.measure.onnx_runner import OnnxRunner
+    from deploy.package import MANIFEST, MODEL_FP32, read_json
+
+    if read_json(package / MANIFEST)["weights"]["sha256"] != state_sha256(part):
+        raise UserError(f"'{package}' was built from other weights than those that are given now")
+    run = OnnxRunner(package / MODEL_FP32)
+    return lambda given: {
+        key: torch.from_numpy(value) for key, value in run.named_outputs({name: given.numpy()}).items()
+    }
+
+
+def size_of(package: Path) -> tuple[int, int]:
+    """Return height and width of the images that a package reads."""
+    from deploy.package import MANIFEST, read_json
+
+    height, width = read_json(package / MANIFEST)["io"]["inputs"][0]["max"][2:]
+    return height, width
+
+
+def told(truth: "list[Found]", found: "list[Found]") -> str:
+    """Tell how well boxes `found` in every image are those of the float network, `truth`."""
+    from deploy.measure.tasks.boxes import CERTAIN, average_precision, lost_and_moved
+
+    truth = [each.above(CERTAIN) for each in truth]
+    ap50, ap = average_precision(truth, found)
+    if ap is None or ap50 is None:
+        return "the float network is certain of no box in these images: nothing to compare"
+    lost, moved = lost_and_moved(truth, found)
+    count = sum(len(each.scores) for each in truth)
+    others = "" if moved is None else f", the others moved by {moved:.1f} pixels (median)"
+    return f"{count} boxes of the float network: AP {ap:.3f}, at overlap .5 {ap50:.3f}\n{lost} lost{others}"
+
+
 def write(args: argparse.Namespace) -> None:
     """Write the regions that the float network proposes in the images of a folder."""
     net, first, rows, groups = whole(), Proposals().eval(), [], []
     with torch.inference_mode():
-        for number, image in enumerate(_images(args.images, (args.side, args.side))):
+        for number, image in enumerate(images_in(args.images, (args.side, args.side))):
             regions = regions_of(net, first(image), (args.side, args.side))[1][: args.regions]
             rows.append(regions.numpy())
             groups += [number] * len(regions)
@@ -144,41 +189,18 @@ def write(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Print how well both INT8 graphs together find what the float network finds in the images of a folder."""
-    from calib.errors import UserError
-    from calib.weights.load import state_sha256
     from deploy.measure.boxes import Found
-    from deploy.measure.onnx_runner import OnnxRunner
-    from deploy.measure.tasks.boxes import CERTAIN, average_precision, lost_and_moved
-    from deploy.package import MANIFEST, MODEL_FP32, read_json
-
-    def graph(package: Path, name: str) -> Callable[[Tensor], dict[str, Tensor]]:
-        run = OnnxRunner(package / MODEL_FP32)
-        return lambda given: {
-            key: torch.from_numpy(value) for key, value in run.named_outputs({name: given.numpy()}).items()
-        }
 
     net, exact = whole(), (Proposals().eval(), Regions().eval())
-    for package, part in zip((args.proposals, args.regions), exact, strict=True):
-        if read_json(package / MANIFEST)["weights"]["sha256"] != state_sha256(part):
-            raise UserError(f"'{package}' was built from other weights: expected FASTER_RCNN= as then")
-    size = tuple(read_json(args.proposals / MANIFEST)["io"]["inputs"][0]["max"][2:])
-    rounded = (graph(args.proposals, "input"), graph(args.regions, "regions"))
+    packages = zip((args.proposals, args.regions), ("input", "regions"), exact, strict=True)
+    rounded = [graph_of(*each) for each in packages]
     truth, found = [], []
     with torch.inference_mode():
-        for image in _images(args.images, size):
+        for image in images_in(args.images, size_of(args.proposals)):
             for networks, kept in ((exact, truth), (rounded, found)):
                 (one,) = detect(net, image, *networks)
                 kept.append(Found(one["boxes"].numpy(), one["scores"].numpy(), one["labels"].numpy()))
-    truth = [each.above(CERTAIN) for each in truth]
-    ap50, ap = average_precision(truth, found)
-    lost, moved = lost_and_moved(truth, found)
-    if ap is None or ap50 is None:
-        print("the float network is certain of no box in these images: nothing to compare")
-        return
-    print(
-        f"{sum(len(each.scores) for each in truth)} boxes of the float network: AP {ap:.3f}, at overlap .5 {ap50:.3f}"
-    )
-    print(f"{lost} lost" + ("" if moved is None else f", the others moved by {moved:.1f} pixels (median)"))
+    print(told(truth, found))
 
 
 def main(argv: list[str] | None = None) -> int:

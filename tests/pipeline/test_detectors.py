@@ -70,6 +70,62 @@ def faster(tmp_path_factory):
     return path, folder / "weights.pth"
 
 
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    """The example with a Swin transformer at 224 x 224, and the file of its weights."""
+    folder = tmp_path_factory.mktemp("masks")
+    smaller(folder, "faster_rcnn.py")
+    path = smaller(
+        folder, "mask_rcnn.py", ("SIDE, CLASSES, WIDTH = 672, 91", "SIDE, CLASSES, WIDTH = 224, 5"),
+        ("Path(__file__).parents[2]", f"'{ROOT}'"),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        torch.manual_seed(0)
+        net = loaded(path).whole()
+        torch.nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight, std=0.5)
+        torch.save(net.state_dict(), folder / "weights.pth")
+        yield path, folder / "weights.pth"
+
+
+def test_the_parts_of_mask_rcnn_are_torchvisions_network(masks, monkeypatch):
+    path, weights = masks
+    monkeypatch.setenv("MASK_RCNN", str(weights))
+    example, image = loaded(path), torch.rand(1, 3, 224, 224)
+    net = example.whole()
+    net.transform.min_size, net.transform.max_size = (224,), 224
+    net.transform.image_mean, net.transform.image_std = [0, 0, 0], [1, 1, 1]
+    # whole masks are pasted into the image; those of the heads are compared here
+    monkeypatch.setattr(net.transform, "postprocess", lambda result, *_: result)
+    with torch.no_grad():
+        (expected,) = net(list(image))
+        first = example.Proposals().eval()
+        (found,) = example.detect(net, image, first, example.Regions().eval())
+        drawn = example.masks_of(net, first(image), found["boxes"], found["labels"], example.Masks().eval())
+    assert len(expected["scores"]) > 5
+    for name in ("boxes", "scores", "labels"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert torch.equal(drawn, expected["masks"][:, 0] > 0.5)
+
+
+def test_mask_rcnn_becomes_three_engines_that_are_compared_together(masks, photos, tmp_path, monkeypatch, capsys):
+    path, weights = masks
+    monkeypatch.setenv("MASK_RCNN", str(weights))
+    example, options = loaded(path), ("--weights", "auto", "--recipe", "int8_plain")
+    first, report, manifest = engine(path, "Proposals", tmp_path / "a", *options, "--calib", photos)
+    assert (manifest["task"], manifest["boxes"]["classes"], report["engine"]["lost"]) == ("boxes", 1, [])
+    assert example.main(["write", str(photos), "--to", str(tmp_path)]) == 0
+    second, report, _ = engine(path, "Regions", tmp_path / "b", *options, "--calib", tmp_path / "regions.npz")
+    assert report["engine"]["int8_gemms"] == 2
+    third, report, _ = engine(path, "Masks", tmp_path / "c", *options, "--calib", tmp_path / "masks.npz")
+    assert report["engine"]["planned"] == 4
+    capsys.readouterr()
+    assert example.main(["compare", str(first), str(second), str(third), str(photos)]) == 0
+    said = capsys.readouterr().out
+    assert "boxes of the float network: AP 0." in said
+    assert "boxes of the float network: overlap 0." in said
+
+
 def test_the_two_parts_of_faster_rcnn_are_torchvisions_network(faster, monkeypatch):
     path, weights = faster
     monkeypatch.setenv("FASTER_RCNN", str(weights))

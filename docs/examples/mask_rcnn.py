@@ -1,0 +1,169 @@
+"""Mask R-CNN (He et al., 2017) with a Swin transformer of timm and the heads of torchvision, as three engines.
+
+export MASK_RCNN=/path/to/yours.pth     # the state dict of `whole()` below; without it the weights are random
+make engine MODULE=docs/examples/mask_rcnn.py:Proposals CALIB=/data/photos
+.venv/bin/python docs/examples/mask_rcnn.py write /data/photos     # regions.npz and masks.npz, for the other engines
+make engine MODULE=docs/examples/mask_rcnn.py:Regions CALIB=regions.npz
+make engine MODULE=docs/examples/mask_rcnn.py:Masks CALIB=masks.npz
+.venv/bin/python docs/examples/mask_rcnn.py compare artifacts/mask_rcnn.Proposals/int8 artifacts/mask_rcnn.Regions/int8 \
+  artifacts/mask_rcnn.Masks/int8 /data/photos
+
+The first two are those of faster_rcnn.py, which lies beside this file; the third judges which pixels of a box belong to its
+object. The image size is fixed: windows of 7 x 7 fit all four maps of 672 x 672 pixels.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import faster_rcnn
+import numpy as np
+import timm
+import torch
+from faster_rcnn import detect, graph_of, images_in, maps_of, regions_of, size_of, told
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+BACKBONE = "swin_tiny_patch4_window7_224"  # or swin_small_..., swin_base_...
+SIDE, CLASSES, WIDTH = 672, 91, 256  # pixels; COCO's ids, of which 0 is the background; channels of the feature maps
+
+
+class Pyramid(nn.Module):
+    """Four maps of a Swin transformer and the pyramid of features over them, coarsest last."""
+
+    out_channels = WIDTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = timm.create_model(BACKBONE, features_only=True, img_size=SIDE)
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), WIDTH, LastLevelMaxPool())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute of images (B, 3, SIDE, SIDE) maps (B, WIDTH, h, w) by the names of faster_rcnn.LEVELS."""
+        maps = [each.permute(0, 3, 1, 2) for each in self.body(images)]  # Swin's have their channels last
+        return self.fpn({str(level): each for level, each in enumerate(maps)})
+
+
+def whole() -> MaskRCNN:
+    """Build the network in eval mode, with the weights of MASK_RCNN= or random ones."""
+    net = MaskRCNN(Pyramid(), CLASSES, rpn_post_nms_top_n_test=faster_rcnn.REGIONS)
+    if path := os.environ.get("MASK_RCNN"):
+        net.load_state_dict(torch.load(path, weights_only=True))
+    return net.eval()
+
+
+def Proposals() -> nn.Module:  # noqa: N802 - the name of its package
+    """Build the first engine's network: backbone, feature pyramid and the head that proposes boxes."""
+    net = faster_rcnn.Proposals(whole())
+    net.pretrained_cfg = {**faster_rcnn.IMAGES, "input_size": (3, SIDE, SIDE)}
+    return net
+
+
+def Regions() -> nn.Module:  # noqa: N802
+    """Build the second engine's network: the head that judges regions of the feature maps."""
+    return faster_rcnn.Regions(whole())
+
+
+class Masks(nn.Module):
+    """The head that draws the masks: the third engine, with one sample per region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        heads = whole().roi_heads
+        self.head, self.predictor = heads.mask_head, heads.mask_predictor
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """Compute of regions (N, 256, 14, 14) the logits (N, classes, 28, 28) of the pixels of each class's mask."""
+        return self.predictor(self.head(regions))
+
+
+def masks_of(
+    net: MaskRCNN, found: Mapping[str, Tensor], boxes: Tensor, labels: Tensor, head: Callable[[Tensor], Any]
+) -> Tensor:
+    """Return which pixels (n, 28, 28) of `boxes` (n, 4) belong to objects; `found`: what `Proposals` gave of the image."""
+    regions = net.roi_heads.mask_roi_pool(maps_of(found), [boxes], [(SIDE, SIDE)])
+    return head(regions)[torch.arange(len(labels)), labels] > 0
+
+
+def write(args: argparse.Namespace) -> None:
+    """Write the regions that the float network proposes in the images of a folder, for both heads."""
+    net, first = whole(), Proposals().eval()
+    rows: dict[str, list[Any]] = {"regions": [], "masks": []}
+    groups: list[int] = []
+    with torch.inference_mode():
+        for number, image in enumerate(images_in(args.images, (SIDE, SIDE))):
+            found = first(image)
+            kept, regions = regions_of(net, found, (SIDE, SIDE))
+            boxes = kept[0][: args.regions]
+            rows["regions"].append(regions[: args.regions].numpy())
+            rows["masks"].append(net.roi_heads.mask_roi_pool(maps_of(found), [boxes], [(SIDE, SIDE)]).numpy())
+            groups += [number] * len(boxes)
+    for name, each in rows.items():
+        np.savez(args.to / f"{name}.npz", regions=np.concatenate(each), groups=np.array(groups))
+    print(f"{args.to}: {len(groups)} regions of {len(rows['regions'])} images in regions.npz and masks.npz")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print how well the INT8 graphs together find and draw what the float network does in the images of a folder."""
+    from calib.errors import UserError
+    from deploy.measure.boxes import Found
+
+    net = whole()
+    exact: tuple[Any, ...] = (Proposals().eval(), Regions().eval(), Masks().eval())
+    packages = (args.proposals, args.regions, args.masks)
+    if size_of(args.proposals) != (SIDE, SIDE):
+        raise UserError(f"'{args.proposals}' reads other images than {SIDE} x {SIDE}: build it without INPUT=")
+    rounded = [graph_of(*each) for each in zip(packages, ("input", "regions", "regions"), exact, strict=True)]
+    heads = (exact[2], lambda regions: rounded[2](regions)["output"])
+    truth, found, overlaps = [], [], []
+    with torch.inference_mode():
+        for image in images_in(args.images, (SIDE, SIDE)):
+            both = [detect(net, image, *networks[:2])[0] for networks in (exact, rounded)]
+            for one, kept in zip(both, (truth, found), strict=True):
+                kept.append(Found(one["boxes"].numpy(), one["scores"].numpy(), one["labels"].numpy()))
+            boxes, labels = both[0]["boxes"], both[0]["labels"]
+            drawn = [
+                masks_of(net, networks[0](image), boxes, labels, head)
+                for networks, head in zip((exact, rounded), heads, strict=True)
+            ]
+            either = (drawn[0] | drawn[1]).flatten(1).sum(1)
+            overlaps.append(((drawn[0] & drawn[1]).flatten(1).sum(1) / either)[either > 0])
+    print(told(truth, found))
+    every = torch.cat(overlaps)
+    print(f"masks of {len(every)} boxes of the float network: overlap {float(every.mean()):.3f} (mean)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the two commands; returns the exit code."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # the tool itself
+    from deploy.cli import answered
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    verbs = parser.add_subparsers(required=True)
+    writing = verbs.add_parser(
+        "write", help="write regions.npz and masks.npz, which the other engines are calibrated on"
+    )
+    writing.add_argument("images", type=Path, help="a folder")
+    writing.add_argument("--regions", type=int, default=8, help="of every image (default 8)")
+    writing.add_argument("--to", type=Path, default=Path(), help="folder (default: this one)")
+    comparing = verbs.add_parser("compare", help="compare the three packages together with the float network")
+    for each in ("proposals", "regions", "masks", "images"):
+        comparing.add_argument(each, type=Path)
+    for verb, run in ((writing, write), (comparing, compare)):
+        verb.set_defaults(run=run)
+    args = parser.parse_args(argv)
+
+    def answer() -> int:
+        args.run(args)
+        return 0
+
+    return answered(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
