@@ -1,8 +1,9 @@
 """The limits that a package has to keep to be accepted: MAX_DROP= of accuracy and MIN_SPEEDUP=.
 
 MAX_DROP=1%    top-1 accuracy on the labels falls by at most one percentage point; without labels at most 1 % of the images
-               get another top-1 result than from the float network
-MAX_DROP=30dB  the error of the outputs lies at least 30 dB below them (SQNR)
+               get another top-1 result than from the float network. Of a detector: average precision, on annotations or
+               beside the float network's boxes (overlap .5)
+MAX_DROP=30dB  the error of the outputs lies at least 30 dB below them (SQNR); of pictures: PSNR to the float network's
 MIN_SPEEDUP=1.5  at least 1.5 times as fast as the float network, with 95 % confidence
 
 They are checked on the evaluation images, which chose nothing: on what the engine computed where it was run, else on its
@@ -11,15 +12,17 @@ graph in ONNX Runtime.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
-from calib.task import VALUES, Task
+from calib.task import Task
 from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.accuracy import Fidelity, fidelity
 from deploy.measure.latency import Comparison
+from deploy.measure.tasks import task_module
+from deploy.measure.top1 import points
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +31,14 @@ STANDARD_ERRORS = 2 * 1.96  # in a 95 % interval
 DROP = r"(\d+(?:\.\d+)?) ?(%|dB)"
 
 
-def _points(share: float) -> float:
-    """A share in percent, without the rounding error of counts that were divided."""
-    return round(100 * share, 9)
+def _decibels(found: Fidelity) -> tuple[str, float]:
+    """What a limit in dB is about: PSNR of pictures, else SQNR."""
+    return ("SQNR", found.sqnr_db) if found.psnr_db is None else ("PSNR", found.psnr_db)
 
 
 @dataclass(frozen=True)
 class MaxDrop:
-    """How much accuracy may be lost: `amount` percent of top-1 results, or an SQNR of at least `amount` dB."""
+    """How much accuracy may be lost: `amount` percentage points, or down to `amount` dB."""
 
     amount: float
     unit: str  # % | dB
@@ -46,7 +49,7 @@ class MaxDrop:
         found = re.fullmatch(DROP, text.strip(), re.IGNORECASE)
         if not found:
             raise UserError(
-                f"MAX_DROP='{text}': expected 1% (of top-1 results) or 30dB (least SQNR to the float network's outputs)"
+                f"MAX_DROP='{text}': expected 1% (of top-1 results or average precision) or 30dB (SQNR, of pictures PSNR)"
             )
         if found[2] == "%" and float(found[1]) >= 100:
             raise UserError(f"MAX_DROP='{text}': expected a percentage below 100, such as 1%")
@@ -56,12 +59,12 @@ class MaxDrop:
         """As it was given."""
         return f"{self.amount:g}{self.unit}"
 
-    def require_measurable(self, top1: bool) -> None:
-        """Raise UserError if outputs without a top-1 result are to keep one."""
-        if self.unit == "%" and not top1:
+    def require_measurable(self, task: str) -> None:
+        """Raise UserError for percent of outputs of a `task` in which nothing is counted."""
+        if self.unit == "%" and task_module(task).points_lost is None:
             raise UserError(
-                f"MAX_DROP={self}: the outputs of this network are neither classes nor features, so they have no top-1 "
-                f"result; expected a least SQNR, such as MAX_DROP=30dB"
+                f"MAX_DROP={self}: the outputs of this network are neither classes nor features nor boxes, so nothing is "
+                f"counted; expected decibels, such as MAX_DROP=30dB"
             )
 
     def require_images(self, count: int) -> None:
@@ -72,24 +75,14 @@ class MaxDrop:
                 f"expected {math.ceil(100 / self.amount)} or more in EVAL= (or CALIB=)"
             )
 
-    def measured(self, found: Fidelity) -> tuple[bool, str]:
-        """Whether `found` keeps this limit, and in words what was measured."""
+    def measured(self, found: Fidelity, task: str) -> tuple[bool, str]:
+        """Whether `found`, of outputs of this `task`, keeps this limit, and in words what was measured."""
         on = f"on {found.count} images"
         if self.unit == "dB":
-            return found.sqnr_db >= self.amount, f"SQNR {found.sqnr_db:.1f} dB {on}, expected {self.amount:g} or more"
-        if found.top1 is not None and found.reference_top1 is not None:
-            drop = _points(found.reference_top1 - found.top1)
-            return (
-                drop <= self.amount,
-                f"top-1 accuracy falls by {drop:.2f} points {on}, expected at most {self.amount:g}",
-            )
-        if found.top1_agreement is None:
-            raise ValueError("no top-1 results were measured")
-        other = _points(1 - found.top1_agreement)
-        return (
-            other <= self.amount,
-            f"{other:.2f} % of the top-1 results differ {on}, expected at most {self.amount:g} %",
-        )
+            name, value = _decibels(found)
+            return value >= self.amount, f"{name} {value:.1f} dB {on}, expected {self.amount:g} or more"
+        lost, words = task_module(task).points_lost(found)
+        return lost <= self.amount, f"{words} {on}, expected at most {self.amount:g}"
 
 
 @dataclass(frozen=True)
@@ -111,11 +104,11 @@ class Limits:
                 f"{backend}; leave it out, and time an engine on its GPU with python -m benchmarks.gpu_latency"
             )
 
-    def check(self, found: Fidelity, speed: Comparison) -> "Acceptance":
-        """What came of the limits."""
+    def check(self, found: Fidelity, task: str, speed: Comparison) -> "Acceptance":
+        """What came of the limits; `task`: the name of what the outputs are."""
         checks = []
         if self.max_drop is not None:
-            checks.append(Check(self.on_accuracy(), *self.max_drop.measured(found)))
+            checks.append(Check(self.on_accuracy(), *self.max_drop.measured(found, task)))
         if self.min_speedup is not None:
             measured = f"{speed.ratio:.2f}x the float network (95 %: {speed.low:.2f} to {speed.high:.2f})"
             expected = f"expected {self.min_speedup:g} or more"
@@ -161,17 +154,18 @@ class Acceptance:
         }
 
 
-def keeps(limit: MaxDrop, task: Task, exact: "Tensor", found: "Tensor", sources: Sequence[int]) -> bool:
+def keeps(
+    limit: MaxDrop, task: Task, exact: "Mapping[str, Tensor]", found: "Mapping[str, Tensor]", sources: Sequence[int]
+) -> bool:
     """Whether the outputs `found` (N, ...) of a network keep `limit` beside those of the float network, `exact`.
 
     They have to keep it by one standard error over source images, whose numbers are `sources` (N,), because other images
     will decide.
     """
-    # Several outputs come joined to rows, which only the measures that all tasks share can read.
-    judged_by = Task(VALUES) if limit.unit == "dB" else task
-    measured = fidelity({"output": exact.cpu().numpy()}, {"output": found.cpu().numpy()}, judged_by, None, sources)
+    one, other = ({name: value.cpu().numpy() for name, value in each.items()} for each in (exact, found))
+    measured = fidelity(one, other, task, None, sources)
     if limit.unit == "dB":
         low, high = measured.sqnr_interval_db or (math.nan, math.nan)
-        return measured.sqnr_db - (high - low) / STANDARD_ERRORS >= limit.amount
-    other = 1 - (math.nan if measured.top1_agreement is None else measured.top1_agreement)
-    return _points(other + math.sqrt(other * (1 - other) / len(set(sources)))) <= limit.amount
+        return _decibels(measured)[1] - (high - low) / STANDARD_ERRORS >= limit.amount
+    lost = task_module(task.name).points_lost(measured)[0] / 100
+    return points(lost + math.sqrt(max(0.0, lost * (1 - lost)) / len(set(sources)))) <= limit.amount

@@ -110,7 +110,8 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
         "--max-extra-bytes", type=_limit, help="bytes that QwT branches may add (default: the recipe's)"
     )
     engine.add_argument(
-        "--max-drop", help="accuracy that may be lost: 1%% of top-1 results, or 30dB (least SQNR); else exit code 1"
+        "--max-drop",
+        help="accuracy that may be lost: 1%% (top-1 results, boxes) or 30dB (least SQNR, PSNR); else exit code 1",
     )
     engine.add_argument(
         "--min-speedup", type=_speedup, help="least speed beside the float network, such as 1.5; else exit code 1"

@@ -53,7 +53,6 @@ from deploy.execution import Execution, executed
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.graph.check import require_strongly_typed
 from deploy.measure.onnx_runner import Given
-from deploy.measure.tasks import task_module
 from deploy.named_inputs import ids_in_embeddings, inputs_told_by, require_readable, require_used, two_samples
 from deploy.package import (
     ENGINE,
@@ -229,7 +228,7 @@ def load(run: Run) -> Lines:
         run.outputs = _outputs(net, torch.zeros(2, *run.loaded.data_config["input_size"]), own=bool(run.spec.factory))
     run.task = task_of(net, run.outputs)
     if run.options.limits.max_drop is not None:
-        run.options.limits.max_drop.require_measurable(task_module(run.task.name).TOP1)
+        run.options.limits.max_drop.require_measurable(run.task.name)
     return (run.loaded.source,)
 
 
@@ -487,7 +486,7 @@ def benchmark(run: Run) -> Lines:
 def accept(run: Run) -> Lines:
     """Whether the limits that were given are kept: by the engine where it was run, else by its graph."""
     judged = run.execution.fidelity or run.verdict.fidelity
-    run.acceptance = run.options.limits.check(judged, run.speed.comparison)
+    run.acceptance = run.options.limits.check(judged, run.task.name, run.speed.comparison)
     return run.acceptance.lines() or ("no limits were given (MAX_DROP=, MIN_SPEEDUP=)",)
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.images.batches import Half, spread_images, spread_with_sources
 from calib.judge.decibels import decibels
 from calib.layerwise.float_layers import float_terms, in_float, shares
 from calib.network.qdq import quantized_net
+from calib.outputs import named_outputs, separate_outputs
 from calib.quant_model import QuantModel, StageRecord
 
 MOST = 0.5  # of the multiplications of all quantized layers
@@ -26,8 +27,9 @@ COUNT_IMAGES = 64  # per half, or fewer where outputs are large
 FEWEST_IMAGES, MOST_VALUES = 8, 1 << 25  # per half; of all outputs together
 BATCH = 16
 
-# (outputs of the float network, outputs (N, ...), number of the source image of each) -> whether the limit is kept
-Kept = Callable[[Tensor, Tensor, Sequence[int]], bool]
+Outputs = dict[str, Tensor]  # (N, ...) by name
+# (outputs of the float network, outputs, number of the source image of each sample) -> whether the limit is kept
+Kept = Callable[[Outputs, Outputs, Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,17 @@ def fewest(count: int, holds: Callable[[int], bool]) -> int | None:
 
 
 @torch.inference_mode()
-def _outputs(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([net(batch) for batch in images.split(BATCH)])
+def _outputs(net: nn.Module, images: Tensor) -> Outputs:
+    with separate_outputs(net):
+        every = [named_outputs(net(batch)) for batch in images.split(BATCH)]
+    return {name: torch.cat([one[name] for one in every]) for name in every[0]}
+
+
+def _sqnr_db(exact: Outputs, found: Outputs) -> float:
+    """SQNR of all outputs, which count alike."""
+    powers = [(float(value.double().square().sum()), float((found[name] - value).double().square().sum()))
+              for name, value in exact.items()]  # fmt: skip
+    return decibels(float(len(powers)), sum(noise / (signal or 1.0) for signal, noise in powers))
 
 
 def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: Kept) -> QuantModel:
@@ -81,7 +92,8 @@ def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: K
     share = shares(model.net, model.quantized_layers, example)
     inside = tuple(f"{name}." for name in model.int8_attention)
     layers = [name for name in share if not name.startswith(inside)]
-    few = max(FEWEST_IMAGES, min(COUNT_IMAGES, MOST_VALUES // _outputs(model.float_net, example).numel()))
+    values = sum(each.numel() for each in _outputs(model.float_net, example).values())
+    few = max(FEWEST_IMAGES, min(COUNT_IMAGES, MOST_VALUES // values))
     taken_of = [spread_with_sources(half.parts[1], few) for half in halves]
     images = torch.cat([found for found, _ in taken_of])
     sources = [len(halves) * number + half for half, (_, numbers) in enumerate(taken_of) for number in numbers]
@@ -95,7 +107,7 @@ def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: K
     @functools.cache
     def holds(count: int) -> bool:
         found = _outputs(quantized_net(network(count)), images)
-        results[count] = decibels(float(exact.double().square().sum()), float((found - exact).double().square().sum()))
+        results[count] = _sqnr_db(exact, found)
         return kept(exact, found, sources)
 
     count: int | None = 0

@@ -1,8 +1,9 @@
 """What "as good as float" means, one file per task: the measures beside the SQNR that all outputs share.
 
 A task has `measures(reference, output, task, labels)`, which compares a network's outputs with the float network's and
-returns fields of `Fidelity`, and says by `TOP1` whether an agreement of top-1 results is one of them. The name of the file
-is the name of the task (calib/task.py).
+returns fields of `Fidelity`, and `points_lost(fidelity)`, which tells what a limit in percent (MAX_DROP=1%) is about:
+(percentage points, in words), or None in its place where nothing is counted. The name of the file is the name of the task
+(calib/task.py).
 """
 
 import importlib

@@ -2,8 +2,9 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +12,11 @@ from calib.images.annotations import CLASS, CROWD
 from calib.task import Task
 from deploy.measure.boxes import Found, decoded, overlaps
 from deploy.measure.outputs import Outputs
+from deploy.measure.top1 import points
 
-TOP1 = False  # whether `measures` gives an agreement of top-1 results
+if TYPE_CHECKING:
+    from deploy.measure.accuracy import Fidelity
+
 CERTAIN = 0.3  # score of the float network's boxes that count as true
 SAME = 0.5  # intersection over union of two boxes of one object
 
@@ -89,6 +93,17 @@ def measures(reference: Outputs, output: Outputs, task: Task, labels: Sequence[n
         "boxes": sum(len(each.scores) for each in truth), "ap50": ap50, "ap": ap, "lost": lost, "moved_px": moved,
         **({} if labels is None else beside_labels(exact, found, labels)),
     }  # fmt: skip
+
+
+def points_lost(found: "Fidelity") -> tuple[float, str]:
+    """Return (percentage points, what they are in words): of average precision on annotations, without any beside float."""
+    if found.true_ap is not None and found.reference_true_ap is not None:
+        drop = points(found.reference_true_ap - found.true_ap)
+        return drop, f"average precision on the annotations falls by {drop:.2f} points"
+    if found.ap50 is None:
+        return math.nan, "the float network is certain of no box"
+    lost = points(1 - found.ap50)
+    return lost, f"average precision (overlap .5) beside the float network's boxes is {lost:.2f} points below 100"
 
 
 def beside_labels(exact: Sequence[Found], found: Sequence[Found], labels: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 
 from calib.task import Task
+from deploy.measure import top1
 from deploy.measure.outputs import Outputs, only
 
-TOP1 = True  # whether `measures` gives an agreement of top-1 results
+points_lost = top1.points_lost
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from calib.task import Task
+from deploy.measure import top1
 from deploy.measure.outputs import Outputs, only
 
-TOP1 = True  # whether `measures` gives an agreement of top-1 results
-
+points_lost = top1.points_lost
 NEIGHBOUR_ROWS = 1024  # nearest neighbours are searched among the first rows only: cost grows with the square
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from calib.task import Task
 from deploy.measure.outputs import Outputs, only
 
-TOP1 = False  # whether `measures` gives an agreement of top-1 results
+points_lost = None  # nothing is counted
 MOST_DB = 100.0  # of two equal pictures, whose PSNR is infinite
 
 

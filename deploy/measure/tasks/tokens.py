@@ -3,10 +3,11 @@
 from typing import Any
 
 from calib.task import Task
+from deploy.measure import top1
 from deploy.measure.outputs import Outputs
 from deploy.measure.tasks.classifier import measures as of_classes
 
-TOP1 = True  # whether `measures` gives an agreement of top-1 results
+points_lost = top1.points_lost
 
 
 def measures(reference: Outputs, output: Outputs, task: Task, _labels: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def rounded():
 
 @torch.no_grad()
 def sqnr(exact, found):
+    exact, found = ((each["output"] if isinstance(each, dict) else each) for each in (exact, found))
     return float(10 * torch.log10(exact.square().sum() / (exact - found).square().sum()))
 
 
