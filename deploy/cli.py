@@ -13,6 +13,7 @@ from typing import NoReturn
 from calib.errors import UserError, suggestion
 from calib.store.paths import expanded
 from calib.weights.zoo import input_size
+from deploy.arguments import architectures, count
 from deploy.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, ContractError
 from deploy.host import require_address_space
 from deploy.package_options import DEFAULTS, add_package, folder_from_options
@@ -33,20 +34,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError, with where help is."""
         raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
-def _sms(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part.strip().lower().removeprefix("sm")) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"SM='{text}': expected GPU architectures such as 86,89,120") from None
-
-
-def count(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of 1 or more")
-    return int(text)
 
 
 def _seed(text: str) -> int:
@@ -85,7 +72,7 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--calib-images", type=count, default=512, help="images to calibrate on (default 512)")
     engine.add_argument("--recipe", default="int8", help="name of a recipe or a .toml file")
     engine.add_argument("--target", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime (a CPU)")
-    engine.add_argument("--sm", type=_sms, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
+    engine.add_argument("--sm", type=architectures, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")
     engine.add_argument(

@@ -1,18 +1,21 @@
 """What a built engine computes on this machine, beside what its graph computes in ONNX Runtime. No torch."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from calib.errors import UserError
+from calib.task import Task
 from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.packaged import runner_of_package
 from deploy.engine.runner import EngineRunner
 from deploy.graph.names import INPUT
-from deploy.measure.accuracy import Fidelity, joined_rows, mean_sqnr_db, sqnr_db
+from deploy.measure.accuracy import Fidelity, fidelity, joined_rows, mean_sqnr_db, sqnr_db
 from deploy.measure.onnx_runner import Given, OnnxRunner
 from deploy.measure.outputs import Outputs
 from deploy.package import ENGINE, GOLDEN, MODEL_FP32
@@ -41,6 +44,20 @@ class Execution:
         """
         if self.fidelity is None:
             return None
+        if reason := self.golden_failure():
+            return reason
+        engine, graph = self.fidelity.sqnr_db, verdict.fidelity.sqnr_db
+        if not engine >= least_fp16_db(graph):
+            return (
+                f"the engine reaches {engine:.1f} dB on {self.fidelity.count} images where {MODEL_FP32} reaches "
+                f"{graph:.1f} dB: expected at least {least_fp16_db(graph):.1f} dB"
+            )
+        return None
+
+    def golden_failure(self) -> str | None:
+        """The part of `failure` that the golden images tell."""
+        if self.fidelity is None:
+            return None
         engine, graph = float(np.mean(self.golden_db)), float(np.mean(self.graph_db))
         if not engine >= least_fp16_db(graph):
             worst = int(np.argmin(np.subtract(self.golden_db, self.graph_db)))  # of NaN, the first
@@ -48,12 +65,6 @@ class Execution:
                 f"the engine reaches {engine:.1f} dB on the golden images where {MODEL_FP32} reaches {graph:.1f} dB: "
                 f"expected at least {least_fp16_db(graph):.1f} dB; worst is image {worst} of {GOLDEN}, "
                 f"{self.golden_db[worst]:.1f} instead of {self.graph_db[worst]:.1f} dB"
-            )
-        engine, graph = self.fidelity.sqnr_db, verdict.fidelity.sqnr_db
-        if not engine >= least_fp16_db(graph):
-            return (
-                f"the engine reaches {engine:.1f} dB on {self.fidelity.count} images where {MODEL_FP32} reaches "
-                f"{graph:.1f} dB: expected at least {least_fp16_db(graph):.1f} dB"
             )
         return None
 
@@ -103,6 +114,30 @@ def golden_faults(folder: Path) -> tuple[list[str], str]:
     said = f"{ENGINE} reaches {own:.1f} dB on the golden images where {MODEL_FP32} reaches {graph:.1f} dB"
     least = least_fp16_db(graph)
     return ([] if own >= least else [f"{said}: expected at least {least:.1f} dB"]), f"run: {said}"
+
+
+def executed_on_golden(backend: ModuleType, plan: bytes, folder: Path, task: Task) -> Execution:
+    """Run the engine `plan` on the golden images of the package in `folder`, whose outputs are `task`, if it can run here.
+
+    Raises UserError if the golden file is not one of a package.
+    """
+    if reason := backend.cannot_run():
+        return Execution(reason)
+    given, exact, _ = golden_arrays(folder / GOLDEN)
+    with ExitStack() as opened:
+        try:
+            engine = opened.enter_context(backend.runner(plan))
+        except UserError as error:
+            return Execution(str(error))
+        found = outputs_over(lambda batch: _call(engine, batch), [given])
+    found = {name: found[name] for name in exact}
+    graph = outputs_over(OnnxRunner(folder / MODEL_FP32).named_outputs, [given])
+    return Execution(
+        device=backend.device_name(),
+        fidelity=fidelity(exact, found, task),
+        golden_db=_image_db(exact, found),
+        graph_db=_image_db(exact, graph),
+    )
 
 
 def executed(engine: EngineRunner | GraphRunner, device: str, folder: Path, reference: Reference) -> Execution:

@@ -46,7 +46,7 @@ from calib.weights.load import load_net
 from deploy.acceptance import keeps
 from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair, halved
 from deploy.bridge.parity import compare_with_onnx
-from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.engine.audit import planned_attention, planned_layers
 from deploy.engine.backends import Built
 from deploy.errors import ContractError
 from deploy.execution import Execution, executed
@@ -68,10 +68,10 @@ from deploy.package import (
     MODEL,
     MODEL_FP32,
     REPORT,
-    layers_beside,
     write_json,
 )
 from deploy.progress import Progress
+from deploy.proven import proven
 from deploy.report.evidence import report_json
 from deploy.report.manifest import manifest_json, replaced
 from deploy.run import Run
@@ -421,14 +421,7 @@ def build(run: Run) -> Lines:
 
 def prove(run: Run) -> Lines:
     """Every planned layer runs in an INT8 kernel, or ContractError; on a CPU some may lack one, which is a warning."""
-    run.audit, beside = audit(run.built.kernels, run.planned, run.planned_attention), layers_beside(run.final)
-    try:
-        require_int8(run.audit, every=run.backend.FP16)
-    except ContractError as fault:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        write_json(beside, run.built.layers_json())
-        raise ContractError(f"{fault}; what the engine tells of its layers is in '{beside}'") from None
-    beside.unlink(missing_ok=True)  # of an earlier engine
+    run.audit = proven(run.built, run.planned, run.planned_attention, run.final, every=run.backend.FP16)
     return (run.audit.summary(),)
 
 

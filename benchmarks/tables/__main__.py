@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.tables.experiments import table_names
-from deploy.cli import EXIT_INTERRUPTED, Parser, answered, count
+from deploy.arguments import count
+from deploy.cli import EXIT_INTERRUPTED, Parser, answered
 
 
 def _parser() -> Parser:

@@ -88,6 +88,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
             "version": run.built.version,
             "targets": list(run.built.targets),
             "settings": run.built.settings,
+            "notes": list(run.built.notes),
             "audit": run.audit.to_json(),
             **run.execution.to_json(),
         },

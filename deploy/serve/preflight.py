@@ -19,6 +19,7 @@ from deploy.serve.shipped import Shipped, shipped_from_package
 from deploy.verify import file_faults
 
 MB = 1 << 20
+REBUILD = "python -m deploy rebuild"  # deploy/serve/rebuild.py
 # What TensorRT-RTX finds in the header of an engine (EngineInvalidityDiagnostics), bit by bit.
 HEADER_FAULTS = {
     1: "was built by another version of TensorRT-RTX",
@@ -79,8 +80,8 @@ def promise_faults(shipped: Shipped, allowed: Allowed, cpu: bool) -> list[str]:
         )
     if not (cpu or shipped.executed or allowed.unexecuted):
         wrong.append(
-            f"{ENGINE} was never run, so nothing is known of its outputs: build where its GPU is, serve the graph alone "
-            f"(--cpu), or give --allow-unexecuted"
+            f"{ENGINE} was never run, so nothing is known of its outputs: build it where its GPU is ({REBUILD}), serve "
+            f"the graph alone (--cpu), or give --allow-unexecuted"
         )
     return wrong
 
@@ -94,12 +95,12 @@ def machine_faults(shipped: Shipped, machine: Machine) -> list[str]:
     wrong = []
     if machine.tensorrt is not None and shipped.backend != TENSORRT:
         wrong.append(
-            f"{ENGINE} is of {shipped.backend}: expected {TENSORRT}, which alone Triton loads (TARGET=tensorrt)"
+            f"{ENGINE} is of {shipped.backend}: expected {TENSORRT}, which alone Triton loads ({REBUILD} --target tensorrt)"
         )
     elif machine.tensorrt is not None and not same_release(shipped.version, machine.tensorrt):
         wrong.append(
             f"{ENGINE} was built by TensorRT {shipped.version}, the server holds {machine.tensorrt}: expected the same "
-            f"release; build with tensorrt=={machine.tensorrt}, or choose another container"
+            f"release; build with tensorrt=={machine.tensorrt} ({REBUILD}), or choose another container"
         )
     if shipped.backend == ONNXRUNTIME:  # runs on any CPU
         return wrong
@@ -110,11 +111,13 @@ def machine_faults(shipped: Shipped, machine: Machine) -> list[str]:
         ]
     if shipped.backend == TENSORRT_RTX and not rtx_supports(machine.sm):
         wrong.append(
-            f"{ENGINE} is of TensorRT-RTX, which does not support this GPU, SM{machine.sm}: build with TARGET=tensorrt on it"
+            f"{ENGINE} is of TensorRT-RTX, which does not support this GPU, SM{machine.sm}: build it here "
+            f"({REBUILD} --target tensorrt)"
         )
     elif not any(runs_on(target, machine.sm) for target in shipped.targets):
         wrong.append(
-            f"{ENGINE} is for {', '.join(shipped.targets)}, this GPU is SM{machine.sm}: build it for SM={machine.sm}"
+            f"{ENGINE} is for {', '.join(shipped.targets)}, this GPU is SM{machine.sm}: "
+            f"build it for SM={machine.sm} ({REBUILD})"
         )
     if shipped.driver and machine.driver and _older(machine.driver, shipped.driver):
         wrong.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 from calib.errors import UserError
 from calib.store.paths import expanded
+from deploy.arguments import architectures, count
 from deploy.errors import EXIT_USER_ERROR
 from deploy.package_options import add_package_options, folder_from_options
 
@@ -35,6 +36,13 @@ def add_serve_verbs(verbs: Any) -> None:
     write = verbs.add_parser("serve-repo", help="write packages as a Triton model repository")
     write.add_argument("packages", nargs="*", help="folders, of several models or GPUs; default: that of these options")
     add_package_options(write)
+    again = verbs.add_parser("rebuild", help="build the engine of a finished package for this machine; needs no torch")
+    again.add_argument("package", help="folder")
+    again.add_argument("--to", help="another folder for the package (default: its own)")
+    again.add_argument("--target", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime (a CPU)")
+    again.add_argument("--sm", type=architectures, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
+    again.add_argument("--batch", type=count, help="batch size the engine is tuned for (default: the package's)")
+    again.add_argument("--max-batch", type=count, help="largest batch size (default: the package's)")
     preflight = verbs.add_parser("preflight", help="whether a package may be served, and whether this machine can")
     preflight.add_argument("packages", nargs="+", help="folders, of several models served together")
     preflight.add_argument("--cpu", action="store_true", help="only its graph is served, in ONNX Runtime")
@@ -141,6 +149,15 @@ def _preflight(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rebuild(args: argparse.Namespace) -> int:
+    from deploy.serve.rebuild import Wanted, rebuild
+
+    wanted = Wanted(args.target, args.sm, args.batch, args.max_batch)
+    to = expanded(args.to, "--to") if args.to else None
+    print("\n".join(rebuild(expanded(args.package, "PACKAGE"), wanted, to)))
+    return 0
+
+
 def _told(switched: Mapping[str, tuple[int, int]]) -> None:
     for model, (before, now) in switched.items():
         print(f"{model}: version {now} serves, before it {before}")
@@ -178,6 +195,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 SERVE_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve-repo": _serve_repo,
+    "rebuild": _rebuild,
     "preflight": _preflight,
     "activate": _activate,
     "rollback": _rollback,

@@ -37,7 +37,8 @@ WITHOUT_TORCH = (
     "deploy.explain.page", "deploy.measure.accuracy", "deploy.measure.latency", "deploy.measure.onnx_runner",
     "deploy.graph.check", "deploy.graph.split_channel_scales", "deploy.report.evidence", "deploy.report.manifest",
     "deploy.pages.write", "deploy.report.terminal", "calib.images.preprocess", "deploy.serve.activate",
-    "deploy.serve.client", "deploy.serve.preflight", "deploy.serve.repository", "deploy.serve.server",
+    "deploy.serve.client", "deploy.serve.preflight", "deploy.serve.rebuild", "deploy.serve.repository",
+    "deploy.serve.server",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import sys
 
 import deploy.engine.runner
 import deploy.kept_engines
+import deploy.serve.rebuild
 from deploy.engine.backends import tensorrt
 from deploy.gpu import Gpu
 from tests.gpu.fake_trt import FakeTensorRT
@@ -27,5 +28,6 @@ def gpu_host(monkeypatch, api, **broken):
     monkeypatch.setattr(tensorrt, "why_not_loaded", lambda *_: None)
     monkeypatch.setattr(deploy.engine.runner, "open_device", device)
     # in this process, where the stand-in is
-    monkeypatch.setattr(deploy.kept_engines, "build_apart", lambda backend, *arguments: backend.build(*arguments))
+    for module in (deploy.kept_engines, deploy.serve.rebuild):
+        monkeypatch.setattr(module, "build_apart", lambda backend, *arguments: backend.build(*arguments))
     return trt

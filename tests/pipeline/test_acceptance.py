@@ -84,7 +84,7 @@ def test_a_package_that_keeps_no_limit_lies_beside_the_one_that_was_there(out, c
 
 def test_a_limit_that_cannot_be_measured_is_refused_before_anything_is_done(tmp_path, capsys):
     for given, said in (
-        (["--max-drop", "1"], "MAX_DROP='1': expected 1% (of top-1 results) or 30dB"),
+        (["--max-drop", "1"], "MAX_DROP='1': expected 1% (of top-1 results or average precision) or 30dB"),
         (["--min-speedup", "fast"], "MIN_SPEEDUP='fast': expected a number above 0"),
     ):
         assert cli.main([*COMMAND, *given, "--out", str(tmp_path)]) == cli.EXIT_USER_ERROR

@@ -52,7 +52,7 @@ def test_what_an_engine_tells_is_kept_where_its_audit_fails(tmp_path, monkeypatc
 
     command = [*COMMAND, "--target", "tensorrt_rtx", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr("deploy.steps.audit", blind)
+        patch.setattr("deploy.proven.audit", blind)
         assert cli.main(command) == cli.EXIT_FAILED
     kept = tmp_path / "test_vit-random-weights/int8.engine_layers.json"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]

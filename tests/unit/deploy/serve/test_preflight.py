@@ -100,8 +100,8 @@ def test_an_engine_for_cpus_needs_no_gpu(shipped):
 def test_tensorrt_rtx_is_not_served_on_hopper(shipped):
     rtx = replace(shipped, backend="tensorrt_rtx", targets=RTX_DEFAULT)
     hopper = replace(GPU, sm=90, tensorrt=None)
-    only(machine_faults(rtx, hopper), "which does not support this GPU, SM90: build with TARGET=tensorrt on it")
-    only(machine_faults(rtx, replace(hopper, sm=75)), "build it for SM=75")
+    only(machine_faults(rtx, hopper), "SM90: build it here (python -m deploy rebuild --target tensorrt)")
+    only(machine_faults(rtx, replace(hopper, sm=75)), "build it for SM=75 (python -m deploy rebuild)")
     assert not any(
         "SM" in fault for sm in (80, 86, 89, 120, 121, 130) for fault in machine_faults(rtx, replace(hopper, sm=sm))
     )
