@@ -38,6 +38,10 @@ from deploy.verify import golden_arrays
 
 RESULT = Path(__file__).parent / "results" / "cpu_speed.json"
 THREADS = (1, 2)
+# float / W8A8 of ERQ's Table 9: ONNX on an Intel i5-10210U, one thread, one image
+PUBLISHED = {
+    "vit_s": 1.77, "vit_b": 1.68, "deit_t": 1.74, "deit_s": 1.54, "deit_b": 1.98, "swin_s": 1.55, "swin_b": 1.48,
+}  # fmt: skip
 FLOAT, PLAIN, INTEGER = "float", "plain", "integer"  # our graphs, in the order they run in
 
 
@@ -116,6 +120,7 @@ def measure(folder: Path, how: How) -> list[dict[str, Any]]:
                 {
                     "model": manifest["model"], "recipe": manifest["recipe"]["name"], "package_commit": manifest["commit"],
                     "threads": threads, "batch": len(images), "written": written,
+                    "published": PUBLISHED.get(manifest["model"]) if (threads, len(images)) == (1, 1) else None,
                     "integer_layers": {PLAIN: integer_layers(graphs[PLAIN]), INTEGER: integer_layers(integer)},
                     "sqnr_db": {name: mean_sqnr_db(outputs[FLOAT], outputs[name]) for name in (PLAIN, INTEGER)},
                     "ratios": ratios(dict(zip(runners, found.T, strict=True))),
