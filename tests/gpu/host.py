@@ -5,7 +5,7 @@ import sys
 import deploy.engine.runner
 import deploy.kept_engines
 import deploy.serve.rebuild
-import deploy.steps  # noqa: F401 - before the stand-in is there, which is no package that libraries can look for
+import deploy.steps  # before the stand-in, which is no package that libraries can look for
 from deploy.engine.backends import tensorrt
 from deploy.gpu import Gpu
 from tests.gpu.fake_trt import FakeTensorRT
