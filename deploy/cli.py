@@ -73,6 +73,9 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument("--recipe", default="int8", help="name of a recipe or a .toml file")
     engine.add_argument("--target", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime (a CPU)")
     engine.add_argument("--sm", type=architectures, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
+    engine.add_argument(
+        "--builder", default="", help="what TensorRT's builder is told: level=5,aux_streams=0,gpus=ampere+"
+    )
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")
     engine.add_argument(
@@ -158,6 +161,7 @@ def _engine(args: argparse.Namespace) -> int:
         )
     from deploy.acceptance import Limits, MaxDrop
     from deploy.engine.build import Profile
+    from deploy.engine.builder import Builder
     from deploy.options import Options
     from deploy.pipeline import engine
     from deploy.report.terminal import print_report
@@ -174,6 +178,7 @@ def _engine(args: argparse.Namespace) -> int:
             recipe=args.recipe,
             target=args.target,
             sms=args.sm,
+            builder=Builder.from_text(args.builder),
             profile=Profile(args.batch, args.max_batch),
             out=str(expanded(args.out, "OUT")),
             device=args.device,

@@ -21,7 +21,7 @@ from calib.store.checkpoint import UnusableError, read_state, write_state
 from calib.store.provenance import ROOT, code_sha256
 from calib.store.user_cache import trim
 from deploy.engine.backends import Built
-from deploy.engine.build import Profile
+from deploy.engine.builder import Wanted
 from deploy.engine.isolated import build_apart
 from deploy.engine.kernels import Kernel, KernelTensor
 
@@ -41,31 +41,31 @@ class KeptEngines:
         self.folder = folder
         self.code = code_sha256(*CODE)
 
-    def key(self, backend: ModuleType, graph: bytes, profile: Profile, sms: tuple[int, ...] | None) -> str:
+    def key(self, backend: ModuleType, graph: bytes, wanted: Wanted) -> str:
         """Return the sha256 of all that decides the engine of the serialized ONNX `graph`."""
         decided_by = {
-            "graph": hashlib.sha256(graph).hexdigest(), "profile": asdict(profile), "sms": sms, "backend": backend.NAME,
+            "graph": hashlib.sha256(graph).hexdigest(), "wanted": asdict(wanted), "backend": backend.NAME,
             "version": backend.version(), "machine": backend.depends_on(), "code": self.code,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
 
     def built(
-        self, backend: ModuleType, model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None, anew: bool
+        self, backend: ModuleType, model: "onnx.ModelProto", wanted: Wanted, anew: bool
     ) -> tuple[Built, str, tuple[str, ...]]:
         """Return (the engine of `model`, its key if it was kept, what to tell the user); `anew`: it is built in any case.
 
         Raises UserError where building fails. A place that cannot be written is no error.
         """
         if self.folder is None:
-            return build_apart(backend, model, profile, sms), "", ()
-        key = self.key(backend, model.SerializeToString(deterministic=True), profile, sms)
+            return build_apart(backend, model, wanted.profile, wanted.sms, wanted.builder), "", ()
+        key = self.key(backend, model.SerializeToString(deterministic=True), wanted)
         path, said = self.folder / f"{backend.NAME}.{key}.pt", []
         if path.exists() and not anew:
             try:
                 return _read(path, key), key, (f"taken from cache {key[:12]}",)
             except UnusableError as reason:
                 said.append(f"{path} is {reason}: not used")
-        found = build_apart(backend, model, profile, sms)
+        found = build_apart(backend, model, wanted.profile, wanted.sms, wanted.builder)
         try:
             plan = torch.from_numpy(np.frombuffer(found.plan, np.uint8).copy())
             told = {each.name: getattr(found, each.name) for each in fields(found) if each.name != "plan"}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from deploy.acceptance import Limits
 from deploy.engine.build import Profile
+from deploy.engine.builder import DEFAULT, Builder, Wanted
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Options:
     target: str = "auto"  # auto or the name of a backend
     sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
     profile: Profile = field(default_factory=Profile)
+    builder: Builder = DEFAULT  # what TensorRT's builder is told
     out: str = "artifacts"
     device: str = "auto"  # of the torch half: auto | cpu | cuda | cuda:1
     seed: int = 0
@@ -31,6 +33,10 @@ class Options:
     cache: bool = True  # take states kept for exactly the same input, and keep new ones; keep unfinished training
     begin: str | None = None  # stage to run anew from; what comes before is taken from kept states. None: what is kept
     until: str | None = None  # stage to stop after. None: the last
+
+    def built_for(self) -> Wanted:
+        """What its engines are built for."""
+        return Wanted(self.profile, self.sms, self.builder)
 
     def _flags(self) -> dict[str, str]:
         """What the command line calls the options that decide a package, and their values; None has no flag."""
@@ -43,6 +49,7 @@ class Options:
             "calib-images": self.calib_images,
             "target": self.target,
             "sm": ",".join(map(str, self.sms)) if self.sms else None,
+            "builder": str(self.builder) or None,
             "batch": self.profile.opt,
             "max-batch": self.profile.maximum,
             "device": self.device,

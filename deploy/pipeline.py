@@ -120,7 +120,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     if options.begin and not options.cache:
         raise UserError("--from goes on from kept states, which CACHE=off does not read: give CACHE=on or no --from")
     backend, why = choose_backend(options.target)
-    backend.require_target(options.sms)
+    backend.require_target(options.sms, options.builder)
     options.limits.require_timed(backend.NAME)
     device = chosen_device(options.device)
     final = package_folder(options.out, options.model, options.module, options.weights, options.recipe)

@@ -380,7 +380,7 @@ def check(run: Run) -> Lines:
 
 def _built(run: Run, graph: onnx.ModelProto) -> tuple[Built, str, Lines]:
     """(the engine of `graph`, its key if it was kept, what to tell)."""
-    return run.engines.built(run.backend, graph, run.options.profile, run.options.sms, run.anew)
+    return run.engines.built(run.backend, graph, run.options.built_for(), run.anew)
 
 
 def _kernel_lists(run: Run) -> KernelLists:

@@ -17,6 +17,7 @@ import onnx
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile
+from deploy.engine.builder import DEFAULT, Builder
 
 
 class CrashError(Exception):
@@ -74,14 +75,20 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     return answer
 
 
-def _build(backend: str, model: bytes, profile: Profile, sms: tuple[int, ...] | None) -> Built:
-    return importlib.import_module(backend).build(onnx.load_from_string(model), profile, sms)
+def _build(backend: str, model: bytes, profile: Profile, sms: tuple[int, ...] | None, builder: Builder) -> Built:
+    return importlib.import_module(backend).build(onnx.load_from_string(model), profile, sms, builder)
 
 
-def build_apart(backend: ModuleType, model: onnx.ModelProto, profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build_apart(
+    backend: ModuleType,
+    model: onnx.ModelProto,
+    profile: Profile,
+    sms: tuple[int, ...] | None,
+    builder: Builder = DEFAULT,
+) -> Built:
     """What `backend.build` returns, from a process of its own. Raises UserError also if that process crashes."""
     try:
-        return isolated(_build, backend.__name__, model.SerializeToString(), profile, sms)
+        return isolated(_build, backend.__name__, model.SerializeToString(), profile, sms, builder)
     except CrashError as crash:
         likely = " (out of memory is the usual cause)" if str(crash) == "SIGKILL" else ""
         raise UserError(

@@ -21,6 +21,7 @@ from deploy import host
 from deploy.engine.audit import planned_attention, planned_layers
 from deploy.engine.backends import Built, choose_backend
 from deploy.engine.build import Profile
+from deploy.engine.builder import DEFAULT, Builder
 from deploy.engine.isolated import build_apart
 from deploy.errors import ContractError
 from deploy.execution import Execution, executed_on_golden
@@ -50,11 +51,12 @@ SPEED_LIMIT = "MIN_SPEEDUP"  # was measured with another engine
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to build for. `batch`, `max_batch`: None for those of the package."""
+class Changes:
+    """What the engine is to be built for. `batch`, `max_batch`: None for those of the package."""
 
     target: str = "auto"
     sms: tuple[int, ...] | None = None
+    builder: Builder = DEFAULT
     batch: int | None = None
     max_batch: int | None = None
 
@@ -137,7 +139,7 @@ def _write_evidence(
     }  # fmt: skip
 
 
-def rebuild(folder: Path, wanted: Wanted, to: Path | None = None) -> list[str]:
+def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]:
     """Build the engine of the package in `folder` again, there or in the folder `to`; returns what to tell.
 
     Raises UserError for a package that is not whole or a target that cannot be built here, and ContractError if INT8 was
@@ -148,12 +150,12 @@ def rebuild(folder: Path, wanted: Wanted, to: Path | None = None) -> list[str]:
     shipped, final = shipped_from_package(folder), to or folder
     manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
     task = _task(manifest)
-    backend, why = choose_backend(wanted.target)
-    backend.require_target(wanted.sms)
-    profile = Profile(wanted.batch or shipped.opt, wanted.max_batch or shipped.largest)
+    backend, why = choose_backend(changes.target)
+    backend.require_target(changes.sms, changes.builder)
+    profile = Profile(changes.batch or shipped.opt, changes.max_batch or shipped.largest)
     graph = onnx.load(folder / (MODEL if backend.FP16 else MODEL_FP32))
     planned, attention = planned_layers(graph), planned_attention(graph)
-    built = build_apart(backend, graph, profile, wanted.sms)
+    built = build_apart(backend, graph, profile, changes.sms, changes.builder)
     audit = proven(built, planned, attention, final, every=backend.FP16)
     kernels = KernelLists(built.kernels, None, NO_TWIN)
     with staging(final) as fresh:

@@ -41,6 +41,7 @@ def add_serve_verbs(verbs: Any) -> None:
     again.add_argument("--to", help="another folder for the package (default: its own)")
     again.add_argument("--target", default="auto", help="auto, tensorrt, tensorrt_rtx or onnxruntime (a CPU)")
     again.add_argument("--sm", type=architectures, help="GPU architectures for tensorrt_rtx, such as 86,89,120")
+    again.add_argument("--builder", default="", help="what TensorRT's builder is told: level=5,gpus=ampere+")
     again.add_argument("--batch", type=count, help="batch size the engine is tuned for (default: the package's)")
     again.add_argument("--max-batch", type=count, help="largest batch size (default: the package's)")
     preflight = verbs.add_parser("preflight", help="whether a package may be served, and whether this machine can")
@@ -150,11 +151,12 @@ def _preflight(args: argparse.Namespace) -> int:
 
 
 def _rebuild(args: argparse.Namespace) -> int:
-    from deploy.serve.rebuild import Wanted, rebuild
+    from deploy.engine.builder import Builder
+    from deploy.serve.rebuild import Changes, rebuild
 
-    wanted = Wanted(args.target, args.sm, args.batch, args.max_batch)
+    changes = Changes(args.target, args.sm, Builder.from_text(args.builder), args.batch, args.max_batch)
     to = expanded(args.to, "--to") if args.to else None
-    print("\n".join(rebuild(expanded(args.package, "PACKAGE"), wanted, to)))
+    print("\n".join(rebuild(expanded(args.package, "PACKAGE"), changes, to)))
     return 0
 
 

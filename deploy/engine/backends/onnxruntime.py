@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from calib.errors import UserError
 from deploy.engine.backends import ONNXRUNTIME, Built
 from deploy.engine.build import Profile
+from deploy.engine.builder import DEFAULT, Builder
 from deploy.engine.device import Device
 from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.kernels import Kernel, Kind
@@ -57,8 +58,9 @@ def depends_on() -> dict[str, Any]:
     return {"processor": processor(), "instructions": int8_instructions(), "saturates": saturates()}
 
 
-def require_target(sms: tuple[int, ...] | None) -> None:
-    """Raise UserError for any GPU architecture."""
+def require_target(sms: tuple[int, ...] | None, builder: Builder = DEFAULT) -> None:
+    """Raise UserError for any GPU architecture, and anything told to a builder."""
+    builder.require_none(NAME)
     if sms:
         raise UserError("TARGET=onnxruntime builds for CPUs: leave SM= out, or choose TARGET=tensorrt or tensorrt_rtx")
 
@@ -87,14 +89,14 @@ def kernels_of(optimized: "onnx.ModelProto") -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None, builder: Builder = DEFAULT) -> Built:
     """Write the integer kernels of ONNX Runtime into the FP32-typed `model`; `profile` is recorded, any batch runs.
 
     Raises UserError for any GPU architecture in `sms`.
     """
     from deploy.graph.integer_kernels import integer_kernels
 
-    require_target(sms)
+    require_target(sms, builder)
     rewritten, written = (model, {}) if saturates() else integer_kernels(model)
     plan = rewritten.SerializeToString()
     computed = optimized(plan)

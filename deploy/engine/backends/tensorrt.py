@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
+from deploy.engine.builder import DEFAULT, Builder
 from deploy.engine.device import Device
 from deploy.engine.inspector import kernels_from_inspector
 from deploy.engine.load import loaded_engine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "tensorrt"
 FP16 = True
 INSTALL = "make setup, on a GPU host"
+AMPERE = 80  # compute capability
 OLDEST = (10, 12)  # strong typing with FP16 Q/DQ scales
 
 
@@ -66,14 +68,16 @@ def depends_on() -> dict[str, Any]:
     return asdict(gpu())
 
 
-def require_target(sms: tuple[int, ...] | None) -> None:
-    """Raise UserError for another GPU architecture than this host's."""
+def require_target(sms: tuple[int, ...] | None, builder: Builder = DEFAULT) -> None:
+    """Raise UserError for another GPU architecture than this host's, or an engine that it cannot build for others."""
     here = gpu().compute_capability
+    if builder.gpus == "ampere+" and here < AMPERE:
+        raise UserError(f"BUILDER={builder}: this host's SM{here} is older than Ampere (SM{AMPERE}); leave gpus= out")
     if sms and tuple(sms) != (here,):
         raise UserError(f"TARGET=tensorrt builds for this host's SM{here} only, not for SM={','.join(map(str, sms))}")
 
 
-def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None, builder: Builder = DEFAULT) -> Built:
     """Build `model` for the GPU of this machine.
 
     Raises UserError if `sms` names another architecture, or if the engine cannot be built.
@@ -82,10 +86,16 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
 
     from deploy.graph.separate_biases import joined_biases
 
-    require_target(sms)
+    require_target(sms, builder)
     here = gpu()
     timings = Timings(timings_file(version(), here.name))
-    plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, timings.give)
+    edit = builder.configure(trt)
+
+    def configure(config: Any) -> None:
+        timings.give(config)
+        edit(config)
+
+    plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, configure)
     why_not_kept = timings.keep()
     logger = keeping_logger(trt)
     runtime = trt.Runtime(logger)
@@ -95,9 +105,14 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
         plan=plan,
         backend=NAME,
         version=version(),
-        targets=(f"SM{here.compute_capability}",),
+        targets=builder.targets(here.compute_capability),
         kernels=kernels_from_inspector(text),
         layers={"inspector": json.loads(text)},
-        settings={"profile": [1, profile.opt, profile.maximum], "gpu": here.name, "graph_rewrites": ["joined_biases"]},
+        settings={
+            "profile": [1, profile.opt, profile.maximum],
+            "gpu": here.name,
+            "graph_rewrites": ["joined_biases"],
+            "builder": asdict(builder),
+        },
         notes=(*warnings[:5], *filter(None, (why_not_kept,))),
     )

@@ -10,6 +10,7 @@ from calib.errors import UserError
 from deploy.engine.architectures import RTX_DEFAULT, RTX_SMS, why_not_rtx
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile, serialize_network
+from deploy.engine.builder import DEFAULT, Builder
 from deploy.engine.device import Device
 from deploy.engine.loading import why_not_loaded
 from deploy.engine.plan_text import kernels_from_rtx_plan
@@ -61,8 +62,9 @@ def depends_on() -> dict[str, Any]:
     return {}
 
 
-def require_target(sms: tuple[int, ...] | None) -> None:
-    """Raise UserError for a GPU architecture that TensorRT-RTX does not support."""
+def require_target(sms: tuple[int, ...] | None, builder: Builder = DEFAULT) -> None:
+    """Raise UserError for a GPU architecture that TensorRT-RTX does not support, or anything told to its builder."""
+    builder.require_none(NAME)
     if wrong := [sm for sm in sms or () if sm not in RTX_SMS]:
         raise UserError(
             f"TensorRT-RTX has no target SM{wrong[0]}: expected some of {', '.join(map(str, RTX_SMS))}; "
@@ -70,7 +72,7 @@ def require_target(sms: tuple[int, ...] | None) -> None:
         )
 
 
-def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None) -> Built:
+def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | None, builder: Builder = DEFAULT) -> Built:
     """Build `model` for the architectures `sms`; None: for RTX_DEFAULT, with an engine of the same size.
 
     Raises UserError for one that TensorRT-RTX does not support, or if the engine cannot be built.
@@ -80,7 +82,7 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
     from deploy.graph.names import operator_from_name
     from deploy.graph.split_channel_scales import split_channel_scales
 
-    require_target(sms)
+    require_target(sms, builder)
     chosen = sms or ()
 
     def configure(config: trt.IBuilderConfig) -> None:

@@ -6,11 +6,13 @@ import pytest
 
 from deploy import cli, pipeline
 from deploy.engine.build import Profile
+from deploy.engine.builder import Builder
 from deploy.options import Options
 
 GIVEN = {
     "model": "vit_b", "input_size": (224, 280), "weights": "a b.pth", "calib": "/my images", "evaluation": "$(x)",
     "calib_images": 7, "recipe": "mine.toml", "target": "tensorrt_rtx", "sms": (86, 120), "profile": Profile(2, 16),
+    "builder": Builder(5, 0, "ampere+"),
     "device": "cpu", "seed": 3, "max_extra_kernels": 0, "max_extra_bytes": 9,
 }  # fmt: skip
 

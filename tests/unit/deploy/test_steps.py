@@ -47,7 +47,7 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
         float_model="float.onnx",
         backend=SimpleNamespace(FP16=True),
         built=SimpleNamespace(kernels=(kernel,)),
-        options=SimpleNamespace(profile=None, sms=None),
+        options=SimpleNamespace(built_for=lambda: None),
         engines=SimpleNamespace(built=lambda *_: (twin, "", ())),
         anew=False,
     )

@@ -12,6 +12,7 @@ import pytest
 from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile
+from deploy.engine.builder import Builder
 from deploy.engine.isolated import CrashError, build_apart, isolated
 from tests.gpu.fake_cuda import printed
 from tests.unit.deploy.engine.test_runner import graph
@@ -96,16 +97,23 @@ def version():
     return "1.0"
 
 
-def build(model, profile, sms):
+def build(model, profile, sms, builder):
     if sms == (0,):
         dies(signal.SIGKILL)
-    return Built(model.graph.name.encode(), NAME, version(), ("SM1",), (), settings={"profile": profile.maximum})
+    return Built(
+        model.graph.name.encode(),
+        NAME,
+        version(),
+        ("SM1",),
+        (),
+        settings={"profile": profile.maximum, "builder": str(builder)},
+    )
 
 
 def test_an_engine_is_built_by_the_backend_in_another_process():
     backend = sys.modules[__name__]
-    built = build_apart(backend, graph(), Profile(2, 4), None)
-    assert (built.plan, built.settings) == (b"two", {"profile": 4})
+    built = build_apart(backend, graph(), Profile(2, 4), None, Builder(level=1))
+    assert (built.plan, built.settings) == (b"two", {"profile": 4, "builder": "level=1"})
 
 
 def test_a_builder_that_crashes_is_one_line():
