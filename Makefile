@@ -11,6 +11,7 @@ EVAL ?=
 TARGET ?= auto
 SM ?=
 BUILDER ?=
+FLOAT ?= fp16
 BATCH ?= 8
 MAX_BATCH ?= 32
 OUT ?= artifacts
@@ -76,9 +77,9 @@ setup-pycuda: $(READY) ## Compile PyCUDA on a GPU host: engines then run through
 	  LDFLAGS=-Wl,-rpath,$(abspath $(HEADERS))/nvidia/cu13/lib \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-cache-dir pycuda==2026.1
 
-engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= CALIB_IMAGES= RECIPE= TARGET= SM= BUILDER= BATCH= MAX_BATCH= MAX_DROP= MIN_SPEEDUP= DEVICE= OUT= CACHE= FROM= UNTIL=
+engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= CALIB_IMAGES= RECIPE= TARGET= SM= BUILDER= FLOAT= BATCH= MAX_BATCH= MAX_DROP= MIN_SPEEDUP= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
-	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") $(if $(BUILDER),--builder "$(BUILDER)") --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
+	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") $(if $(BUILDER),--builder "$(BUILDER)") --float "$(FLOAT)" --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
 	  --out "$(OUT)" --cache "$(CACHE)" $(if $(MAX_DROP),--max-drop "$(MAX_DROP)") \
 	  $(if $(MIN_SPEEDUP),--min-speedup "$(MIN_SPEEDUP)") $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 

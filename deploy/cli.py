@@ -76,6 +76,10 @@ def _engine_options(engine: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--builder", default="", help="what TensorRT's builder is told: level=5,aux_streams=0,gpus=ampere+"
     )
+    engine.add_argument(
+        "--float", dest="floats", choices=("fp16", "fp32"), default="fp16",
+        help="types beside the integers; fp32 for networks whose values FP16 cannot hold (default fp16)",
+    )  # fmt: skip
     engine.add_argument("--batch", type=count, default=8, help="batch size the engine is tuned for (default 8)")
     engine.add_argument("--max-batch", type=count, default=32, help="largest batch size (default 32)")
     engine.add_argument(
@@ -179,6 +183,7 @@ def _engine(args: argparse.Namespace) -> int:
             target=args.target,
             sms=args.sm,
             builder=Builder.from_text(args.builder),
+            floats=args.floats,
             profile=Profile(args.batch, args.max_batch),
             out=str(expanded(args.out, "OUT")),
             device=args.device,

@@ -24,6 +24,7 @@ class Options:
     sms: tuple[int, ...] | None = None  # GPU architectures; None: the backend's default
     profile: Profile = field(default_factory=Profile)
     builder: Builder = DEFAULT  # what TensorRT's builder is told
+    floats: str = "fp16"  # types of model.onnx beside its integers: fp16 | fp32
     out: str = "artifacts"
     device: str = "auto"  # of the torch half: auto | cpu | cuda | cuda:1
     seed: int = 0
@@ -33,6 +34,11 @@ class Options:
     cache: bool = True  # take states kept for exactly the same input, and keep new ones; keep unfinished training
     begin: str | None = None  # stage to run anew from; what comes before is taken from kept states. None: what is kept
     until: str | None = None  # stage to stop after. None: the last
+
+    @property
+    def half(self) -> bool:
+        """Whether model.onnx has FP16 types."""
+        return self.floats == "fp16"
 
     def built_for(self) -> Wanted:
         """What its engines are built for."""
@@ -50,6 +56,7 @@ class Options:
             "target": self.target,
             "sm": ",".join(map(str, self.sms)) if self.sms else None,
             "builder": str(self.builder) or None,
+            "float": self.floats,
             "batch": self.profile.opt,
             "max-batch": self.profile.maximum,
             "device": self.device,

@@ -35,8 +35,8 @@ from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "annotations", "golden", "model", "images", "key")
-EXPORTED = ("simulation", "fp16", "fp32", "float_model")
-BUILT_FROM = ("fp16", "fp32", "float_model", "model", "loaded", "golden")
+EXPORTED = ("simulation", "graph", "fp32", "float_model")
+BUILT_FROM = ("graph", "fp32", "float_model", "model", "loaded", "golden")
 JUDGED = ("float_model", "evaluation", "annotations", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
@@ -63,13 +63,13 @@ def spine(recipe: Recipe, limit: str = "") -> tuple[Stage, ...]:
         Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
         Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
-        Stage("check", ENGINE, ("fp16",), ("planned", "planned_attention"), steps.check),
+        Stage("check", ENGINE, ("graph",), ("planned", "planned_attention"), steps.check),
         Stage("build", ENGINE, BUILT_FROM, ("built", "plain", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
         Stage("verify", ENGINE, JUDGED, ("reference", "verdict"), steps.verify),
         Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),
         Stage("benchmark", ENGINE, ("float_model", "loaded", "golden"), ("speed",), steps.benchmark),
-        Stage("accept", ENGINE, ("verdict", "execution", "speed"), ("acceptance",), steps.accept),
+        Stage("accept", ENGINE, ("task", "verdict", "execution", "speed"), ("acceptance",), steps.accept),
         Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ class Run:
     fp16_range: "Fp16Range" = field(init=False)
     coverage: "Coverage" = field(init=False)
     simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch
-    fp16: "onnx.ModelProto" = field(init=False)
+    graph: "onnx.ModelProto" = field(init=False)  # model.onnx
     fp32: "onnx.ModelProto" = field(init=False)
     float_model: Path = field(init=False)  # the network before quantization, as ONNX
     parity: "Parity" = field(init=False)

@@ -44,7 +44,7 @@ from calib.store.watch import Watch
 from calib.task import CLASSIFIER
 from calib.weights.load import load_net
 from deploy.acceptance import keeps
-from deploy.bridge.export import Example, export_float, export_fp16, export_fp32, export_pair, halved
+from deploy.bridge.export import Example, export_float, export_pair, halved
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import planned_attention, planned_layers
 from deploy.engine.backends import Built
@@ -319,12 +319,13 @@ def decide(run: Run, stage: Stage) -> Lines:
 
 
 def fits_fp16(run: Run) -> Lines:
-    """Whether the activations of the float network fit FP16. Raises UserError if they do not."""
+    """Whether the activations of the float network fit FP16. Raises UserError if they do not, and have to."""
     few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, _to(run.model.device))
-    run.fp16_range = found = fp16_range(run.model.net, few)
+    run.fp16_range = found = fp16_range(run.model.net, few, run.options.half)
+    holds = f"FP16 holds {FP16_MAX:.0f}" if run.options.half else "types are FP32"
     return (
-        f"the largest value is {found.largest:.4g}, in {found.module}; FP16 holds {FP16_MAX:.0f}",
-        *found.warnings(),
+        f"the largest value is {found.largest:.4g}, in {found.module}; {holds}",
+        *(found.warnings() if run.options.half else ()),
     )
 
 
@@ -351,9 +352,9 @@ def export(run: Run) -> Lines:
     run.model = run.model.to(CPU)
     run.simulation = quantized_net(run.model)
     example = _example(run)
-    run.fp16, run.fp32 = export_pair(run.simulation, example)
+    run.graph, run.fp32 = export_pair(run.simulation, example, run.options.half)
     run.float_model = run.scratch / "float.onnx"
-    onnx.save(run.fp16, run.folder / MODEL)
+    onnx.save(run.graph, run.folder / MODEL)
     onnx.save(run.fp32, run.folder / MODEL_FP32)
     onnx.save(export_float(run.model.float_net, example), run.float_model)
     mb, float_mb = (path.stat().st_size / 1e6 for path in (run.folder / MODEL, run.float_model))
@@ -372,10 +373,12 @@ def agrees(run: Run) -> Lines:
 
 def check(run: Run) -> Lines:
     """The graph is what a strongly typed engine wants; the layers it plans for INT8."""
-    require_strongly_typed(run.fp16)
-    run.planned, run.planned_attention = planned_layers(run.fp16), planned_attention(run.fp16)
+    require_strongly_typed(run.graph, run.options.half)
+    run.planned, run.planned_attention = planned_layers(run.graph), planned_attention(run.graph)
     attentions = len(run.planned_attention) // 2
-    return (f"strongly typed FP16; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",)
+    return (
+        f"strongly typed {run.options.floats.upper()}; {len(run.planned)} INT8 layers, {attentions} INT8 attentions planned",
+    )
 
 
 def _built(run: Run, graph: onnx.ModelProto) -> tuple[Built, str, Lines]:
@@ -399,7 +402,7 @@ def _kernel_lists(run: Run) -> KernelLists:
 
 def build(run: Run) -> Lines:
     """The engine; to tell what INT8 and branches cost, one in FP16 and one without branches."""
-    run.built, kept, said = _built(run, run.fp16 if run.backend.FP16 else run.fp32)
+    run.built, kept, said = _built(run, run.graph if run.backend.FP16 else run.fp32)
     run.plain = None
     if kept:
         run.taken["build"] = kept
@@ -413,15 +416,16 @@ def build(run: Run) -> Lines:
     lines.append(twin)
     if run.model.branches:
         net, example = quantized_net(replace(run.model, branches={})), _example(run)
-        without = (export_fp16 if run.backend.FP16 else export_fp32)(net, example)
-        run.plain, _, _ = _built(run, without)
+        without = export_pair(net, example, run.options.half)
+        run.plain, _, _ = _built(run, without[0 if run.backend.FP16 else 1])
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
 
 
 def prove(run: Run) -> Lines:
     """Every planned layer runs in an INT8 kernel, or ContractError; on a CPU some may lack one, which is a warning."""
-    run.audit = proven(run.built, run.planned, run.planned_attention, run.final, every=run.backend.FP16)
+    every, half = run.backend.FP16, run.options.half
+    run.audit = proven(run.built, run.planned, run.planned_attention, run.final, every, half)
     return (run.audit.summary(),)
 
 

@@ -129,29 +129,29 @@ def require_fp16_weights(net: nn.Module) -> tuple[tuple[str, float], ...]:
         if not largest <= FP16_MAX:
             raise UserError(
                 f"'{name}' holds {largest:.3g}, beyond FP16's {FP16_MAX:.0f}: the engine would compute "
-                f"Inf; rescale this layer before export"
+                f"Inf; rescale this layer before export, or give FLOAT=fp32"
             )
         if 0 < largest < FP16_SMALLEST_NORMAL:
             subnormal.append((name, largest))
     return tuple(subnormal)
 
 
-def fp16_range(net: nn.Module, batches: Iterable[Tensor]) -> Fp16Range:
+def fp16_range(net: nn.Module, batches: Iterable[Tensor], must_fit: bool = True) -> Fp16Range:
     """The range of the float network `net` on `batches` (B, 3, H, W).
 
-    Raises UserError if FP16 would overflow; the message names the module, the value and the limit.
+    Raises UserError if it `must_fit` and FP16 would overflow; the message names the module, the value and the limit.
     """
-    subnormal = require_fp16_weights(net)
+    subnormal = require_fp16_weights(net) if must_fit else ()
     images = 0
     with torch.inference_mode(), watched(net) as largest:
         for batch in batches:
             net(batch)
             images += len(batch)
     for module, value in largest.items():  # in order of execution: the first one is the cause
-        if not value <= FP16_MAX:
+        if must_fit and not value <= FP16_MAX:
             raise UserError(
                 f"'{module}' reaches {value:.4g} on {images} calibration images, beyond FP16's {FP16_MAX:.0f}: an FP16 "
-                f"engine would compute Inf; these weights need FP32 or BF16 types, which this tool does not build"
+                f"engine would compute Inf; give FLOAT=fp32, whose engines have FP32 types beside INT8"
             )
     module = max(largest, key=lambda name: largest[name])
     return Fp16Range(module, largest[module], images, subnormal)

@@ -258,14 +258,15 @@ def onnx_from_net(
 Example = tuple[int, int] | Tensor
 
 
-def export_pair(net: nn.Module, example: Example) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """(`model.onnx` in FP16, `model.fp32.onnx`) of a quantized network, traced once.
+def export_pair(net: nn.Module, example: Example, half: bool = True) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """(`model.onnx`, `model.fp32.onnx`) of a quantized network, traced once; `half`: the former has FP16 types, else FP32.
 
-    Raises UserError if a weight or scale does not fit FP16.
+    Raises UserError if a weight or scale does not fit FP16 types.
     """
-    require_fp16_weights(net)
+    if half:
+        require_fp16_weights(net)
     traced = export_float(net, example)
-    return halved(traced), _for_onnx_runtime(traced)
+    return halved(traced) if half else separate_biases(traced), _for_onnx_runtime(traced)
 
 
 def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
@@ -275,11 +276,6 @@ def export_fp16(net: nn.Module, example: Example) -> onnx.ModelProto:
     """
     require_fp16_weights(net)
     return halved(export_float(net, example))
-
-
-def export_fp32(net: nn.Module, example: Example) -> onnx.ModelProto:
-    """A quantized `net` as ONNX with FP32 types, for ONNX Runtime."""
-    return _for_onnx_runtime(export_float(net, example))
 
 
 def export_float(net: nn.Module, example: Example) -> onnx.ModelProto:

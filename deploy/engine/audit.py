@@ -153,7 +153,7 @@ def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable
     )
 
 
-def _faults(result: Audit) -> list[str]:
+def _faults(result: Audit, half: bool) -> list[str]:
     faults = []
     if not result.planned:
         faults.append("the ONNX graph plans no layer for INT8; export it with Q/DQ nodes")
@@ -170,7 +170,7 @@ def _faults(result: Audit) -> list[str]:
             f"{', '.join(result.lost_attention[:_SHOWN])}; check head size (16, 32, 64) and tokens (at most 512), or use "
             "a recipe without [attention]"
         )
-    if result.fp32_gemms or result.fp32_convs:
+    if half and (result.fp32_gemms or result.fp32_convs):
         faults.append(
             f"{result.fp32_gemms} GEMMs and {result.fp32_convs} convolutions run in FP32: export weights, "
             "scales and activations as FP16"
@@ -183,11 +183,11 @@ def _faults(result: Audit) -> list[str]:
     return faults
 
 
-def require_int8(result: Audit, every: bool = True) -> None:
+def require_int8(result: Audit, every: bool = True, half: bool = True) -> None:
     """Raise ContractError unless every planned layer runs in INT8 and nothing is multiplied in FP32.
 
     It is also raised if no layer is planned, or if the type of a GEMM or convolution cannot be read. Unless `every`: only
-    if none runs in INT8.
+    if none runs in INT8. Unless `half`: other layers may be multiplied in FP32.
     """
     if not every and result.planned:
         if len(result.lost) == result.planned:
@@ -196,5 +196,5 @@ def require_int8(result: Audit, every: bool = True) -> None:
                 f"convolution only where a quantizer follows it directly, or 1 x 1"
             )
         return
-    if faults := _faults(result):
+    if faults := _faults(result, half):
         raise ContractError("the engine is not INT8 as planned: " + "; ".join(faults))

@@ -1,7 +1,7 @@
 """Checks an ONNX graph before an engine is built: what would TensorRT refuse, or accept and run slowly?
 
 A strongly typed engine takes its types from the graph, so the rules are about types, scales and axes. A rule
-maps the typed graph to findings, one line each: `name: what is wrong, what was expected`.
+maps the typed graph and its floating type to findings, one line each: `name: what is wrong, what was expected`.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,14 +86,14 @@ def _is_weight(value: ir.Value | None) -> bool:
     return constant(value) is not None
 
 
-def opset_is_current(model: ir.Model) -> Iterator[str]:
+def opset_is_current(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """Opset 21 defines int8 Q/DQ with FP16 scales, `output_dtype` and a whole Gelu."""
     opset = model.opset_imports.get("", 0)
     if opset < MIN_OPSET:
         yield f"opset: {opset}, expected {MIN_OPSET} or newer"
 
 
-def graph_is_flat(model: ir.Model) -> Iterator[str]:
+def graph_is_flat(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """The other rules look at the nodes of one graph. Nodes in functions and subgraphs would escape them."""
     for function in model.functions.values():
         yield f"{function.name}: a local function, expected its nodes inlined"
@@ -102,18 +102,18 @@ def graph_is_flat(model: ir.Model) -> Iterator[str]:
             yield f"{node.name}: {node.op_type} with a subgraph, expected a graph without control flow"
 
 
-def floats_are_fp16(model: ir.Model) -> Iterator[str]:
+def floats_have_one_type(model: ir.Model, floats: ir.DataType) -> Iterator[str]:
     """The types of the graph are those of the engine: one FP32 value silently turns all that follows into FP32."""
     for value in _values(model):
         if value.uses() and all(use.node.op_type == "Resize" and use.idx == 2 for use in value.uses()):
             continue  # scales, which have to be FP32 and reach no arithmetic
         if value.dtype is None:
             yield f"{value.name}: type cannot be inferred, expected standard ONNX operators"
-        elif _is_float(value) and value.dtype is not ir.DataType.FLOAT16:
-            yield f"{value.name}: type {value.dtype.name}, expected FLOAT16"
+        elif _is_float(value) and value.dtype is not floats:
+            yield f"{value.name}: type {value.dtype.name}, expected {floats.name}"
 
 
-def nothing_casts_floats(model: ir.Model) -> Iterator[str]:
+def nothing_casts_floats(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """A Cast costs a kernel. Behind a DequantizeLinear it also makes the matrix product write FP32."""
     for node in _nodes(model, "Cast", "CastLike"):
         source = node.inputs[0]
@@ -126,20 +126,20 @@ def nothing_casts_floats(model: ir.Model) -> Iterator[str]:
             yield f"{node.name}: {node.op_type} from {types}, expected one float type throughout"
 
 
-def scales_are_fp16_constants(model: ir.Model) -> Iterator[str]:
+def scales_are_constants(model: ir.Model, floats: ir.DataType) -> Iterator[str]:
     """With a run-time scale there is no INT8 kernel, and the type of a scale is that of the dequantized tensor."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
         scale = constant(node.inputs[1])
         if scale is None:
-            yield f"{node.name}: scale computed at run time, expected an FP16 initializer"
-        elif scale.dtype != np.float16:
-            yield f"{node.name}: scale of {scale.dtype}, expected float16"
+            yield f"{node.name}: scale computed at run time, expected an initializer"
+        elif scale.dtype != floats.numpy():
+            yield f"{node.name}: scale of {scale.dtype}, expected {floats.numpy()}"
         elif not (np.isfinite(scale) & (scale > 0)).all():
             worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
             yield f"{node.name}: scale {worst}, expected finite and above zero"
 
 
-def zero_points_are_zero(model: ir.Model) -> Iterator[str]:
+def zero_points_are_zero(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """TensorRT quantizes symmetrically to int8. A missing zero point means int8 to TensorRT and uint8 to ONNX."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
         value = _input(node, 2)
@@ -156,7 +156,7 @@ def zero_points_are_zero(model: ir.Model) -> Iterator[str]:
             yield f"{node.name}: zero point {zero_point[zero_point != 0].flat[0]}, expected 0"
 
 
-def integers_are_int8(model: ir.Model) -> Iterator[str]:
+def integers_are_int8(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """TensorRT does not dequantize int32: a bias stays an FP16 initializer. This tool writes no other integers."""
     for node in _nodes(model, DEQUANTIZE):
         value = node.inputs[0]
@@ -167,7 +167,7 @@ def integers_are_int8(model: ir.Model) -> Iterator[str]:
             yield f"{node.name}: dequantizes {_name(value.dtype)}, expected INT8 (a bias stays FP16)"
 
 
-def activations_have_one_scale(model: ir.Model) -> Iterator[str]:
+def activations_have_one_scale(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """A scale per input channel is no factor of the sum of products: TensorRT would multiply in FP16."""
     for node in _nodes(model, QUANTIZE, DEQUANTIZE):
         scale = constant(node.inputs[1])
@@ -188,7 +188,7 @@ def _channel_axes(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int, in
             yield node, axis, OUTPUT_CHANNEL[key] % rank
 
 
-def weight_axis_is_output_channel(model: ir.Model) -> Iterator[str]:
+def weight_axis_is_output_channel(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """Only a scale per output channel can be applied to the INT8 sum: otherwise TensorRT multiplies in FP16."""
     for node in _nodes(model, DEQUANTIZE):
         weight, scale = node.inputs[0], constant(node.inputs[1])
@@ -203,7 +203,7 @@ def weight_axis_is_output_channel(model: ir.Model) -> Iterator[str]:
                 yield f"{node.name}: scales on {where}, expected {expected}"
 
 
-def layer_norms_have_one_type(model: ir.Model) -> Iterator[str]:
+def layer_norms_have_one_type(model: ir.Model, _floats: ir.DataType) -> Iterator[str]:
     """TensorRT refuses a LayerNormalization whose input, scale and bias differ in type."""
     for node in _nodes(model, "LayerNormalization"):
         types = [_name(value.dtype) for value in node.inputs if value is not None]
@@ -211,13 +211,13 @@ def layer_norms_have_one_type(model: ir.Model) -> Iterator[str]:
             yield f"{node.name}: input, scale and bias of {', '.join(types)}, expected one type"
 
 
-Rule = Callable[[ir.Model], Iterator[str]]
+Rule = Callable[[ir.Model, ir.DataType], Iterator[str]]
 RULES: tuple[Rule, ...] = (
     opset_is_current,
     graph_is_flat,
-    floats_are_fp16,
+    floats_have_one_type,
     nothing_casts_floats,
-    scales_are_fp16_constants,
+    scales_are_constants,
     zero_points_are_zero,
     integers_are_int8,
     activations_have_one_scale,
@@ -226,19 +226,23 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check_strongly_typed(model: onnx.ModelProto) -> tuple[str, ...]:
-    """The findings of all rules on `model`; empty if TensorRT runs the graph as written. `model` is not edited."""
-    typed = _typed(model)
-    return tuple(finding for rule in RULES for finding in rule(typed))
+def check_strongly_typed(model: onnx.ModelProto, half: bool = True) -> tuple[str, ...]:
+    """The findings of all rules on `model`; empty if TensorRT runs the graph as written. `model` is not edited.
+
+    `half`: its floating types are to be FP16, else FP32.
+    """
+    typed, floats = _typed(model), ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+    return tuple(finding for rule in RULES for finding in rule(typed, floats))
 
 
-def require_strongly_typed(model: onnx.ModelProto) -> None:
+def require_strongly_typed(model: onnx.ModelProto, half: bool = True) -> None:
     """Raise UserError with the number of findings and the first three of them, if there are any."""
-    findings = check_strongly_typed(model)
+    findings = check_strongly_typed(model, half)
     if findings:
         count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
         more = f"; and {len(findings) - 3} more" if len(findings) > 3 else ""
+        types = "FP16" if half else "FP32"
         raise UserError(
-            f"the ONNX graph does not make a strongly typed INT8/FP16 engine, {count}: "
-            f"{'; '.join(findings[:3])}{more}. Export it again in FP16 with symmetric int8"
+            f"the ONNX graph does not make a strongly typed INT8/{types} engine, {count}: "
+            f"{'; '.join(findings[:3])}{more}. Export it again in {types} with symmetric int8"
         )

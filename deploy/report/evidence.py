@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from calib.images.image_set import ImageSet
     from calib.quant_model import QuantModel
     from deploy.run import Run
+    from deploy.verify import CpuSpeed
 
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
+FP32_WARNING = (
+    "FP32 types beside INT8 (FLOAT=fp32): attention is not fused, and all that is not INT8 moves twice the bytes"
+)
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
 CHANCE = 3  # times one in so many classes: as good as guessing
@@ -73,7 +77,8 @@ def warnings(run: "Run") -> list[str]:
             "this processor has no instructions for INT8 products (VNNI): what ONNX Runtime gains by INT8 here says "
             "nothing about other machines"
         )
-    return [*found, *run.speed.warnings(), *run.fp16_range.warnings(), *run.coverage.warnings(), *run.built.notes]
+    found += run.fp16_range.warnings() if run.options.half else [FP32_WARNING]
+    return [*found, *run.speed.warnings(), *run.coverage.warnings(), *run.built.notes]
 
 
 def peak_rss_mb() -> float:
@@ -143,6 +148,19 @@ def branch_figures(model: "QuantModel") -> dict[str, dict[str, Any]]:
     return {block: model.branch_figures[block] for block in model.branches}
 
 
+def _speed_json(speed: "CpuSpeed") -> dict[str, Any]:
+    return {
+        "ort_cpu_ratio": speed.comparison.ratio,
+        "ort_cpu": speed.comparison.to_json(),
+        "ort_int8_layers": speed.integer_layers,
+        "rewrites": speed.written,
+        "sqnr_db": speed.sqnr_db,
+        "plain_sqnr_db": speed.plain_sqnr_db,
+        "batch": speed.batch,
+        "threads": THREADS,
+    }
+
+
 def report_json(run: "Run") -> dict[str, Any]:
     """The figures, as plain values."""
     built, verdict = run.built, run.verdict
@@ -150,6 +168,7 @@ def report_json(run: "Run") -> dict[str, Any]:
     return {
         "model": run.model.name,
         "recipe": run.recipe.name,
+        "floats": run.options.floats,
         "weights_source": run.loaded.source,
         "warnings": warnings(run),
         "calibration": images_json(run.calibration),
@@ -163,16 +182,7 @@ def report_json(run: "Run") -> dict[str, Any]:
             "golden_fp32_sqnr_db": verdict.fp32_sqnr_db,
             "golden_fp16_sqnr_db": verdict.fp16_sqnr_db,
         },
-        "speed": {
-            "ort_cpu_ratio": run.speed.comparison.ratio,
-            "ort_cpu": run.speed.comparison.to_json(),
-            "ort_int8_layers": run.speed.integer_layers,
-            "rewrites": run.speed.written,
-            "sqnr_db": run.speed.sqnr_db,
-            "plain_sqnr_db": run.speed.plain_sqnr_db,
-            "batch": run.speed.batch,
-            "threads": THREADS,
-        },
+        "speed": _speed_json(run.speed),
         "bytes": {
             "float_onnx": run.float_model.stat().st_size,
             **{name: (run.folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},

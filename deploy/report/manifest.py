@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def _io_json(run: "Run") -> dict[str, Any]:
     """Inputs and outputs of the engine: names, types, and shapes for the least, the usual and the largest batch."""
     profile, named = run.options.profile, run.loaded.inputs
-    floating = "float16" if run.backend.FP16 else "float32"  # the type of all floating tensors of the engine
+    half = run.backend.FP16 and run.options.half
+    floating = "float16" if half else "float32"  # the type of all floating tensors of the engine
     batches = {"min": 1, "opt": profile.opt, "max": profile.maximum}
     inputs: list[tuple[str, str, Sequence[int]]] = [(INPUT, floating, run.loaded.data_config.get("input_size", ()))]
     if named is not None:
@@ -81,6 +82,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
         "recipe": run.recipe.to_json(),
         "calibration_cache": run.taken.get("calibrate"),
         "engine_cache": run.taken.get("build"),
+        "floats": run.options.floats,  # of model.onnx, beside its integers
         "planned_int8_layers": list(run.planned),
         "kept_float": run.model.kept_float,
         "engine": {

@@ -93,6 +93,14 @@ def _proof(engine: dict[str, Any]) -> str:
     )
 
 
+def _types(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What FP16 types cost beside FP32, of a graph that has them; a report of an older version has no other."""
+    parity = report["parity"]
+    if report.get("floats") == "fp32":
+        return [("types beside INT8", f"FP32: {parity['golden_fp32_sqnr_db']:.1f} dB")]
+    return [("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB")]
+
+
 def _agreement(parity: dict[str, Any]) -> str:
     """How near ONNX Runtime comes to the simulation in torch."""
     return f"{parity['torch_vs_ort_rel_l2']:.1e} relative L2, same integers in every layer but for ties"
@@ -149,7 +157,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         *rows,
         *_repairs(report),
         ("simulation vs ONNX", _agreement(parity)),
-        ("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB"),
+        *_types(report),
         ("speed, ONNX Runtime CPU", f"{speed['ort_cpu_ratio']:.2f}x float (batch {batch}, {speed['threads']} threads)"),
         ("size", f"float {size['float_onnx'] / 1e6:.1f} MB, {MODEL} {size[MODEL] / 1e6:.1f} MB, "
                  f"engine {size[ENGINE] / 1e6:.1f} MB"),

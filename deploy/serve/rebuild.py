@@ -47,6 +47,7 @@ from deploy.verify import file_faults
 STAY = (MODEL, MODEL_FP32, GOLDEN)  # files of a package that do not depend on the engine
 NO_TWIN = "the engine was built again from a package, which does not hold the float network"
 BUILT_AGAIN = "engine built again from a package of"
+FP32 = "fp32"  # types of model.onnx beside its integers, where they are not FP16
 SPEED_LIMIT = "MIN_SPEEDUP"  # was measured with another engine
 
 
@@ -153,10 +154,10 @@ def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]
     backend, why = choose_backend(changes.target)
     backend.require_target(changes.sms, changes.builder)
     profile = Profile(changes.batch or shipped.opt, changes.max_batch or shipped.largest)
-    graph = onnx.load(folder / (MODEL if backend.FP16 else MODEL_FP32))
+    graph, half = onnx.load(folder / (MODEL if backend.FP16 else MODEL_FP32)), manifest.get("floats") != FP32
     planned, attention = planned_layers(graph), planned_attention(graph)
     built = build_apart(backend, graph, profile, changes.sms, changes.builder)
-    audit = proven(built, planned, attention, final, every=backend.FP16)
+    audit = proven(built, planned, attention, final, backend.FP16, half)
     kernels = KernelLists(built.kernels, None, NO_TWIN)
     with staging(final) as fresh:
         for name in STAY:
@@ -169,7 +170,7 @@ def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]
             raise ContractError(reason)
         engine = _engine_json(built, audit.to_json(), execution)
         _write_evidence(fresh, shipped, manifest, report, engine, kernels.traffic(profile.opt))
-        manifest["io"] = _typed(manifest["io"], backend.FP16, profile)
+        manifest["io"] = _typed(manifest["io"], backend.FP16 and half, profile)
         files = [name for name in manifest["files"] if name != MANIFEST]
         manifest["files"] = {
             name: {"sha256": file_sha256(fresh / name), "bytes": (fresh / name).stat().st_size} for name in files

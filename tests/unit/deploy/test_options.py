@@ -12,7 +12,7 @@ from deploy.options import Options
 GIVEN = {
     "model": "vit_b", "input_size": (224, 280), "weights": "a b.pth", "calib": "/my images", "evaluation": "$(x)",
     "calib_images": 7, "recipe": "mine.toml", "target": "tensorrt_rtx", "sms": (86, 120), "profile": Profile(2, 16),
-    "builder": Builder(5, 0, "ampere+"),
+    "builder": Builder(5, 0, "ampere+"), "floats": "fp32",
     "device": "cpu", "seed": 3, "max_extra_kernels": 0, "max_extra_bytes": 9,
 }  # fmt: skip
 

@@ -166,3 +166,13 @@ def test_a_mask_of_minus_infinity_does_not_overflow_and_hides_nothing_beside_it(
         fp16_range(nn.Sequential(Masked()), [rows * 1000])
     with pytest.raises(UserError, match="reaches inf"):
         fp16_range(nn.Sequential(Gain(1.0)), [torch.tensor([[torch.inf, 1.0]])])
+
+
+def test_a_network_that_need_not_fit_is_looked_at_all_the_same():
+    found = fp16_range(Gain(1e6), ONES, must_fit=False)
+    assert found.largest == pytest.approx(1e6)
+    assert found.headroom < 1
+    with pytest.raises(UserError, match="give FLOAT=fp32"):
+        fp16_range(Gain(1e6), ONES)
+    with pytest.raises(UserError, match="give FLOAT=fp32"):
+        fp16_range(nn.Sequential(Gain(6e4), Gain(2.0)), ONES)

@@ -115,7 +115,7 @@ BAD = {
             ["Twice: a local function, expected its nodes inlined"],
         ),
     },
-    "floats_are_fp16": {
+    "floats_have_one_type": {
         "FP32 initializer": (
             graph("y = Identity(x)", unused=np.ones(4, np.float32)),
             islands("FLOAT", ["unused"]),
@@ -154,10 +154,10 @@ BAD = {
             ["y: Cast after d, expected its consumer there"],
         ),
     },
-    "scales_are_fp16_constants": {
+    "scales_are_constants": {
         "run-time scale": (
             graph(QDQ, x="float16[B,4] x, float16 s"),
-            both("scale computed at run time, expected an FP16 initializer"),
+            both("scale computed at run time, expected an initializer"),
         ),
         "FP32 scale": (
             graph("w = DequantizeLinear(codes, s)  y = Shape(w)", y="int64[2] y", s=np.float32(1)),
@@ -276,6 +276,17 @@ def test_error_counts_all_findings_and_tells_three_in_one_line():
     assert "\n" not in text
 
 
+def test_a_graph_of_fp32_types_is_held_to_them():
+    model = graph("a = Relu(x)  y = Mul(a, f)", x="float[B,4] x", y="float[B,4] y", f=np.ones(4, np.float32))
+    assert check_strongly_typed(model, half=False) == ()
+    mixed = graph("f = Cast<to = 1>(x)  y = Relu(f)", y="float[B,4] y")
+    assert check_strongly_typed(mixed, half=False) == (
+        "x: type FLOAT16, expected FLOAT", "f: Cast from FLOAT16 to FLOAT, expected one float type throughout",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"strongly typed INT8/FP32 engine, 2 findings: .* Export it again in FP32"):
+        require_strongly_typed(mixed, half=False)
+
+
 def parser_accepts(model):
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
@@ -289,10 +300,10 @@ def test_tensorrt_rtx_parses_good_graphs(model):
 
 
 REFUSED = {
-    "floats_are_fp16: operator of unknown type",
-    "scales_are_fp16_constants: scale 0",
-    "scales_are_fp16_constants: scale below 0",
-    "scales_are_fp16_constants: scale NaN",
+    "floats_have_one_type: operator of unknown type",
+    "scales_are_constants: scale 0",
+    "scales_are_constants: scale below 0",
+    "scales_are_constants: scale NaN",
     "zero_points_are_zero: not zero",
     "zero_points_are_zero: output_dtype is uint8",
     "integers_are_int8: int32 bias",

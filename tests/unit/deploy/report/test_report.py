@@ -59,7 +59,9 @@ def test_the_branches_row_tells_forms_scores_and_costs():
 SOUND_SPEED = SimpleNamespace(ratio=1.0, low=0.9, high=1.1)
 
 
-def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND_SPEED, recipe=None, **images):
+def said(
+    factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND_SPEED, recipe=None, half=True, **images
+):
     """The warnings of a run with such sets of images; everything else of it is sound."""
     plain = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
     sets = {name: ImageSet("made up", plain, (), **images.get(name, {})) for name in ("calibration", "evaluation")}
@@ -69,7 +71,7 @@ def said(factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND
             **sets, loaded=SimpleNamespace(random=False, warnings=()), spec=SimpleNamespace(factory=factory),
             outputs=(Output("output", (5,)),), task=Task("classifier" if classifier else "features"),
             planned=("layer",) * planned, backend=SimpleNamespace(NAME=backend), fp16_range=sound, coverage=sound,
-            recipe=recipe or load_recipe("int8"),
+            recipe=recipe or load_recipe("int8"), options=SimpleNamespace(half=half),
             verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
             speed=SimpleNamespace(integer_layers=0, comparison=speed, warnings=lambda: []), built=SimpleNamespace(notes=()),
         )
@@ -106,6 +108,11 @@ def test_a_slow_engine_for_a_cpu_is_a_warning(backend, words):
     assert any("slower than the float network on this CPU (0.06x)" in each for each in found) is (
         backend == "onnxruntime"
     )
+
+
+def test_fp32_types_are_said():
+    assert any("FP32 types beside INT8 (FLOAT=fp32)" in each for each in said(half=False))
+    assert not any("FLOAT=fp32" in each for each in said())
 
 
 def test_weights_of_fewer_bits_are_said():
