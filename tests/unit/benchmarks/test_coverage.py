@@ -32,7 +32,7 @@ def test_a_refusal_is_its_line_and_a_traceback_is_a_bug(monkeypatch):
     row = coverage.taken("resnet18")
     assert (row["reason"], row["bug"]) == ("killed by SIGKILL; told last: run 0.0 s not run", True)
     monkeypatch.setattr(subprocess, "run", late)
-    assert coverage.taken("resnet18")["reason"] == "no package within 900 s; told last: parity 3 s"
+    assert coverage.taken("resnet18")["reason"] == "no package within 1800 s; told last: parity 3 s"
     monkeypatch.setattr(subprocess, "run", done(0, out="WARNING of a library\n{}"))
     row = coverage.taken("resnet18")
     assert row["bug"]
