@@ -44,13 +44,15 @@ OPTIONS = (
     "--weights", "random", "--recipe", "int8_plain", "--target", "tensorrt_rtx", "--sm", "89", "--batch", "1",
     "--max-batch", "4", "--cache", "off",
 )  # fmt: skip
+ADVICE = "give FLOAT=fp32"
 INTAKE_ONLY = "--intake-only"
 INTRODUCTION = """# Networks that were tried
 
 Written by `make coverage` from [coverage.json](../benchmarks/results/coverage.json): {green} of {tried} networks reached a
 verified package{rest}. Chosen are the tool's short names at full size and the {per_file} smallest networks of every file of
 timm. Weights are random, images few and the recipe `int8_plain`: this is about structure, not accuracy. INT8 layers found
-are those that TensorRT-RTX has an INT8 kernel for (GEMMs), or plans in INT8 (convolutions). Nothing was run on a GPU.
+are those that TensorRT-RTX has an INT8 kernel for (GEMMs), or plans in INT8 (convolutions). Nothing was run on a GPU. `FLOAT=fp32`: FP16
+cannot hold what these random weights compute, so that the types beside INT8 are FP32.
 Measured at commit {commits}, on {machine}.
 
 | network | INT8 layers planned | INT8 GEMMs | planned INT8 convolutions | fused attention | kernels | seconds |
@@ -106,11 +108,14 @@ def _last(said: str) -> str:
     return " ".join((said.strip().splitlines() or ["nothing"])[-1].split())[:300]
 
 
-def taken(name: str) -> dict[str, Any]:
-    """Return the row of one network: figures of its package, or the reason why there is none."""
+def taken(name: str, floats: str = "fp16") -> dict[str, Any]:
+    """Return the row of one network: figures of its package, or the reason why there is none.
+
+    One whose values FP16 cannot hold, as random weights have it, is built with FP32 types beside INT8, as the tool advises.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        options = [*OPTIONS, *write_images(Path(folder)), "--json", "--out", folder]
+        options = [*OPTIONS, *write_images(Path(folder)), "--float", floats, "--json", "--out", folder]
         command = [sys.executable, "-m", "deploy", "engine", "--model", name, *options]
         try:
             done = subprocess.run(
@@ -122,10 +127,12 @@ def taken(name: str) -> dict[str, Any]:
     seconds = round(time.perf_counter() - start, 1)
     if done.returncode == 0:
         try:
-            return {**figures(json.loads(done.stdout)), "seconds": seconds}
+            return {**figures(json.loads(done.stdout)), "floats": floats, "seconds": seconds}
         except json.JSONDecodeError:
             return {"reason": f"printed no JSON: {done.stdout[:200]!r}", "bug": True, "seconds": seconds}
     reason = _last(done.stderr)
+    if floats == "fp16" and ADVICE in reason:
+        return taken(name, "fp32")
     if done.returncode < 0:
         reason = f"killed by {signal.Signals(-done.returncode).name}; told last: {reason}"
     return {"reason": reason, "bug": done.returncode not in (1, 2), "seconds": seconds}
@@ -141,7 +148,7 @@ def page(report: dict[str, Any]) -> str:
         machine=f"{machine['cores']} cores ({machine['processor']})",
     )  # fmt: skip
     green = [
-        f"| {name} | {' | '.join(str(row[column]) for column in COLUMNS)} |"
+        f"| {name}{' (`FLOAT=fp32`)' if row.get('floats') == 'fp32' else ''} | {' | '.join(str(row[column]) for column in COLUMNS)} |"
         for name, row in rows.items()
         if "reason" not in row
     ]

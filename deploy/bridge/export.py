@@ -7,6 +7,7 @@ A strongly typed engine takes its types from the graph, so one trace becomes two
 import ast
 import builtins
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -96,8 +97,34 @@ def _repeated_heads(x: Any, times: int) -> Any:
     return op.Reshape(repeated, op.Constant(value_ints=[0, x.shape[1] * times, -1, x.shape[-1]]))
 
 
+def _write_fold(
+    x: Any, output_size: Sequence[int], kernel_size: Sequence[int], dilation: Any, padding: Any, stride: Any
+) -> Any:
+    """torch's fold (col2im) of patches (B, C kh kw, L), which TensorRT does not know: a transposed convolution adds them up.
+
+    Channel c kh kw + i goes to position i of the window of channel c.
+    """
+    taps, height_width = math.prod(kernel_size), []
+    for size, kernel, dilate, pad, step in zip(output_size, kernel_size, dilation, padding, stride, strict=True):
+        height_width.append((size + 2 * pad - dilate * (kernel - 1) - 1) // step + 1)
+    beyond = [
+        size - ((count - 1) * step - 2 * pad + dilate * (kernel - 1) + 1)
+        for size, count, kernel, dilate, pad, step in zip(
+            output_size, height_width, kernel_size, dilation, padding, stride, strict=True
+        )
+    ]
+    channels = x.shape[1] // taps
+    weight = np.tile(np.eye(taps, dtype=np.float32).reshape(taps, 1, *kernel_size), (channels, 1, 1, 1))
+    return op.ConvTranspose(
+        op.Reshape(x, op.Constant(value_ints=[0, channels * taps, *height_width])),
+        op.Constant(value=ir.to_proto(ir.tensor(weight, name="windows"))),
+        group=channels, dilations=list(dilation), pads=[*padding, *padding], strides=list(stride), output_padding=beyond,
+    )  # fmt: skip
+
+
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: _write_attention,
+    torch.ops.aten.col2im.default: _write_fold,
     torch.ops.int8.quantize_dequantize.default: _write_quantize_dequantize,
     torch.ops.int8.dequantize_weight.default: _write_dequantize_weight,
 }

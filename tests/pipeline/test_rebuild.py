@@ -51,7 +51,12 @@ def test_the_same_target_gives_the_same_engine(package, capsys):
     assert cli.main(["rebuild", str(package), "--target", "tensorrt_rtx", "--sm", "89"]) == 0
     assert "engine not run: no NVIDIA driver" in capsys.readouterr().out
     after, (manifest, report) = contents(package), told(package)
-    same = {*FILES} - {"manifest.json", "report.json", "kernels.json", "model.engine"}  # whose bytes may differ by build
+    same = {*FILES} - {
+        "manifest.json",
+        "report.json",
+        "kernels.json",
+        "model.engine",
+    }  # whose bytes may differ by build
     assert {name: after[name] for name in same} == {name: before[name] for name in same}
     assert len(after["model.engine"]) == len(before["model.engine"])
     assert json.loads(after["kernels.json"])["int8"] == json.loads(before["kernels.json"])["int8"]

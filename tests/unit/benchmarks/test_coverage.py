@@ -39,6 +39,20 @@ def test_a_refusal_is_its_line_and_a_traceback_is_a_bug(monkeypatch):
     assert "printed no JSON: 'WARNING of a library" in row["reason"]
 
 
+def test_what_fp16_cannot_hold_is_built_with_fp32_types(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[command.index("--float") + 1])
+        said = "error: 'layer' reaches 1e+05: give FLOAT=fp32, whose engines have FP32 types"
+        return done(2, err=said)() if asked == ["fp16"] else done(0, out="{}")()
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(coverage, "figures", lambda report: report)
+    assert coverage.taken("resnet18")["floats"] == "fp32"
+    assert asked == ["fp16", "fp32"]
+
+
 ROW = {
     "planned": 8, "int8_gemms": 7, "int8_convs": 1, "fused_attention": 2, "kernels": 30, "in_float": 2, "parity": 1e-6,
     "seconds": 12.5,

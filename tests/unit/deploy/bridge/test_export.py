@@ -10,7 +10,9 @@ from calib.errors import UserError
 from calib.input_rows import join_inputs, separated
 from calib.inputs import Input, Inputs
 from calib.outputs import join_outputs
-from deploy.bridge.export import export_float, export_fp16, export_pair
+from deploy.bridge.export import export_float, export_fp16, export_pair, halved
+from deploy.engine.backends import backends
+from deploy.engine.build import Profile
 from deploy.measure.onnx_runner import OnnxRunner
 
 INPUTS = Inputs((Input("x", "float32", (3, 4)), Input("ids", "int64", ()), Input("kept", "bool", (4,))))
@@ -131,3 +133,32 @@ def test_the_length_of_a_tensor_follows_the_number_of_samples(tmp_path):
 def test_a_forward_pass_for_one_number_of_samples_is_refused():
     with pytest.raises(UserError, match=r"Fixed fixes the number of samples of 'input'.* x\.shape\[0\]"):
         export_float(Fixed().eval(), (2, 2))
+
+
+class Folded(nn.Module):
+    """Windows of an image, weighed and added up again."""
+
+    def __init__(self, **window):
+        super().__init__()
+        self.window = window
+
+    def forward(self, x):
+        patches = nn.functional.unfold(x, **self.window)
+        weights = torch.arange(patches.shape[1], dtype=x.dtype)[None, :, None]
+        return nn.functional.fold(patches * weights, x.shape[-2:], **self.window)
+
+
+FOLDS = [
+    {"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": 2, "stride": 2},
+    {"kernel_size": (3, 2), "stride": (1, 2)}, {"kernel_size": 3, "dilation": 2, "padding": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", FOLDS, ids=str)
+def test_windows_are_added_up_as_torch_does_by_an_operator_that_tensorrt_knows(window):
+    net, images = Folded(**window).eval(), torch.rand(3, 3, 13, 10)
+    graph = export_float(net, (13, 10))
+    assert "Col2Im" not in {node.op_type for node in graph.graph.node}
+    torch.testing.assert_close(torch.from_numpy(OnnxRunner(graph.SerializeToString())(images.numpy())), net(images))
+    if backends()["tensorrt_rtx"].cannot_build() is None:
+        assert backends()["tensorrt_rtx"].build(halved(graph), Profile(1, 4), (89,)).plan
