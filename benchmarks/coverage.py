@@ -51,8 +51,8 @@ INTRODUCTION = """# Networks that were tried
 Written by `make coverage` from [coverage.json](../benchmarks/results/coverage.json): {green} of {tried} networks reached a
 verified package{rest}. Chosen are the tool's short names at full size and the {per_file} smallest networks of every file of
 timm. Weights are random, images few and the recipe `int8_plain`: this is about structure, not accuracy. INT8 layers found
-are those that TensorRT-RTX has an INT8 kernel for (GEMMs), or plans in INT8 (convolutions). Nothing was run on a GPU. Where FP16
-cannot hold what these random weights compute, the types beside INT8 are FP32 (`FLOAT=fp32`).
+are those that TensorRT-RTX has an INT8 kernel for (GEMMs), or plans in INT8 (convolutions). Nothing was run on a GPU.
+Where FP16 cannot hold what these random weights compute, the types beside INT8 are FP32 (`FLOAT=fp32`).
 Measured at commit {commits}, on {machine}.
 
 | network | INT8 layers planned | INT8 GEMMs | planned INT8 convolutions | fused attention | kernels | seconds |
