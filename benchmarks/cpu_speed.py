@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from benchmarks.peers.judge import Network
 from benchmarks.peers.quantizers import TOOLS
 from benchmarks.peers.run import Inputs, peer_contenders, run
 from calib.errors import UserError
@@ -32,7 +33,7 @@ from deploy.measure.accuracy import mean_sqnr_db
 from deploy.measure.integer_graph import integer_graph, integer_layers
 from deploy.measure.latency import comparison, times_in_turn
 from deploy.measure.onnx_runner import OnnxRunner
-from deploy.package import GOLDEN, MANIFEST, MODEL_FP32, read_json
+from deploy.package import GOLDEN, MANIFEST, MODEL_FP32, RANDOM, read_json
 from deploy.report.evidence import tool_commit
 from deploy.verify import golden_arrays
 
@@ -64,7 +65,8 @@ def float_graph(folder: Path, weights: str) -> onnx.ModelProto:
     manifest = read_json(folder / MANIFEST)
     made_of, images = manifest["weights"], manifest["preprocessing"]
     size = images["height"], images["width"]
-    loaded = load_net(spec_of(manifest["model"], made_of["module"], size), "random" if made_of["random"] else weights)
+    name = manifest["model"].removesuffix(RANDOM)
+    loaded = load_net(spec_of(name, made_of["module"], size), "random" if made_of["random"] else weights)
     if loaded.sha256 != made_of["sha256"]:
         raise UserError(f"the weights of '{folder}' are others ({made_of['source']}): expected them as --weights")
     return export_float(loaded.net, size)
@@ -109,18 +111,20 @@ def measure(folder: Path, how: How) -> list[dict[str, Any]]:
         onnx.save(float_graph(folder, how.weights), Path(scratch) / "float.onnx")
         peers = peer_graphs(Path(scratch), golden.astype(np.float32), how.peer_python) if how.peer_python else {}
         graphs: dict[str, Any] = {
-            FLOAT: Path(scratch) / "float.onnx", PLAIN: folder / MODEL_FP32, INTEGER: integer, **peers,
+            FLOAT: Path(scratch) / "float.onnx", PLAIN: folder / MODEL_FP32, INTEGER: integer,
         }  # fmt: skip
-        rows = []
+        rows, published = [], PUBLISHED.get(manifest["model"].removesuffix(RANDOM))
         for threads in how.threads:
-            runners = {name: OnnxRunner(graph, threads=threads) for name, graph in graphs.items()}
+            runners: dict[str, Any] = {name: OnnxRunner(graph, threads=threads) for name, graph in graphs.items()}
+            runners |= {name: Network(graph, threads) for name, graph in peers.items()}
             outputs = {name: runner(images) for name, runner in runners.items()}
             found = times_in_turn([lambda runner=runner: runner(images) for runner in runners.values()], how.rounds)  # type: ignore[misc]
             rows.append(
                 {
                     "model": manifest["model"], "recipe": manifest["recipe"]["name"], "package_commit": manifest["commit"],
                     "threads": threads, "batch": len(images), "written": written,
-                    "published": PUBLISHED.get(manifest["model"]) if (threads, len(images)) == (1, 1) else None,
+                    "published": published if (threads, len(images)) == (1, 1) else None,
+                    "notes": {name: runners[name].note for name in peers if runners[name].note},
                     "integer_layers": {PLAIN: integer_layers(graphs[PLAIN]), INTEGER: integer_layers(integer)},
                     "sqnr_db": {name: mean_sqnr_db(outputs[FLOAT], outputs[name]) for name in (PLAIN, INTEGER)},
                     "ratios": ratios(dict(zip(runners, found.T, strict=True))),

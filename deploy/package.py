@@ -23,6 +23,7 @@ LAYERS = "engine_layers.json"  # what the engine tells of its kernels, in its ow
 GOLDEN_ONLY = "images"  # the name of the only input in golden.npz
 GOLDEN_INPUT = "input_"  # ... and what the names of several begin with
 GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # ... and those of outputs
+RANDOM = "-random-weights"  # what the name of a package of random weights ends with
 FILES = (MODEL, MODEL_FP32, ENGINE, LAYERS, MANIFEST, REPORT, GOLDEN, KERNELS)
 
 UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
@@ -34,7 +35,7 @@ def package_folder(out: str, model: str, module: str | None, weights: str, recip
     Raises UserError if `module` is of another form than module:factory.
     """
     name = name_of(module) if module else model
-    random = "-random-weights" if weights == "random" else ""
+    random = RANDOM if weights == "random" else ""
     return Path(out) / (name.replace("/", "_") + random) / recipe_name(recipe)
 
 

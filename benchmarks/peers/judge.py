@@ -24,14 +24,14 @@ SPEED_BATCH, THREADS = 8, 2  # fixed, so that results do not depend on the numbe
 SIGNED = "session.qdqisint8allowed"  # x86 sessions turn signed INT8 activations into unsigned ones without it
 
 
-class _Network:
+class Network:
     """A session on the CPU. `note` names the options that it needed beyond the defaults."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = THREADS) -> None:
         import onnxruntime as ort
         from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-        options = ort_options(THREADS)
+        options = ort_options(threads)
         providers = ["CPUExecutionProvider"]
         self.note: str | None = None
         try:
@@ -43,16 +43,18 @@ class _Network:
         self.input = self.session.get_inputs()[0].name
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The first output."""
         return self.session.run(None, {self.input: images})[0]
 
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """The first output for all `images`, which run in batches."""
         batches = (images[start : start + FIDELITY_BATCH] for start in range(0, len(images), FIDELITY_BATCH))
         return {"output": np.concatenate([self(batch) for batch in batches])}
 
 
 def judge(float_model: Path, quantized: Path, images: np.ndarray, task: Task) -> dict[str, Any]:
     """{`fidelity` on all `images` (float32 (N, 3, H, W)), `speed` of both in turn on the first eight, `note`}."""
-    reference, candidate = _Network(float_model), _Network(quantized)
+    reference, candidate = Network(float_model), Network(quantized)
     batch = np.ascontiguousarray(images[:SPEED_BATCH])
     return {
         "fidelity": fidelity(reference.outputs(images), candidate.outputs(images), task).to_json(),

@@ -29,7 +29,9 @@ def test_ratios_are_of_the_same_round_and_above_1_where_the_candidate_is_faster(
 def test_other_weights_than_those_of_the_package_are_refused(tmp_path):
     weights = {"source": "run 7", "sha256": "0" * 64, "random": True, "module": None}
     preprocessing = {"height": 32, "width": 32}
-    write_json(tmp_path / MANIFEST, {"model": "test_resnet", "weights": weights, "preprocessing": preprocessing})
+    write_json(
+        tmp_path / MANIFEST, {"model": "test_resnet-random-weights", "weights": weights, "preprocessing": preprocessing}
+    )
     with pytest.raises(UserError, match=r"the weights of '.*' are others \(run 7\)"):
         cpu_speed.float_graph(tmp_path, "auto")
 

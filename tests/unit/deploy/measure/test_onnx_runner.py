@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.peers.judge import _Network
+from benchmarks.peers.judge import Network
 from deploy.graph.zero_points import with_zero_points
 from deploy.host import int8_instructions
 from deploy.measure import integer_graph as graphs
@@ -46,7 +46,7 @@ def product(request, tmp_path_factory):
     return path, (3, INNER, *pixels), (3, OUTER, *pixels)
 
 
-@pytest.mark.parametrize("runner", [OnnxRunner, _Network])
+@pytest.mark.parametrize("runner", [OnnxRunner, Network])
 def test_the_largest_products_do_not_saturate(product, runner):
     path, reads, returns = product
     found = runner(path)(np.full(reads, 127, np.float32))
