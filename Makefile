@@ -80,8 +80,8 @@ setup-pycuda: $(READY) ## Compile PyCUDA on a GPU host: engines then run through
 engine: $(READY) ## Build a verified INT8 engine: MODEL= (or MODULE=) INPUT= WEIGHTS= CALIB= EVAL= CALIB_IMAGES= RECIPE= TARGET= SM= BUILDER= FLOAT= BATCH= MAX_BATCH= MAX_DROP= MIN_SPEEDUP= DEVICE= OUT= CACHE= FROM= UNTIL=
 	@$(RUN) -m deploy engine --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") $(SIZE) --weights "$(WEIGHTS)" --calib "$(CALIB)" --eval "$(EVAL)" \
 	  $(if $(CALIB_IMAGES),--calib-images "$(CALIB_IMAGES)") --recipe "$(RECIPE)" --target "$(TARGET)" $(if $(SM),--sm "$(SM)") $(if $(BUILDER),--builder "$(BUILDER)") --float "$(FLOAT)" --batch "$(BATCH)" --max-batch "$(MAX_BATCH)" --device "$(DEVICE)" \
-	  --out "$(OUT)" --cache "$(CACHE)" $(if $(MAX_DROP),--max-drop "$(MAX_DROP)") \
-	  $(if $(MIN_SPEEDUP),--min-speedup "$(MIN_SPEEDUP)") $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
+	  --out "$(OUT)" --cache "$(CACHE)" $(if $(MAX_DROP),--max-drop="$(MAX_DROP)") \
+	  $(if $(MIN_SPEEDUP),--min-speedup="$(MIN_SPEEDUP)") $(if $(FROM),--from "$(FROM)") $(if $(UNTIL),--until "$(UNTIL)")
 
 verify: $(READY) ## Check a finished package again: MODEL= (or MODULE=) WEIGHTS= RECIPE= OUT= as for engine
 	@$(RUN) -m deploy verify --model "$(MODEL)" $(if $(MODULE),--module "$(MODULE)") --weights "$(WEIGHTS)" --recipe "$(RECIPE)" --out "$(OUT)"

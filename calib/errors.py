@@ -26,6 +26,10 @@ class UserError(Exception):
     """
 
 
+class TooFewError(Exception):
+    """The images at hand cannot show what they were asked for; the message tells how many there are and how many could."""
+
+
 def first_line(error: BaseException, most: int | None = None) -> str:
     """Return the first line of the message of `error`, at most `most` characters of it; empty if it has none."""
     return (str(error).strip().splitlines() or [""])[0][:most]

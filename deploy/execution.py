@@ -74,6 +74,13 @@ class Execution:
             return f"not run: {self.reason}"
         return f"{self.fidelity.sqnr_db:.1f} dB SQNR on {self.fidelity.count} images, on {self.device}"
 
+    def golden_summary(self) -> str:
+        """The result on the golden images in one line, as `golden_faults` tells it."""
+        if self.fidelity is None:
+            return f"not run: {self.reason}"
+        engine, graph = float(np.mean(self.golden_db)), float(np.mean(self.graph_db))
+        return f"run on {self.device}: {engine:.1f} dB on the golden images where {MODEL_FP32} reaches {graph:.1f} dB"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for report and manifest."""
         if self.fidelity is None:

@@ -260,7 +260,7 @@ def read_images(run: Run) -> Lines:
     )
     run.evaluation = _few_enough(run.evaluation, run.outputs)
     if options.limits.max_drop is not None:
-        options.limits.max_drop.require_images(run.evaluation.count)
+        options.limits.max_drop.require_images(run.evaluation.count, run.task.name, options.evaluation is not None)
     run.annotations = _annotations(run)
     if run.task.name == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from calib.errors import TooFewError
 from calib.images.batches import Half, spread_images, spread_with_sources
 from calib.judge.decibels import decibels
 from calib.layerwise.float_layers import float_terms, in_float, shares
@@ -28,7 +29,8 @@ FEWEST_IMAGES, MOST_VALUES = 8, 1 << 25  # per half; of all outputs together
 BATCH = 16
 
 Outputs = dict[str, Tensor]  # (N, ...) by name
-# (outputs of the float network, outputs, number of the source image of each sample) -> whether the limit is kept
+# (outputs of the float network, outputs, number of the source image of each sample) -> whether the limit is kept.
+# Raises TooFewError.
 Kept = Callable[[Outputs, Outputs, Sequence[int]], bool]
 
 
@@ -111,7 +113,13 @@ def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: K
         return kept(exact, found, sources)
 
     count: int | None = 0
-    if not holds(0):
+    try:
+        kept_as_it_is = holds(0)
+    except TooFewError as few_images:
+        note = f"{config.limit}: {few_images}; no layer goes back to FP16 for it, and evaluation images decide"
+        seconds = time.perf_counter() - start
+        return model.with_record(StageRecord("fall_back", asdict(config), seconds, results[0], results[0], (note,)))
+    if not kept_as_it_is:
         generator = torch.Generator().manual_seed(0)
         choosing = [spread_images(half.parts[0], ORDER_IMAGES) for half in halves]
         terms = torch.cat([float_terms(model, layers, each, generator) for each in choosing])
@@ -120,7 +128,11 @@ def fall_back(model: QuantModel, halves: Sequence[Half], config: Config, kept: K
     taken = len(order) if count is None else count
     work = sum(share[layers[index]] for index in order[:taken])
     held = "kept" if count is not None else "not kept on calibration images, even"
-    note = f"{config.limit}: {held} with {taken} of {len(layers)} layers back in FP16, {work:.1%} of the work"
     after = results[taken]
+    rest = "" if count is not None or taken == len(layers) else "; no other fits or gains"
+    note = (
+        f"{config.limit}: {held} with {taken} of {len(layers)} layers back in FP16, {work:.1%} of the multiplications "
+        f"({after:.1f} dB on {len(images)} calibration images{rest})"
+    )
     record = StageRecord("fall_back", asdict(config), time.perf_counter() - start, results[0], after, (note,))
     return network(taken).with_record(record)

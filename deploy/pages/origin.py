@@ -91,5 +91,8 @@ def usual_batch(manifest: Values) -> int:
 
 
 def command(report: Values) -> str | None:
-    """The command that makes the package again; None in a report of an older version."""
-    return report.text("command") if report.holds("command") else None
+    """The commands that make the package again; None in a report of an older version."""
+    if not report.holds("command"):
+        return None
+    again = [report.text("rebuilt", "command")] if report.holds("rebuilt") else []
+    return "\n".join([report.text("command"), *again])

@@ -144,7 +144,8 @@ def sections(contents: Contents) -> tuple[Section, ...]:
             (ROWS, calibration_rows(report)), (TABLE, outside_table(report)),
         ),
         _section(
-            "Speed", "Times on a shared machine drift; the ratio of neighbours in turn does not.",
+            "Speed",
+            "Times on a shared machine drift; the ratio of neighbours in turn drifts less, and its interval tells how much.",
             (ROWS, speed_rows(report)),
         ),
         _section("Size", "", (PICTURE, sizes_picture(report))),

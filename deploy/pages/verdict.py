@@ -93,7 +93,7 @@ def _points(contents: Contents) -> tuple[Row, ...]:
             ", INT8 graph ", size.figure(MODEL, spec=".1f", scale=1e-6, unit=" MB"),
             ", engine ", size.figure(ENGINE, spec=".1f", scale=1e-6, unit=" MB"),
         )),
-        ("kept in FP16", (_kept(report),)),
+        ("layers that are not INT8", (_kept(report),)),
         ("built", (manifest.text("created"), ", by commit ", _commit(report))),
     )  # fmt: skip
 

@@ -98,7 +98,12 @@ def _types(report: dict[str, Any]) -> list[tuple[str, str]]:
     parity = report["parity"]
     if report.get("floats") == "fp32":
         return [("types beside INT8", f"FP32: {parity['golden_fp32_sqnr_db']:.1f} dB")]
-    return [("FP16 vs FP32 types", f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB")]
+    return [
+        (
+            "FP16 vs FP32 types",
+            f"{parity['golden_fp16_sqnr_db']:.1f} vs {parity['golden_fp32_sqnr_db']:.1f} dB (golden images, mean)",
+        )
+    ]
 
 
 def _agreement(parity: dict[str, Any]) -> str:
@@ -150,7 +155,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if fidelity.get("true_ap") is not None:
         rows.append(("AP on annotations", f"{fidelity['true_ap']:.3f} (float {fidelity['reference_true_ap']:.3f})"))
     if fidelity["kl"] is not None:
-        rows.append(("KL of class probabilities", f"{fidelity['kl']:.4f} nats"))
+        rows.append(("KL of class probabilities", f"{fidelity['kl']:.2g} nats"))
     if fidelity["top1"] is not None:
         rows.append(("top-1 accuracy", f"{fidelity['top1']:.2%} (float {fidelity['reference_top1']:.2%})"))
     return [

@@ -71,12 +71,13 @@ def promise_faults(shipped: Shipped, allowed: Allowed, cpu: bool) -> list[str]:
     wrong += [f"it does not keep the limits that it was built for: {each}" for each in shipped.failed]
     if shipped.random and not allowed.random_weights:
         wrong.append(
-            "its weights are random: build with real weights, or give --allow-random-weights to measure latency"
+            "its weights are random: build with real weights, or give --allow-random-weights (ALLOW=random-weights) to "
+            "measure latency"
         )
     if shipped.sample and not allowed.sample_calibration:
         wrong.append(
             "it was calibrated on the built-in sample images: build with CALIB=<folder of your images>, or give "
-            "--allow-sample-calibration"
+            "--allow-sample-calibration (ALLOW=sample-calibration)"
         )
     if not (cpu or shipped.executed or allowed.unexecuted):
         wrong.append(

@@ -6,6 +6,7 @@ new, and the engine is run on the golden images where it can run. What was measu
 which is the same.
 """
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from calib.errors import UserError
 from calib.store.digests import file_sha256
 from calib.task import Task, boxes_of
 from deploy import host
-from deploy.engine.audit import planned_attention, planned_layers
+from deploy.engine.audit import Audit, planned_attention, planned_layers
 from deploy.engine.backends import Built, choose_backend
 from deploy.engine.build import Profile
 from deploy.engine.builder import DEFAULT, Builder
@@ -60,6 +61,15 @@ class Changes:
     builder: Builder = DEFAULT
     batch: int | None = None
     max_batch: int | None = None
+
+    def command(self, backend: str) -> str:
+        """The command that builds the engine again; PACKAGE is the one that it was built from."""
+        given = {
+            "target": backend, "sm": ",".join(map(str, self.sms or ())), "builder": str(self.builder), "batch": self.batch,
+            "max-batch": self.max_batch,
+        }  # fmt: skip
+        options = [part for name, value in given.items() if value for part in (f"--{name}", str(value))]
+        return shlex.join(["python", "-m", "deploy", "rebuild", "PACKAGE", *options])
 
 
 def _texts(found: Any) -> list[str]:
@@ -109,6 +119,12 @@ def _engine_json(built: Built, audit: dict[str, Any], execution: Execution) -> d
     }  # fmt: skip
 
 
+def _some_in_float(audit: Audit) -> str:
+    return (
+        f"warning: {len(audit.lost)} of {audit.planned} planned layers are not computed in integers on this processor"
+    )
+
+
 def _write_evidence(
     fresh: Path,
     shipped: Shipped,
@@ -116,13 +132,14 @@ def _write_evidence(
     report: dict[str, Any],
     engine: dict[str, Any],
     traffic: Any,
+    command: str,
 ) -> None:
     """Put the new `engine` into manifest and report (edits both), and write the report to `fresh`."""
     before = manifest["engine"]
     created = datetime.now(UTC).isoformat(timespec="seconds")
     happened = {
         "from": {key: before.get(key) for key in ("backend", "version", "targets")}, "manifest_sha256": shipped.id,
-        "created": created, "machine": host.describe(), "commit": tool_commit(),
+        "created": created, "machine": host.describe(), "commit": tool_commit(), "command": command,
     }  # fmt: skip
     told = f"{BUILT_AGAIN} {shipped.backend} {shipped.version}: accuracy is of its graph"
     warnings = [*_warnings(manifest), told, *engine["notes"]]
@@ -146,6 +163,8 @@ def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]
     Raises UserError for a package that is not whole or a target that cannot be built here, and ContractError if INT8 was
     lost or the engine does not reproduce the golden outputs; nothing is changed then.
     """
+    if to and to.resolve().is_relative_to(folder.resolve()) and to.resolve() != folder.resolve():
+        raise UserError(f"'{to}' lies inside the package '{folder}': expected a folder beside it")
     if wrong := file_faults(folder):
         raise UserError(f"'{folder}' is not whole ({'; '.join(wrong[:3])}): expected a package as make engine wrote it")
     shipped, final = shipped_from_package(folder), to or folder
@@ -169,7 +188,9 @@ def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]
         if reason := execution.golden_failure():
             raise ContractError(reason)
         engine = _engine_json(built, audit.to_json(), execution)
-        _write_evidence(fresh, shipped, manifest, report, engine, kernels.traffic(profile.opt))
+        _write_evidence(
+            fresh, shipped, manifest, report, engine, kernels.traffic(profile.opt), changes.command(backend.NAME)
+        )
         manifest["io"] = _typed(manifest["io"], backend.FP16 and half, profile)
         files = [name for name in manifest["files"] if name != MANIFEST]
         manifest["files"] = {
@@ -179,7 +200,8 @@ def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]
     return [
         f"{backend.NAME} {built.version} ({why}), {len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}",
         audit.summary(),
-        f"engine {execution.summary()}",
+        *([_some_in_float(audit)] if audit.lost else []),
+        f"engine {execution.golden_summary()}",
         *built.notes,
         f"written to {final}",
     ]

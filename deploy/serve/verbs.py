@@ -10,7 +10,8 @@ from typing import Any
 from calib.errors import UserError
 from calib.store.paths import expanded
 from deploy.arguments import architectures, count
-from deploy.errors import EXIT_USER_ERROR
+from deploy.engine.backends import TENSORRT
+from deploy.errors import EXIT_FAILED, EXIT_USER_ERROR
 from deploy.package_options import add_package_options, folder_from_options
 
 REPOSITORY = "models"
@@ -129,6 +130,15 @@ def _serve_repo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _how(backend: str, cpu: bool) -> str:
+    """By what a package may be served, where that is not Triton with the engine itself."""
+    if cpu:
+        return " by its graph in ONNX Runtime"
+    if backend == TENSORRT:
+        return ""
+    return f", but not by Triton, which loads engines of {TENSORRT} alone: its engine is of {backend} (--cpu for its graph)"
+
+
 def _preflight(args: argparse.Namespace) -> int:
     from deploy.serve.bundle import models_of
     from deploy.serve.containers import tensorrt_of_container
@@ -145,19 +155,24 @@ def _preflight(args: argparse.Namespace) -> int:
         machine = replace(machine, free_disk=machine.free_disk - shipped.bytes)  # they lie on the disk together
     if any(refused):
         return EXIT_USER_ERROR
-    for folder in folders:
-        print(f"{folder}: may be served here" + (" by its graph in ONNX Runtime" if args.cpu else ""))
+    for folder, shipped in zip(folders, packages, strict=True):
+        print(f"{folder}: may be served here{_how(shipped.backend, args.cpu)}")
     return 0
 
 
 def _rebuild(args: argparse.Namespace) -> int:
     from deploy.engine.builder import Builder
     from deploy.serve.rebuild import Changes, rebuild
+    from deploy.verify import broken_limits
 
     changes = Changes(args.target, args.sm, Builder.from_text(args.builder), args.batch, args.max_batch)
     to = expanded(args.to, "--to") if args.to else None
-    print("\n".join(rebuild(expanded(args.package, "PACKAGE"), changes, to)))
-    return 0
+    folder = expanded(args.package, "PACKAGE")
+    print("\n".join(rebuild(folder, changes, to)))
+    broken = broken_limits(to or folder)
+    for limit in broken:
+        print(f"{to or folder}: not to be served: {limit}", file=sys.stderr)
+    return EXIT_FAILED if broken else 0
 
 
 def _told(switched: Mapping[str, tuple[int, int]]) -> None:

@@ -75,7 +75,7 @@ def test_a_gpu_host_builds_runs_and_may_serve_it(package, tmp_path, api_of, monk
     gpu_host(monkeypatch, api_of("11.4"))
     there = tmp_path / "there"
     assert cli.main(["rebuild", str(package), "--max-batch", "8", "--to", str(there)]) == 0
-    assert "dB SQNR on 8 images, on Made-up GPU" in capsys.readouterr().out
+    assert "engine run on Made-up GPU: " in capsys.readouterr().out
     manifest, report = told(there)
     assert (manifest["engine"]["backend"], manifest["engine"]["targets"]) == ("tensorrt", ["SM89"])
     for found in (manifest["engine"], report["engine"]):
@@ -85,6 +85,8 @@ def test_a_gpu_host_builds_runs_and_may_serve_it(package, tmp_path, api_of, monk
     assert [each[which][0] for which in ("min", "opt", "max") for each in manifest["io"]["outputs"]] == [1, 2, 8]
     assert file_faults(there) == file_faults(package) == []
     assert cli.main(["report", str(there)]) == 0
+    page = there.with_name("there.report.html").read_text()
+    assert "python -m deploy rebuild PACKAGE --target tensorrt --max-batch 8" in page
 
 
 def test_a_processor_gets_an_engine_of_its_own(package, tmp_path, capsys):
@@ -112,6 +114,7 @@ def test_a_package_that_is_not_whole_is_refused(package, capsys):
         (["--target", "tensorrt"], "TARGET=tensorrt cannot build here"),
         (["--target", "tensorrt_rtx", "--sm", "90"], "TensorRT-RTX has no target SM90"),
         (["--target", "tensorrt_rtx", "--batch", "9"], "batch profile 1/9/4: expected 1 <= BATCH <= MAX_BATCH"),
+        (["--target", "tensorrt_rtx", "--to", "INSIDE"], "lies inside the package"),
         (["--target", "tensorrt_rtx", "--to", "IN THE WAY"], "is not a package (no manifest.json of ours in it)"),
     ],
 )
@@ -119,7 +122,8 @@ def test_what_cannot_be_built_is_one_line_and_changes_nothing(package, tmp_path,
     (tmp_path / "in the way").mkdir()
     (tmp_path / "in the way/file").write_text("mine")
     before = contents(package)
-    options = [str(tmp_path / "in the way") if each == "IN THE WAY" else each for each in options]
+    places = {"IN THE WAY": tmp_path / "in the way", "INSIDE": package / "inner"}
+    options = [str(places.get(each, each)) for each in options]
     assert cli.main(["rebuild", str(package), *options]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -134,6 +138,19 @@ def test_an_engine_that_computes_something_else_is_no_package(package, api_of, m
     assert cli.main(["rebuild", str(package), "--target", "tensorrt"]) == cli.EXIT_FAILED
     assert "failed: the engine reaches 0.0 dB on the golden images" in capsys.readouterr().err
     assert contents(package) == before
+
+
+def test_a_package_that_failed_stays_one(package, tmp_path, capsys):
+    manifest, _ = told(package)
+    manifest["acceptance"] = {
+        "accepted": False,
+        "checks": [{"limit": "MAX_DROP=99dB", "kept": False, "measured": "33 dB"}],
+    }
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    there = tmp_path / "there"
+    assert cli.main(["rebuild", str(package), "--target", "onnxruntime", "--to", str(there)]) == cli.EXIT_FAILED
+    assert f"{there}: not to be served: MAX_DROP=99dB: 33 dB" in capsys.readouterr().err
+    assert told(there)[0]["servable"] is False
 
 
 def test_lost_int8_is_no_package(package, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calib.errors import UserError
+from calib.errors import TooFewError, UserError
 from calib.task import Boxes, Task
 from deploy.acceptance import Acceptance, Limits, MaxDrop, keeps
 from deploy.measure.accuracy import Fidelity
@@ -38,10 +38,13 @@ def test_a_share_that_everything_keeps_is_refused(text):
 @pytest.mark.parametrize(("limit", "enough"), [("1%", 100), ("0.5%", 200), ("3%", 34), ("0%", 1), ("30dB", 1)])
 def test_a_share_smaller_than_one_image_cannot_be_shown(limit, enough):
     wanted = MaxDrop.from_text(limit)
-    wanted.require_images(enough)
+    wanted.require_images(enough, "classifier", given=True)
     if enough > 1:
-        with pytest.raises(UserError, match=f"expected {enough} or more in EVAL="):
-            wanted.require_images(enough - 1)
+        with pytest.raises(UserError, match=f"expected {enough} or more in EVAL=$"):
+            wanted.require_images(enough - 1, "classifier", given=True)
+        with pytest.raises(UserError, match=f"held out of CALIB= .* expected {enough} or more in EVAL=, or in CALIB="):
+            wanted.require_images(enough - 1, "features", given=False)
+        wanted.require_images(enough - 1, "boxes", given=True)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,10 @@ def test_what_is_not_a_number_keeps_no_limit():
 def test_a_speed_is_kept_only_if_the_whole_interval_lies_above_it(least, kept):
     acceptance = Limits(min_speedup=least).check(measured(), "classifier", SPEED)
     assert acceptance.accepted is kept
-    assert f"1.90x the float network (95 %: 1.80 to 2.00), expected {least:g} or more" in acceptance.lines()[0]
+    assert (
+        f"1.90x the float network (95 %: 1.80 to 2.00), expected the whole interval at {least:g} or above"
+        in acceptance.lines()[0]
+    )
 
 
 def test_one_broken_limit_is_enough():
@@ -120,10 +126,12 @@ def test_outputs_are_held_to_a_limit_by_their_task():
     held = lambda amount, unit, task, found, sources: keeps(  # noqa: E731
         MaxDrop(amount, unit), task, {"output": exact}, {"output": found}, sources
     )
+    with pytest.raises(TooFewError, match="4 images that calibration can spare cannot show it, 5 could"):
+        held(20, "%", Task("classifier"), exact, range(4))
     assert held(47, "%", Task("classifier"), other, range(4))  # 25 %, and sqrt(0.25 * 0.75 / 4) more
     assert not held(46, "%", Task("classifier"), other, range(4))
     assert not held(47, "%", Task("classifier"), other, [0, 0, 1, 1])
-    assert held(0, "%", Task("classifier"), exact, range(4))
+    assert held(25, "%", Task("classifier"), exact, range(4))
     assert not held(10, "dB", Task("values"), other, range(4))
     spread = exact * torch.tensor([1.1, 1.1, 1.1, 1.3])[:, None]  # 15 dB together, 20 dB and 10 dB one by one
     assert held(12, "dB", Task("values"), spread, [0, 0, 1, 1])
@@ -137,7 +145,12 @@ def test_tokens_are_counted_at_every_place():
     other[0, 0] = torch.tensor([0.0, 2.0, 0.0])  # one of twelve
     held = lambda amount: keeps(MaxDrop(amount, "%"), Task("tokens"), {"y": exact}, {"y": other}, range(4))  # noqa: E731
     share = 1 / 12
-    least = 100 * (share + (share * (1 - share) / 4) ** 0.5)
+    least = 100 * (share + (share * (1 - share) / 4) ** 0.5)  # 22 %
+    with pytest.raises(TooFewError):
+        held(least + 0.01)
+    exact, other = (each.repeat(2, 1, 1) for each in (exact, other))
+    held = lambda amount: keeps(MaxDrop(amount, "%"), Task("tokens"), {"y": exact}, {"y": other}, range(8))  # noqa: E731
+    least = 100 * (share + (share * (1 - share) / 8) ** 0.5)
     assert held(least + 0.01)
     assert not held(least - 0.01)
 
@@ -150,6 +163,8 @@ def test_boxes_are_held_to_a_limit_by_their_average_precision():
     lost = {"scores": scores.clone(), "boxes": places}
     lost["scores"][0, 1] = -20.0
     held = lambda amount, found: keeps(MaxDrop(amount, "%"), Task("boxes", boxes), exact, found, range(2))  # noqa: E731
-    assert held(0, exact)
+    assert held(25, exact)
+    with pytest.raises(TooFewError, match="4 boxes that calibration can spare cannot show it, 5 could"):
+        held(20, exact)
     assert not held(50, lost)  # a fourth of the boxes, and a standard error of two sources
     assert held(60, lost)

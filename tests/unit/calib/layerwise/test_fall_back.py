@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from calib.errors import TooFewError
 from calib.layerwise.fall_back import MOST, Config, by_gain_per_work, fall_back, fewest
 from calib.network.qdq import quantized_net
 from tests.tiny import calibrated, tiny_halves
@@ -65,3 +66,16 @@ def test_what_cannot_be_kept_takes_half_of_the_work_and_says_so(rounded):
     assert found.quantized_layers  # still an INT8 network
     assert "not kept on calibration images, even with" in found.history[-1].notes[0]
     assert float(found.history[-1].notes[0].split("FP16, ")[1].split("%")[0]) <= 100 * MOST
+
+
+def test_images_that_cannot_show_it_send_no_layer_back(rounded):
+    def too_few(*_):
+        raise TooFewError("8 images that calibration can spare cannot show it, 100 could")
+
+    model, halves = rounded
+    found = fall_back(model, halves, Config("MAX_DROP=1%"), too_few)
+    assert not found.kept_float
+    (note,) = found.history[-1].notes
+    assert note.startswith(
+        "MAX_DROP=1%: 8 images that calibration can spare cannot show it, 100 could; no layer goes back"
+    )
