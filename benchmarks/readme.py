@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_speed import FLOAT, INTEGER, PLAIN
 from benchmarks.tables.table import cell
 from deploy.package import read_json
 from deploy.recipe import recipe_names
@@ -212,25 +211,6 @@ def serving_table(found: Reports) -> str:
     return f"{_table(head, rows)}\n\nMeasured by `{report['command']}` at commit {report['commit']} on {where}."
 
 
-def cpu_speed_table(found: Reports) -> str:
-    """Return one row for each package and number of threads that `benchmarks.cpu_speed` timed, and how they were timed."""
-    (report,) = found.values()
-    peers = [key.partition("/")[2] for key in report["rows"][0]["ratios"] if key.startswith(f"{FLOAT}/")]
-    names = {PLAIN: "`model.fp32.onnx`", INTEGER: "with integer kernels"}
-    head = ["model", "images", "threads", *(names.get(peer, peer) for peer in peers), "ERQ's Table 9"]
-    rows = []
-    for row in report["rows"]:
-        ratios = [f"{row['ratios'][f'{FLOAT}/{peer}']['ratio']:.2f}x" for peer in peers]
-        published = f"{row['published']:.2f}x" if row["published"] else ""
-        rows.append([row["model"], str(row["batch"]), str(row["threads"]), *ratios, published])
-    machine = report["machine"]
-    where = f"{machine['processor']}, {' and '.join(machine['int8_instructions']) or 'no instructions for INT8'}"
-    return (
-        f"{_table(head, rows)}\n\nMeasured by `{report['command']}` at commit {report['commit']}, {report['rounds']} rounds "
-        f"in turn, median of the ratios ({where})."
-    )
-
-
 # file -> block -> (the reports it shows, what makes its text of them, whether it is one table)
 Block = tuple[Callable[[], Reports], Callable[[Reports], str], bool]
 BLOCKS: dict[str, dict[str, Block]] = {
@@ -240,10 +220,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
     },
     "docs/methods.md": {"recipes": (recipe_reports, recipes_table, True)},
     "docs/serving.md": {"load": (lambda: reports("serving.json"), serving_table, True)},
-    "docs/papers.md": {
-        "papers": (lambda: reports("table.*.json"), papers_tables, False),
-        "cpu_speed": (lambda: reports("cpu_speed.json"), cpu_speed_table, True),
-    },
+    "docs/papers.md": {"papers": (lambda: reports("table.*.json"), papers_tables, False)},
 }
 
 
