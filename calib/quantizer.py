@@ -65,8 +65,13 @@ class QParams:
 
 
 def fp16_scale(scale: Tensor) -> Tensor:
-    """The nearest FP16 values of `scale` (any shape), at least `SMALLEST_SCALE`, as float32."""
-    return scale.float().clamp(min=SMALLEST_SCALE).half().float()
+    """The nearest FP16 values of `scale` (any shape), at least `SMALLEST_SCALE`, as float32.
+
+    One that FP16 cannot hold stays as it is: it is of an engine with FP32 types.
+    """
+    single = scale.float().clamp(min=SMALLEST_SCALE)
+    half = single.half().float()
+    return torch.where(half.isinf(), single, half)
 
 
 def qparams_from_amax(amax: Tensor, axis: int | None = None, narrow: bool = False, bits: int = 8) -> QParams:

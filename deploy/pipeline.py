@@ -37,7 +37,7 @@ from deploy.stages import repair_stages, scale_stages
 IMAGES = ("calibration", "evaluation", "annotations", "golden", "model", "images", "key")
 EXPORTED = ("simulation", "graph", "fp32", "float_model")
 BUILT_FROM = ("graph", "fp32", "float_model", "model", "loaded", "golden")
-JUDGED = ("float_model", "evaluation", "annotations", "golden", "loaded", "task")
+JUDGED = ("float_model", "outputs", "evaluation", "annotations", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
     "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "acceptance", "float_model",
@@ -58,9 +58,9 @@ def spine(recipe: Recipe, limit: str = "") -> tuple[Stage, ...]:
         Stage("images", TORCH, ("loaded", "outputs", "task"), IMAGES, steps.read_images),
         Stage("fold", TORCH, ("model", "images"), ("model",), steps.fold),
         *_deciding(scale_stages(recipe)),  # equalise, (simulated attention), calibrate
-        Stage("range", TORCH, ("model", "calibration"), ("fp16_range",), steps.fits_fp16),
+        Stage("range", TORCH, ("model", "calibration", "outputs"), ("fp16_range",), steps.fits_fp16),
         *_deciding(repair_stages(recipe, limit)),  # the method that rounds weights, (attention), ...
-        Stage("coverage", TORCH, ("model", "evaluation"), ("coverage",), steps.covers),
+        Stage("coverage", TORCH, ("model", "evaluation", "outputs"), ("coverage",), steps.covers),
         Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
         Stage("check", ENGINE, ("graph",), ("planned", "planned_attention"), steps.check),

@@ -91,11 +91,15 @@ COVERAGE_IMAGES = 64  # most evaluation images looked at for values outside the 
 Lines = Sequence[str]  # what a stage tells
 
 
-def per_pass(reading: Reading) -> int:
-    """Return how many images or samples go through a network at once: fewer of large images, whose tensors are large."""
+def per_pass(reading: Reading, outputs: Sequence[Output] = ()) -> int:
+    """Return how many images or samples go through a network at once: fewer of large images, whose tensors are large.
+
+    `outputs`: those of the network; where one is a larger picture than it read, that one counts.
+    """
     if isinstance(reading, Inputs):
         return BATCH
-    return max(1, min(BATCH, PIXELS // (reading.height * reading.width)))
+    pictures = (each.shape[1] * each.shape[2] for each in outputs if len(each.shape) == 3)
+    return max(1, min(BATCH, PIXELS // max(reading.height * reading.width, *pictures, 1)))
 
 
 class Batches:
@@ -104,10 +108,16 @@ class Batches:
     A set of at most KEPT_BYTES is kept in memory after the first pass, as reading files takes longer than many a network.
     """
 
-    def __init__(self, images: ImageSet, progress: Progress, convert: Callable[[np.ndarray], Any]) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        progress: Progress,
+        convert: Callable[[np.ndarray], Any],
+        outputs: Sequence[Output] = (),
+    ) -> None:
         self.images, self.progress, self.convert = images, progress, convert
         self._kept: list[np.ndarray] = []
-        self.per_pass = per_pass(images.preprocessing)
+        self.per_pass = per_pass(images.preprocessing, outputs)
 
     def __iter__(self) -> Iterator[Any]:
         kept: list[np.ndarray] = []
@@ -122,6 +132,10 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-self.images.count // self.per_pass)
+
+
+def _batches(run: Run, images: ImageSet, convert: Callable[[np.ndarray], Any]) -> Batches:
+    return Batches(images, run.progress, convert, run.outputs)
 
 
 def _to(device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
@@ -264,14 +278,14 @@ def read_images(run: Run) -> Lines:
     run.annotations = _annotations(run)
     if run.task.name == CLASSIFIER:
         _check_labels(run.evaluation, run.outputs[0].shape[0])
-    few = min(GOLDEN_IMAGES, per_pass(preprocessing))
+    few = min(GOLDEN_IMAGES, per_pass(preprocessing, run.outputs))
     run.golden = next(run.evaluation.subset(0, few).batches(few))
     if inputs is not None:
-        every = (Batches(each, run.progress, torch.from_numpy) for each in (run.calibration, run.evaluation))
+        every = (_batches(run, each, torch.from_numpy) for each in (run.calibration, run.evaluation))
         require_readable(run.loaded.net, inputs, chain.from_iterable(every))
     join_outputs(run.loaded.net, torch.from_numpy(run.golden))
     run.model = QuantModel.of(run.name, run.loaded.net, precision=run.recipe.precision)
-    halves = halves_of(run.calibration, lambda part: Batches(part, run.progress, _to(run.device)))
+    halves = halves_of(run.calibration, lambda part: _batches(run, part, _to(run.device)))
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
     limit = options.limits.max_drop
     kept = None if limit is None else partial(keeps, limit, run.task)
@@ -280,7 +294,7 @@ def read_images(run: Run) -> Lines:
         {
             "network": [run.spec.tag, run.spec.img_size, run.loaded.sha256],
             "images": run.calibration.sha256,
-            "batch": per_pass(run.calibration.preprocessing), "seed": options.seed, "device": run.device.type,
+            "batch": per_pass(preprocessing, run.outputs), "seed": options.seed, "device": run.device.type,
             "precision": asdict(run.recipe.precision),
         }
     )  # fmt: skip
@@ -320,7 +334,7 @@ def decide(run: Run, stage: Stage) -> Lines:
 
 def fits_fp16(run: Run) -> Lines:
     """Whether the activations of the float network fit FP16. Raises UserError if they do not, and have to."""
-    few = Batches(run.calibration.subset(0, RANGE_IMAGES), run.progress, _to(run.model.device))
+    few = _batches(run, run.calibration.subset(0, RANGE_IMAGES), _to(run.model.device))
     run.fp16_range = found = fp16_range(run.model.net, few, run.options.half)
     holds = f"FP16 holds {FP16_MAX:.0f}" if run.options.half else "types are FP32"
     return (
@@ -331,7 +345,7 @@ def fits_fp16(run: Run) -> Lines:
 
 def covers(run: Run) -> Lines:
     """How far other images exceed the calibrated ranges."""
-    others = Batches(run.evaluation.subset(0, COVERAGE_IMAGES), run.progress, _to(run.model.device))
+    others = _batches(run, run.evaluation.subset(0, COVERAGE_IMAGES), _to(run.model.device))
     run.coverage = coverage(run.model, others)
     return (run.coverage.summary(), *run.coverage.warnings())
 
@@ -432,7 +446,7 @@ def prove(run: Run) -> Lines:
 def verify(run: Run) -> Lines:
     """How near the graphs come to the float network on images that did not calibrate; ContractError if FP16 overflows."""
     labels = run.annotations if run.evaluation.labels is None else np.array(run.evaluation.labels)
-    images = Batches(run.evaluation, run.progress, partial(arrays_from_rows, run.loaded.inputs))
+    images = _batches(run, run.evaluation, partial(arrays_from_rows, run.loaded.inputs))
     run.reference = Reference(run.float_model, images, _golden(run), run.task, labels, run.evaluation.sources)
     run.verdict = verify_fidelity(run.folder, run.reference)
     _hold(run.verdict)

@@ -79,3 +79,9 @@ def test_dequantize_is_integer_times_scale():
         [1, -1.5],
         [4, -6],
     ]
+
+
+def test_a_scale_that_fp16_cannot_hold_stays_as_it_is():
+    scales = torch.tensor([65504.0, 65520.0, 3e7])
+    assert fp16_scale(scales).tolist() == [65504.0, 65520.0, 3e7]
+    assert fp16_scale(torch.tensor(0.1)).item() == float(torch.tensor(0.1).half())

@@ -83,6 +83,8 @@ class Counted:
 def test_fewer_large_images_go_through_a_network_at_once(side, count):
     assert steps.per_pass(replace(PLAIN, height=side, width=side)) == count
     assert steps.per_pass(Inputs((Input("latent", "float32", (4, side, side)),))) == 16
+    small = replace(PLAIN, height=8, width=8)
+    assert steps.per_pass(small, (Output("scores", (91, 9)), Output("picture", (3, side, side)))) == count
 
 
 @pytest.mark.parametrize(("most", "reads"), [(20 * 12 * 4 + 12 * 4 * 12, 1), (100, 3), (4 * 12 * 4 * 2, 3)])
