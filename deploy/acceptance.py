@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import TooFewError, UserError
-from calib.task import BOXES, Task
+from calib.task import BOXES, TOKENS, Task
 from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.accuracy import Fidelity, fidelity
 from deploy.measure.latency import Comparison
@@ -70,9 +70,9 @@ class MaxDrop:
     def require_images(self, count: int, task: str, given: bool) -> None:
         """Raise UserError if one of `count` evaluation images alone is more than what may be lost.
 
-        `given`: they come from EVAL=. Average precision of boxes does not move by images.
+        `given`: they come from EVAL=. Average precision and tokens do not move by images.
         """
-        if self.unit == "%" and task != BOXES and 0 < count * self.amount < 100:
+        if self.unit == "%" and task not in (BOXES, TOKENS) and 0 < count * self.amount < 100:
             more = "in EVAL=" if given else "in EVAL=, or in CALIB= beside the CALIB_IMAGES= that calibrate"
             raise UserError(
                 f"MAX_DROP={self}: one of {count} evaluation images{'' if given else ' held out of CALIB='} is "

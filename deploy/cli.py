@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -37,13 +38,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit() or int(text) >= 1 << 32:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 1 << 32:
         raise UserError(f"SEED='{text}': expected a whole number from 0 to {(1 << 32) - 1}")
     return int(text)
 
 
 def _limit(text: str) -> int:
-    if not text.isdigit():
+    if not re.fullmatch("[0-9]{1,15}", text):
         raise UserError(f"'{text}': expected a whole number of 0 or more")
     return int(text)
 

@@ -137,6 +137,10 @@ def executed_on_golden(backend: ModuleType, plan: bytes, folder: Path, task: Tas
         except UserError as error:
             return Execution(str(error))
         found = outputs_over(lambda batch: _call(engine, batch), [given])
+    if {*found} != {*exact}:
+        raise UserError(
+            f"the engine returns {', '.join(found)}, {GOLDEN} holds {', '.join(exact)}: build the package again"
+        )
     found = {name: found[name] for name in exact}
     graph = outputs_over(OnnxRunner(folder / MODEL_FP32).named_outputs, [given])
     return Execution(

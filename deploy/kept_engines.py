@@ -83,4 +83,7 @@ def _read(path: Path, key: str) -> Built:
         raise UnusableError("made from other inputs than its name says")
     with contextlib.suppress(OSError):  # of another user, say
         os.utime(path)
-    return Built(state["plan"].numpy().tobytes(), **state["told"])
+    try:
+        return Built(state["plan"].numpy().tobytes(), **state["told"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnusableError("no engine of this tool") from error

@@ -26,7 +26,16 @@ GOLDEN_FLOAT, GOLDEN_SIMULATED = "float_", "simulated_"  # ... and those of outp
 RANDOM = "-random-weights"  # what the name of a package of random weights ends with
 FILES = (MODEL, MODEL_FP32, ENGINE, LAYERS, MANIFEST, REPORT, GOLDEN, KERNELS)
 
-UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+}
 
 
 def package_folder(out: str, model: str, module: str | None, weights: str, recipe: str) -> Path:
@@ -78,6 +87,19 @@ def _recover(final: Path) -> None:
             old.rename(final)
     for half in _leftovers(final, "tmp"):
         shutil.rmtree(half)
+
+
+def recover(folder: Path) -> None:
+    """Put the package at `folder` back where a killed run had displaced it. Raises UserError while a run is writing it."""
+    if not (folder.parent.is_dir() and _leftovers(folder, "old")):
+        return
+    try:
+        with locked(folder.parent / f".{folder.name}.lock"):
+            _recover(folder)
+    except HeldError:
+        raise UserError(f"another run is writing '{folder}': wait until it has ended") from None
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be put back after a run that was killed ({error.strerror})") from error
 
 
 def _require_replaceable(final: Path) -> None:

@@ -303,6 +303,9 @@ def _load_from_hub(spec: ModelSpec) -> tuple["nn.Module", str]:
     return net, f"timm pretrained {cfg.hf_hub_id or cfg.url}"
 
 
+STATISTICS = ("running_mean", "running_var")  # of norms
+
+
 def _check_tensors(net: "nn.Module", source: str) -> None:
     """Raise UserError for a network whose tensors have no values, are none of torch's plain ones, or hold NaN or Inf.
 
@@ -322,8 +325,7 @@ def _check_tensors(net: "nn.Module", source: str) -> None:
             what = "is on the device meta, without values: build the network on the CPU"
         if what:
             raise UserError(f"'{name}' of {type(net).__name__} {what}")
-    norms = [name for name, module in net.named_modules() if isinstance(module, torch.nn.modules.batchnorm._NormBase)]
-    buffers = {name for name, _ in net.named_buffers() if name.rpartition(".")[0] not in norms}
+    buffers = {name for name, _ in net.named_buffers() if not name.endswith(STATISTICS)}
     bad = [
         name
         for name, tensor in tensors.items()

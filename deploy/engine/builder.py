@@ -6,6 +6,7 @@ gpus=ampere+          the engine runs on every GPU from compute capability 8.0 o
 gpus=same             on every GPU of this one's compute capability; without it on GPUs like this one
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -42,7 +43,7 @@ class Builder:
             fits = (
                 value in HARDWARE
                 if name == "gpus"
-                else value.isdigit() and (name != "level" or int(value) <= MOST_LEVEL)
+                else bool(re.fullmatch("[0-9]{1,2}", value)) and (name != "level" or int(value) <= MOST_LEVEL)
             )
             if not fits:
                 raise UserError(f"BUILDER='{text}': {name} cannot be '{value}'; {EXPECTED}")

@@ -147,9 +147,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if fidelity["top1_agreement"] is not None:
         rows.append((f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"))
     if fidelity.get("psnr_db") is not None:  # which a report of an older version lacks
-        rows.append(
-            ("to the float network's pictures", f"PSNR {fidelity['psnr_db']:.1f} dB, SSIM {fidelity['ssim']:.4f}")
-        )
+        ssim = "" if fidelity["ssim"] is None else f", SSIM {fidelity['ssim']:.4f}"
+        rows.append(("to the float network's pictures", f"PSNR {fidelity['psnr_db']:.1f} dB{ssim}"))
     if fidelity.get("boxes") is not None:
         rows.append((f"the float network's {fidelity['boxes']} boxes", _boxes(fidelity)))
     if fidelity.get("true_ap") is not None:

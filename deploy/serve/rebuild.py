@@ -8,6 +8,7 @@ which is the same.
 
 import shlex
 import shutil
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 
 import onnx
 
-from calib.errors import UserError
+from calib.errors import UserError, first_line
 from calib.store.digests import file_sha256
-from calib.task import Task, boxes_of
+from calib.task import BOXES, CLASSIFIER, FEATURES, PICTURES, TOKENS, VALUES, Task, boxes_of
 from deploy import host
 from deploy.engine.audit import Audit, planned_attention, planned_layers
 from deploy.engine.backends import Built, choose_backend
@@ -29,6 +30,7 @@ from deploy.execution import Execution, executed_on_golden
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.package import (
     ENGINE,
+    FILES,
     GOLDEN,
     KERNELS,
     LAYERS,
@@ -36,15 +38,24 @@ from deploy.package import (
     MODEL,
     MODEL_FP32,
     REPORT,
+    not_accepted,
     read_json,
+    recover,
     staging,
     write_json,
 )
 from deploy.proven import proven
 from deploy.report.evidence import tool_commit
+from deploy.report.manifest import replaced
 from deploy.serve.shipped import Shipped, shipped_from_package
-from deploy.verify import file_faults
+from deploy.verify import require_package, verify_package
 
+AXES = {
+    CLASSIFIER: 1,
+    FEATURES: 1,
+    TOKENS: 2,
+    PICTURES: 3,
+}  # of the one output of these tasks, without that of the batch
 STAY = (MODEL, MODEL_FP32, GOLDEN)  # files of a package that do not depend on the engine
 NO_TWIN = "the engine was built again from a package, which does not hold the float network"
 BUILT_AGAIN = "engine built again from a package of"
@@ -90,11 +101,24 @@ def _kept_limits(acceptance: Any) -> dict[str, Any]:
     return {"accepted": all(each.get("kept") is True for each in kept), "checks": kept}
 
 
+def _dropped_limits(acceptance: Any) -> list[str]:
+    """What is said of limits that the new engine was not measured by."""
+    checks = acceptance.get("checks") if isinstance(acceptance, dict) else None
+    return [
+        f"{each.get('limit')} was measured with the engine before ({each.get('measured')}): not known of this one"
+        for each in checks or []
+        if str(each.get("limit")).startswith(SPEED_LIMIT)
+    ]
+
+
 def _task(manifest: dict[str, Any]) -> Task:
     """What the outputs are, as the manifest tells. Raises UserError if it tells something else than `make engine` writes."""
     outputs = {each["name"]: tuple(each["max"][1:]) for each in manifest["io"]["outputs"]}
-    said = manifest.get("boxes")
-    return Task(manifest["task"], None if said is None else boxes_of(said, outputs, MANIFEST))
+    name, said = manifest["task"], manifest.get("boxes")
+    fits = name in (BOXES, VALUES) or [len(shape) for shape in outputs.values()] == [AXES.get(name)]
+    if not fits or (name == BOXES) != isinstance(said, dict):
+        raise UserError(f"'{MANIFEST}' names the task {name!r}, which its outputs are not: build the package again")
+    return Task(name, None if said is None else boxes_of(said, outputs, MANIFEST))
 
 
 def _typed(io: dict[str, Any], half: bool, profile: Profile) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def _write_evidence(
         "created": created, "machine": host.describe(), "commit": tool_commit(), "command": command,
     }  # fmt: skip
     told = f"{BUILT_AGAIN} {shipped.backend} {shipped.version}: accuracy is of its graph"
-    warnings = [*_warnings(manifest), told, *engine["notes"]]
+    warnings = [*_warnings(manifest), told, *_dropped_limits(manifest.get("acceptance")), *engine["notes"]]
     limits = _kept_limits(manifest.get("acceptance"))
     both = {"warnings": warnings, "acceptance": limits, "rebuilt": happened}
     size = (fresh / ENGINE).stat().st_size
@@ -157,51 +181,101 @@ def _write_evidence(
     }  # fmt: skip
 
 
-def rebuild(folder: Path, changes: Changes, to: Path | None = None) -> list[str]:
-    """Build the engine of the package in `folder` again, there or in the folder `to`; returns what to tell.
+@dataclass(frozen=True)
+class _Before:
+    """A package as it was when the build began: a copy, so that another run may replace it meanwhile."""
 
-    Raises UserError for a package that is not whole or a target that cannot be built here, and ContractError if INT8 was
+    folder: Path
+    shipped: Shipped
+    manifest: dict[str, Any]
+    report: dict[str, Any]
+    task: Task
+
+    @classmethod
+    def of(cls, package: Path, scratch: Path) -> "_Before":
+        """A copy of `package` in `scratch`. Raises UserError unless it is whole and gives its golden outputs."""
+        try:
+            require_package(package)
+            folder = Path(shutil.copytree(package, scratch / package.name))
+            if wrong := verify_package(folder):
+                raise UserError(
+                    f"'{package}' is not sound ({'; '.join(wrong[:3])}): expected a package as make engine wrote it"
+                )
+            manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
+            found = cls(folder, shipped_from_package(folder), manifest, report, _task(manifest))
+        except (OSError, shutil.Error) as error:
+            raise UserError(f"'{package}' cannot be read ({first_line(error, 200)}): expected a package") from error
+        except UserError as error:
+            raise UserError(str(error).replace(str(scratch / package.name), str(package))) from None
+        if not isinstance(report.get("bytes"), dict):
+            raise UserError(f"'{package / REPORT}' has no table 'bytes': expected the report of a package")
+        return found
+
+    def graph(self, name: str) -> onnx.ModelProto:
+        """One of its graphs. Raises UserError for a file that is none."""
+        try:
+            return onnx.load(self.folder / name, load_external_data=False)
+        except Exception as error:  # protobuf's own, of any origin
+            raise UserError(f"{name} cannot be read ({first_line(error, 200)}): build the package again") from error
+
+
+def _place(final: Path, accepted: bool) -> Path:
+    """Where the package goes: one that does not keep its limits beside `final`, as `make engine` puts it."""
+    beside = not_accepted(final)
+    return final if accepted or final.name.endswith(beside.name.removeprefix(final.name)) else beside
+
+
+def rebuild(package: Path, changes: Changes, to: Path | None = None) -> tuple[Path, list[str]]:
+    """Build the engine of `package` again, there or in the folder `to`; returns (where it is, what to tell).
+
+    Raises UserError for a package that is not sound or a target that cannot be built here, and ContractError if INT8 was
     lost or the engine does not reproduce the golden outputs; nothing is changed then.
     """
-    if to and to.resolve().is_relative_to(folder.resolve()) and to.resolve() != folder.resolve():
-        raise UserError(f"'{to}' lies inside the package '{folder}': expected a folder beside it")
-    if wrong := file_faults(folder):
-        raise UserError(f"'{folder}' is not whole ({'; '.join(wrong[:3])}): expected a package as make engine wrote it")
-    shipped, final = shipped_from_package(folder), to or folder
-    manifest, report = read_json(folder / MANIFEST), read_json(folder / REPORT)
-    task = _task(manifest)
-    backend, why = choose_backend(changes.target)
-    backend.require_target(changes.sms, changes.builder)
-    profile = Profile(changes.batch or shipped.opt, changes.max_batch or shipped.largest)
-    graph, half = onnx.load(folder / (MODEL if backend.FP16 else MODEL_FP32)), manifest.get("floats") != FP32
-    planned, attention = planned_layers(graph), planned_attention(graph)
-    built = build_apart(backend, graph, profile, changes.sms, changes.builder)
-    audit = proven(built, planned, attention, final, backend.FP16, half)
-    kernels = KernelLists(built.kernels, None, NO_TWIN)
-    with staging(final) as fresh:
-        for name in STAY:
-            shutil.copyfile(folder / name, fresh / name)
-        (fresh / ENGINE).write_bytes(built.plan)
-        write_json(fresh / LAYERS, built.layers_json())
-        write_json(fresh / KERNELS, lists_to_json(kernels))
-        execution = executed_on_golden(backend, built.plan, fresh, task)
-        if reason := execution.golden_failure():
-            raise ContractError(reason)
-        engine = _engine_json(built, audit.to_json(), execution)
-        _write_evidence(
-            fresh, shipped, manifest, report, engine, kernels.traffic(profile.opt), changes.command(backend.NAME)
-        )
-        manifest["io"] = _typed(manifest["io"], backend.FP16 and half, profile)
-        files = [name for name in manifest["files"] if name != MANIFEST]
-        manifest["files"] = {
-            name: {"sha256": file_sha256(fresh / name), "bytes": (fresh / name).stat().st_size} for name in files
-        }
-        write_json(fresh / MANIFEST, manifest)
-    return [
+    package, final = package.resolve(), (to or package).resolve()
+    if final != package and (final.is_relative_to(package) or package.is_relative_to(final)):
+        raise UserError(f"'{final}' and the package '{package}' lie in each other: expected a folder beside it")
+    recover(package)
+    with tempfile.TemporaryDirectory() as scratch:
+        before = _Before.of(package, Path(scratch))
+        manifest, report, shipped = before.manifest, before.report, before.shipped
+        backend, why = choose_backend(changes.target)
+        backend.require_target(changes.sms, changes.builder)
+        profile = Profile(changes.batch or shipped.opt, changes.max_batch or shipped.largest)
+        graph, half = before.graph(MODEL if backend.FP16 else MODEL_FP32), manifest.get("floats") != FP32
+        planned, attention = planned_layers(graph), planned_attention(graph)
+        with staging(final, lambda: _place(final, manifest["acceptance"]["accepted"])) as fresh:
+            built = build_apart(backend, graph, profile, changes.sms, changes.builder)
+            audit = proven(built, planned, attention, final, backend.FP16, half)
+            for name in STAY:
+                shutil.copyfile(before.folder / name, fresh / name)
+            (fresh / ENGINE).write_bytes(built.plan)
+            write_json(fresh / LAYERS, built.layers_json())
+            kernels = KernelLists(built.kernels, None, NO_TWIN)
+            write_json(fresh / KERNELS, lists_to_json(kernels))
+            execution = executed_on_golden(backend, built.plan, fresh, before.task)
+            if reason := execution.golden_failure():
+                raise ContractError(reason)
+            dropped = _dropped_limits(manifest.get("acceptance"))
+            engine = _engine_json(built, audit.to_json(), execution)
+            _write_evidence(
+                fresh, shipped, manifest, report, engine, kernels.traffic(profile.opt), changes.command(backend.NAME)
+            )
+            manifest["io"] = _typed(manifest["io"], backend.FP16 and half, profile)
+            manifest["files"] = {
+                name: {"sha256": file_sha256(fresh / name), "bytes": (fresh / name).stat().st_size}
+                for name in FILES
+                if name != MANIFEST
+            }
+            write_json(fresh / MANIFEST, manifest)
+            instead = replaced(final, manifest) if final != package else ()
+    place = _place(final, manifest["acceptance"]["accepted"])
+    return place, [
         f"{backend.NAME} {built.version} ({why}), {len(built.plan) / 1e6:.1f} MB for {', '.join(built.targets)}",
         audit.summary(),
         *([_some_in_float(audit)] if audit.lost else []),
         f"engine {execution.golden_summary()}",
+        *dropped,
         *built.notes,
-        f"written to {final}",
+        *instead,
+        f"written to {place}",
     ]

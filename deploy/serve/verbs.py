@@ -166,12 +166,17 @@ def _rebuild(args: argparse.Namespace) -> int:
     from deploy.verify import broken_limits
 
     changes = Changes(args.target, args.sm, Builder.from_text(args.builder), args.batch, args.max_batch)
+    if args.to is not None and not args.to.strip():
+        raise UserError("--to is empty: expected a folder, or no --to to build the engine in the package itself")
     to = expanded(args.to, "--to") if args.to else None
-    folder = expanded(args.package, "PACKAGE")
-    print("\n".join(rebuild(folder, changes, to)))
-    broken = broken_limits(to or folder)
+    try:
+        place, told = rebuild(expanded(args.package, "PACKAGE"), changes, to)
+    except UserError as error:  # folders are called otherwise here than by `make engine`
+        raise UserError(str(error).replace("with OUT=", "with --to")) from error
+    print("\n".join(told))
+    broken = broken_limits(place)
     for limit in broken:
-        print(f"{to or folder}: not to be served: {limit}", file=sys.stderr)
+        print(f"{place}: not to be served: {limit}", file=sys.stderr)
     return EXIT_FAILED if broken else 0
 
 

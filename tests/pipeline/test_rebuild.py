@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from calib.store.digests import file_sha256
 from deploy import cli
 from deploy.engine import audit
 from deploy.package import FILES
+from deploy.serve.rebuild import STAY
 from deploy.verify import file_faults, verify_package
 from tests.gpu.host import gpu_host
 
@@ -104,8 +106,68 @@ def test_a_package_that_is_not_whole_is_refused(package, capsys):
     (package / "golden.npz").write_bytes(b"changed")
     before = contents(package)
     assert cli.main(["rebuild", str(package), "--target", "tensorrt_rtx"]) == 2
-    assert "is not whole (golden.npz has changed since it was built" in capsys.readouterr().err
+    assert "is not sound (golden.npz has changed since it was built" in capsys.readouterr().err
     assert contents(package) == before
+
+
+def test_a_package_whose_graph_gives_other_outputs_is_refused(package, capsys):
+    with np.load(package / "golden.npz") as arrays:
+        changed = {**arrays, "images": arrays["images"][:, :, ::-1].copy()}
+    np.savez(package / "golden.npz", **changed)
+    manifest, _ = told(package)
+    manifest["files"]["golden.npz"]["sha256"] = file_sha256(package / "golden.npz")
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["verify", str(package)]) == cli.EXIT_FAILED
+    capsys.readouterr()
+    assert cli.main(["rebuild", str(package), "--target", "tensorrt_rtx"]) == 2
+    assert "is not sound (model.fp32.onnx reaches" in capsys.readouterr().err
+
+
+def test_another_package_that_comes_meanwhile_does_not_mix_with_it(package, tmp_path, monkeypatch):
+    """What is written is all of the package that was there when the build began."""
+    before = contents(package)
+
+    def build(backend, *arguments):
+        shutil.move(package, tmp_path / "old")
+        shutil.copytree(tmp_path / "old", package)
+        (package / "model.onnx").write_bytes(b"another network's")
+        return backend.build(*arguments)
+
+    monkeypatch.setattr("deploy.serve.rebuild.build_apart", build)
+    assert cli.main(["rebuild", str(package), "--target", "tensorrt_rtx", "--sm", "89"]) == 0
+    after = contents(package)
+    assert {name: after[name] for name in STAY} == {name: before[name] for name in STAY}
+    assert verify_package(package) == []
+
+
+def test_what_a_killed_run_displaced_is_put_back_first(package, monkeypatch):
+    package.rename(package.with_name(".package.old-999999"))
+    assert cli.main(["rebuild", str(package), "--target", "onnxruntime"]) == 0
+    monkeypatch.chdir(package)
+    assert cli.main(["rebuild", ".", "--target", "onnxruntime", "--to", f"{package}/../package"]) == 0
+    assert verify_package(package) == []
+    assert [path.name for path in package.parent.iterdir() if path.name.startswith(".package.old")] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("manifest.json", {"task": "boxes"}, "names the task 'boxes', which its outputs are not"),
+        ("manifest.json", {"task": "pictures"}, "names the task 'pictures', which its outputs are not"),
+        ("report.json", {"bytes": 3}, "has no table 'bytes'"),
+    ],
+)
+def test_a_package_that_tells_something_else_is_one_line(package, capsys, file, changes, said):
+    content = json.loads((package / file).read_text()) | changes
+    (package / file).write_text(json.dumps(content))
+    manifest, _ = told(package)
+    if file != "manifest.json":
+        manifest["files"][file]["sha256"] = file_sha256(package / file)
+        (package / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["rebuild", str(package), "--target", "onnxruntime"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -114,7 +176,13 @@ def test_a_package_that_is_not_whole_is_refused(package, capsys):
         (["--target", "tensorrt"], "TARGET=tensorrt cannot build here"),
         (["--target", "tensorrt_rtx", "--sm", "90"], "TensorRT-RTX has no target SM90"),
         (["--target", "tensorrt_rtx", "--batch", "9"], "batch profile 1/9/4: expected 1 <= BATCH <= MAX_BATCH"),
-        (["--target", "tensorrt_rtx", "--to", "INSIDE"], "lies inside the package"),
+        (["--target", "tensorrt_rtx", "--to", "INSIDE"], "lie in each other: expected a folder beside it"),
+        (["--target", "tensorrt_rtx", "--to", ""], "--to is empty"),
+        (
+            ["--target", "tensorrt_rtx", "--to", "/dev/null/x"],
+            "cannot be written (File exists): choose another with --to",
+        ),
+        (["--target", "tensorrt_rtx", "--to", "n" * 250], "cannot be written (File name too long)"),
         (["--target", "tensorrt_rtx", "--to", "IN THE WAY"], "is not a package (no manifest.json of ours in it)"),
     ],
 )
@@ -147,10 +215,15 @@ def test_a_package_that_failed_stays_one(package, tmp_path, capsys):
         "checks": [{"limit": "MAX_DROP=99dB", "kept": False, "measured": "33 dB"}],
     }
     (package / "manifest.json").write_text(json.dumps(manifest))
-    there = tmp_path / "there"
+    there, good = tmp_path / "there", contents(package)
+    shutil.copytree(package, there)
     assert cli.main(["rebuild", str(package), "--target", "onnxruntime", "--to", str(there)]) == cli.EXIT_FAILED
-    assert f"{there}: not to be served: MAX_DROP=99dB: 33 dB" in capsys.readouterr().err
-    assert told(there)[0]["servable"] is False
+    beside = tmp_path / "there.not-accepted"
+    assert f"{beside}: not to be served: MAX_DROP=99dB: 33 dB" in capsys.readouterr().err
+    assert told(beside)[0]["servable"] is False
+    assert contents(there) == good
+    assert cli.main(["rebuild", str(beside), "--target", "onnxruntime"]) == cli.EXIT_FAILED  # in its place
+    assert told(beside)[1]["rebuilt"]["from"]["backend"] == "onnxruntime"
 
 
 def test_lost_int8_is_no_package(package, monkeypatch, capsys):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deploy.measure.accuracy import Fidelity
 
 CERTAIN = 0.3  # score of the float network's boxes that count as true
+LEAST_AP = 0.01  # of the float network on annotations: below it they are of other classes or places, and tell nothing
 SAME = 0.5  # intersection over union of two boxes of one object
 
 
@@ -42,7 +43,7 @@ def average_precision(truth: Sequence[Found], found: Sequence[Found]) -> tuple[f
         ]  # fmt: skip
 
     exact, candidates = rows(truth), rows(found)
-    if not exact:
+    if all(row["iscrowd"] for row in exact):
         return None, None
     if not candidates:
         return 0.0, 0.0
@@ -97,8 +98,8 @@ def measures(reference: Outputs, output: Outputs, task: Task, labels: Sequence[n
 
 def points_lost(found: "Fidelity") -> tuple[float, str]:
     """Return (percentage points, what they are in words): of average precision on annotations, without any beside float."""
-    if found.true_ap is not None and found.reference_true_ap is not None:
-        drop = points(found.reference_true_ap - found.true_ap)
+    if found.true_ap is not None and (found.reference_true_ap or 0.0) >= LEAST_AP:
+        drop = points((found.reference_true_ap or 0.0) - found.true_ap)
         return drop, f"average precision on the annotations falls by {drop:.2f} points"
     if found.ap50 is None:
         return math.nan, "the float network is certain of no box"

@@ -8,6 +8,7 @@ from calib.task import Task
 from deploy.measure.outputs import Outputs, only
 
 points_lost = None  # nothing is counted
+WINDOW = 7  # pixels, of the structural similarity
 MOST_DB = 100.0  # of two equal pictures, whose PSNR is infinite
 
 
@@ -19,8 +20,10 @@ def psnr_db(reference: np.ndarray, output: np.ndarray) -> float:
     return float(np.minimum(-10 * np.log10(np.maximum(errors, 1e-30)), MOST_DB).mean())
 
 
-def ssim(reference: np.ndarray, output: np.ndarray) -> float:
-    """The mean structural similarity of pictures (Wang et al., 2004), as scikit-image computes it."""
+def ssim(reference: np.ndarray, output: np.ndarray) -> float | None:
+    """The mean structural similarity of pictures (Wang et al., 2004), as scikit-image computes it; None of smaller ones."""
+    if min(reference.shape[2:]) < WINDOW:
+        return None
     from skimage.metrics import structural_similarity
 
     pairs = zip(np.clip(reference, 0, 1), np.clip(output, 0, 1), strict=True)

@@ -69,6 +69,8 @@ def test_a_share_smaller_than_one_image_cannot_be_shown(limit, enough):
         ("1%", {"boxes": 9, "ap50": 0.98, "ap": 0.7}, False, "is 2.00 points below 100", "boxes"),
         ("1%", {"ap50": 0.98, "true_ap": 0.375, "reference_true_ap": 0.38}, True, "falls by 0.50 points", "boxes"),
         ("1%", {"ap50": 1.0, "true_ap": 0.36, "reference_true_ap": 0.38}, False, "falls by 2.00 points", "boxes"),
+        ("1%", {"ap50": 1.0, "true_ap": 0.0, "reference_true_ap": 0.0}, True, "is 0.00 points below 100", "boxes"),
+        ("1%", {"ap50": 0.5, "true_ap": 0.0, "reference_true_ap": 0.0}, False, "is 50.00 points below 100", "boxes"),
         ("1%", {"boxes": 0}, False, "the float network is certain of no box on 200 images", "boxes"),
     ],
 )

@@ -29,6 +29,7 @@ def test_it_is_read_and_written(text, builder):
     ("text", "said"),
     [
         ("level=6", "level cannot be '6'"), ("level=-1", "level cannot be '-1'"), ("level", "level cannot be ''"),
+        ("level=²", "level cannot be"), ("aux_streams=123", "aux_streams cannot be"),
         ("aux_streams=x", "aux_streams cannot be 'x'"), ("gpus=all", "gpus cannot be 'all'"),
         ("levl=3", r"no 'levl'; expected level=0..5, .* Did you mean 'level'"), ("level=1,level=2", "tells 'level' twice"),
     ],

@@ -143,3 +143,5 @@ def test_both_networks_are_measured_beside_annotations():
     assert measured.true_ap == pytest.approx(0.5 * 51 / 101)
     same = {"scores": scores, "boxes": places}
     assert fidelity(same, same, Task("boxes", said)).true_ap is None
+    crowds = [drawn[1:], drawn[1:]]
+    assert fidelity(same, same, Task("boxes", said), crowds).true_ap is None  # nothing to find

@@ -31,3 +31,10 @@ def test_pictures_are_measured_in_their_own_shape():
     assert found.sqnr_db == pytest.approx(40, abs=0.1)
     assert found.ssim > 0.99
     assert found.top1_agreement is None
+
+
+def test_pictures_smaller_than_the_window_have_no_structural_similarity():
+    small = np.random.default_rng(0).random((2, 3, 4, 9)).astype(np.float32)
+    found = fidelity({"output": small}, {"output": small}, Task("pictures"))
+    assert found.ssim is None
+    assert found.psnr_db == 100
