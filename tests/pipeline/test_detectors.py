@@ -77,6 +77,7 @@ def masks(tmp_path_factory):
     smaller(folder, "faster_rcnn.py")
     path = smaller(
         folder, "mask_rcnn.py", ("SIDE, CLASSES, WIDTH = 672, 91", "SIDE, CLASSES, WIDTH = 224, 5"),
+        ("img_size=SIDE)", "img_size=SIDE, depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))"),
         ("Path(__file__).parents[2]", f"'{ROOT}'"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -294,7 +294,7 @@ def test_a_lost_int8_layer_fails_the_build_by_name_and_leaves_nothing(tmp_path, 
     def blind(kernels, planned, attention):
         return replace(audit.audit(kernels, planned, attention), lost=("blocks.1.mlp.fc1/MatMul",))
 
-    monkeypatch.setattr("deploy.steps.audit", blind)
+    monkeypatch.setattr("deploy.proven.audit", blind)
     code = cli.main(["engine", *COMMON, "--weights", "random", "--out", str(tmp_path / "out")])
     assert code == cli.EXIT_FAILED
     assert "blocks.1.mlp.fc1/MatMul" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -35,10 +36,12 @@ def checkout(tmp_path, changed, package, sentence, pictures):
 
 
 def words(command):
-    """The command as it runs here: `python` is that of the serving environment, made by `make serve-repo`."""
+    """The command as it runs here: `python` is that of the serving environment, that of `.venv` the tool's own."""
     found = shlex.split(command)
     if found[0] == "python":
         return [".venv-serve/bin/python", *found[1:]]
+    if found[0] == ".venv/bin/python":
+        return [sys.executable, *found[1:]]
     # the environments are made already, whatever their age; under `make test` make would first name the folder it enters
     return [*found, "--no-print-directory", "--assume-old=.venv-serve/.ready", "--assume-old=.venv-triton/.ready"]
 
@@ -81,7 +84,8 @@ def test_every_command_runs(checkout):
             [".venv-serve/bin/python", "-c", script], cwd=checkout, capture_output=True, text=True, check=False
         )
         assert done.stdout == "(1, 1000)\n", done.stderr
-        said = [run(command, checkout, port) for command in after]
+        rebuilt, *said = [run(command, checkout, port) for command in after]
+    assert rebuilt.endswith(f"written to {checkout / 'artifacts/dinov2_s/l4'}\n")
     assert said == [
         "dinov2_s_cpu: version 2 serves, before it 1\n", "dinov2_s_cpu: version 1 serves, before it 2\n",
         "written to both: clip_b32_image_cpu, clip_b32_image_cpu_jpeg, clip_text.Text_cpu\n",
