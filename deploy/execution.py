@@ -1,6 +1,6 @@
 """What a built engine computes on this machine, beside what its graph computes in ONNX Runtime. No torch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,32 +123,43 @@ def golden_faults(folder: Path) -> tuple[list[str], str]:
     return ([] if own >= least else [f"{said}: expected at least {least:.1f} dB"]), f"run: {said}"
 
 
-def executed_on_golden(backend: ModuleType, plan: bytes, folder: Path, task: Task) -> Execution:
-    """Run the engine `plan` on the golden images of the package in `folder`, whose outputs are `task`, if it can run here.
-
-    Raises UserError if the golden file is not one of a package.
-    """
+def executed_here(
+    backend: ModuleType, plan: bytes, execute: Callable[[EngineRunner | GraphRunner], Execution]
+) -> Execution:
+    """What `execute` finds out with the engine `plan` open, or why it cannot be opened here."""
     if reason := backend.cannot_run():
         return Execution(reason)
-    given, exact, _ = golden_arrays(folder / GOLDEN)
     with ExitStack() as opened:
         try:
             engine = opened.enter_context(backend.runner(plan))
         except UserError as error:
             return Execution(str(error))
+        return execute(engine)
+
+
+def executed_on_golden(backend: ModuleType, plan: bytes, folder: Path, task: Task) -> Execution:
+    """Run the engine `plan` on the golden images of the package in `folder`, whose outputs are `task`, if it can run here.
+
+    Raises UserError if the golden file is not one of a package.
+    """
+    given, exact, _ = golden_arrays(folder / GOLDEN)
+
+    def execute(engine: EngineRunner | GraphRunner) -> Execution:
         found = outputs_over(lambda batch: _call(engine, batch), [given])
-    if {*found} != {*exact}:
-        raise UserError(
-            f"the engine returns {', '.join(found)}, {GOLDEN} holds {', '.join(exact)}: build the package again"
+        if {*found} != {*exact}:
+            raise UserError(
+                f"the engine returns {', '.join(found)}, {GOLDEN} holds {', '.join(exact)}: build the package again"
+            )
+        found = {name: found[name] for name in exact}
+        graph = outputs_over(OnnxRunner(folder / MODEL_FP32).named_outputs, [given])
+        return Execution(
+            device=backend.device_name(),
+            fidelity=fidelity(exact, found, task),
+            golden_db=_image_db(exact, found),
+            graph_db=_image_db(exact, graph),
         )
-    found = {name: found[name] for name in exact}
-    graph = outputs_over(OnnxRunner(folder / MODEL_FP32).named_outputs, [given])
-    return Execution(
-        device=backend.device_name(),
-        fidelity=fidelity(exact, found, task),
-        golden_db=_image_db(exact, found),
-        graph_db=_image_db(exact, graph),
-    )
+
+    return executed_here(backend, plan, execute)
 
 
 def executed(engine: EngineRunner | GraphRunner, device: str, folder: Path, reference: Reference) -> Execution:

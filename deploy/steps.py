@@ -5,7 +5,6 @@ A stage is a function of the `Run`: it reads and writes fields of it, and return
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -49,7 +48,7 @@ from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import planned_attention, planned_layers
 from deploy.engine.backends import Built
 from deploy.errors import ContractError
-from deploy.execution import Execution, executed
+from deploy.execution import Execution, executed, executed_here
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.graph.check import require_strongly_typed
 from deploy.measure.onnx_runner import Given
@@ -470,14 +469,10 @@ def _golden_inputs(run: Run) -> dict[str, np.ndarray]:
 
 def _execution(run: Run) -> Execution:
     """The engine's outputs, or why there are none: an engine may be for other GPUs than the one here."""
-    if reason := run.backend.cannot_run():
-        return Execution(reason)
-    with ExitStack() as opened:
-        try:
-            engine = opened.enter_context(run.backend.runner(run.built.plan))
-        except UserError as error:
-            return Execution(str(error))
-        return executed(engine, run.backend.device_name(), run.folder, run.reference)
+    device = run.backend.device_name
+    return executed_here(
+        run.backend, run.built.plan, lambda engine: executed(engine, device(), run.folder, run.reference)
+    )
 
 
 def execute(run: Run) -> Lines:

@@ -7,7 +7,6 @@ gpus=same             on every GPU of this one's compute capability; without it 
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,7 @@ MOST_LEVEL = 5
 
 @dataclass(frozen=True)
 class Builder:
-    """None: TensorRT's own choice. See the top of this file."""
+    """Settings of TensorRT's builder, as the top of this file tells; one that is None is left to TensorRT."""
 
     level: int | None = None
     aux_streams: int | None = None
@@ -59,18 +58,14 @@ class Builder:
         if self != DEFAULT:
             raise UserError(f"BUILDER={self} is for TARGET=tensorrt: that of {backend} takes none of it; leave it out")
 
-    def configure(self, trt: ModuleType) -> Callable[[Any], None]:
-        """What puts this into a builder configuration (IBuilderConfig) of the module `trt`."""
-
-        def edit(config: Any) -> None:
-            if self.level is not None:
-                config.builder_optimization_level = self.level
-            if self.aux_streams is not None:
-                config.max_aux_streams = self.aux_streams
-            if self.gpus is not None:
-                config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[self.gpus])
-
-        return edit
+    def configure(self, trt: ModuleType, config: Any) -> None:
+        """Put this into a builder configuration (IBuilderConfig) of the module `trt` (edits `config`)."""
+        if self.level is not None:
+            config.builder_optimization_level = self.level
+        if self.aux_streams is not None:
+            config.max_aux_streams = self.aux_streams
+        if self.gpus is not None:
+            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[self.gpus])
 
     def targets(self, compute_capability: int) -> tuple[str, ...]:
         """The architectures that an engine runs on which a GPU of this compute capability has built."""

@@ -16,12 +16,16 @@ from deploy.package import ENGINE, MODEL, MODEL_FP32
 if TYPE_CHECKING:
     from calib.images.image_set import ImageSet
     from calib.quant_model import QuantModel
+    from deploy.engine.audit import Audit
+    from deploy.engine.backends import Built
+    from deploy.execution import Execution
     from deploy.run import Run
     from deploy.verify import CpuSpeed
 
 SAMPLE_WARNING = "sample calibration: not for production (pass CALIB=<folder of your images>)"
 FP32_WARNING = (
-    "FP32 types beside INT8 (FLOAT=fp32): attention is not fused, and all that is not INT8 moves twice the bytes"
+    "FP32 types beside INT8 (FLOAT=fp32): what is not INT8 has twice the bytes of FP16, and TensorRT-RTX fused no "
+    "attention"
 )
 RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
@@ -161,9 +165,26 @@ def _speed_json(speed: "CpuSpeed") -> dict[str, Any]:
     }
 
 
+def engine_figures(
+    built: "Built", audit: "Audit", traffic: dict[str, Any], execution: "Execution", plain: "Built | None" = None
+) -> dict[str, Any]:
+    """What a report tells of its engine; `plain`: the engine without branches, if one was built."""
+    return {
+        "backend": built.backend,
+        "version": built.version,
+        "targets": list(built.targets),
+        "bytes": len(built.plan),
+        **audit.to_json(),
+        "traffic": traffic,
+        **execution.to_json(),
+        "kernels_without_branches": None if plain is None else len(plain.kernels),
+        "bytes_without_branches": None if plain is None else len(plain.plan),
+    }
+
+
 def report_json(run: "Run") -> dict[str, Any]:
     """The figures, as plain values."""
-    built, verdict = run.built, run.verdict
+    verdict = run.verdict
     history = [record.to_json() for record in run.model.history]
     return {
         "model": run.model.name,
@@ -187,17 +208,9 @@ def report_json(run: "Run") -> dict[str, Any]:
             "float_onnx": run.float_model.stat().st_size,
             **{name: (run.folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},
         },
-        "engine": {
-            "backend": built.backend,
-            "version": built.version,
-            "targets": list(built.targets),
-            "bytes": len(built.plan),
-            **run.audit.to_json(),
-            "traffic": run.kernels.traffic(run.options.profile.opt),
-            **run.execution.to_json(),
-            "kernels_without_branches": None if run.plain is None else len(run.plain.kernels),
-            "bytes_without_branches": None if run.plain is None else len(run.plain.plan),
-        },
+        "engine": engine_figures(
+            run.built, run.audit, run.kernels.traffic(run.options.profile.opt), run.execution, run.plain
+        ),
         "acceptance": run.acceptance.to_json(),
         "branches": branch_figures(run.model),
         "history": history,

@@ -14,26 +14,61 @@ from deploy.package import FILES, MANIFEST, read_json
 from deploy.report.evidence import images_json, tool_commit, warnings
 
 if TYPE_CHECKING:
+    from deploy.engine.audit import Audit
+    from deploy.engine.backends import Built
+    from deploy.engine.build import Profile
+    from deploy.execution import Execution
     from deploy.run import Run
+
+
+Tensor = tuple[str, str, Sequence[int]]  # name, type, shape of one sample
+
+
+def io_json(inputs: Sequence[Tensor], outputs: Sequence[Tensor], half: bool, profile: "Profile") -> dict[str, Any]:
+    """Tensors of an engine with the batches of `profile`; floating ones are FP16 if `half`, else FP32."""
+    floating, batches = "float16" if half else "float32", {"min": 1, "opt": profile.opt, "max": profile.maximum}
+    return {
+        kind: [
+            {
+                "name": name, "dtype": floating if dtype.startswith("float") else dtype,
+                **{which: [batch, *shape] for which, batch in batches.items()},
+            }
+            for name, dtype, shape in tensors
+        ]
+        for kind, tensors in (("inputs", inputs), ("outputs", outputs))
+    }  # fmt: skip
+
+
+def files_json(folder: Path) -> dict[str, Any]:
+    """sha256 and bytes of the files of the package in `folder`, but for the manifest itself."""
+    return {
+        name: {"sha256": file_sha256(folder / name), "bytes": os.path.getsize(folder / name)}
+        for name in FILES
+        if name != MANIFEST
+    }
+
+
+def engine_json(built: "Built", audit: "Audit", execution: "Execution") -> dict[str, Any]:
+    """What a manifest tells of its engine."""
+    return {
+        "backend": built.backend,
+        "version": built.version,
+        "targets": list(built.targets),
+        "settings": built.settings,
+        "notes": list(built.notes),
+        "audit": audit.to_json(),
+        **execution.to_json(),
+    }
 
 
 def _io_json(run: "Run") -> dict[str, Any]:
     """Inputs and outputs of the engine: names, types, and shapes for the least, the usual and the largest batch."""
-    profile, named = run.options.profile, run.loaded.inputs
-    half = run.backend.FP16 and run.options.half
-    floating = "float16" if half else "float32"  # the type of all floating tensors of the engine
-    batches = {"min": 1, "opt": profile.opt, "max": profile.maximum}
-    inputs: list[tuple[str, str, Sequence[int]]] = [(INPUT, floating, run.loaded.data_config.get("input_size", ()))]
+    named = run.loaded.inputs
+    inputs: list[Tensor] = [(INPUT, "float32", run.loaded.data_config.get("input_size", ()))]
     if named is not None:
-        inputs = [(each.name, floating if each.dtype == "float32" else each.dtype, each.shape) for each in named.each]
-    outputs = [(each.name, floating, each.shape) for each in run.outputs]
-    return {
-        kind: [
-            {"name": name, "dtype": dtype, **{which: [batch, *shape] for which, batch in batches.items()}}
-            for name, dtype, shape in tensors
-        ]
-        for kind, tensors in (("inputs", inputs), ("outputs", outputs))
-    }
+        inputs = [(each.name, each.dtype, each.shape) for each in named.each]
+    outputs: list[Tensor] = [(each.name, "float32", each.shape) for each in run.outputs]
+    return io_json(inputs, outputs, run.backend.FP16 and run.options.half, run.options.profile)
 
 
 def _distinct(manifest: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -60,16 +95,12 @@ def replaced(final: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 def manifest_json(run: "Run") -> dict[str, Any]:
     """Provenance: what a loader must compare before it trusts the engine."""
-    files = [name for name in FILES if name != MANIFEST]
     return {
         "model": run.model.name,
         "warnings": warnings(run),
         "servable": not run.loaded.random and run.acceptance.accepted,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {
-            name: {"sha256": file_sha256(run.folder / name), "bytes": os.path.getsize(run.folder / name)}
-            for name in files
-        },
+        "files": files_json(run.folder),
         "weights": {
             "source": run.loaded.source,
             "sha256": run.loaded.sha256,
@@ -85,15 +116,7 @@ def manifest_json(run: "Run") -> dict[str, Any]:
         "floats": run.options.floats,  # of model.onnx, beside its integers
         "planned_int8_layers": list(run.planned),
         "kept_float": run.model.kept_float,
-        "engine": {
-            "backend": run.built.backend,
-            "version": run.built.version,
-            "targets": list(run.built.targets),
-            "settings": run.built.settings,
-            "notes": list(run.built.notes),
-            "audit": run.audit.to_json(),
-            **run.execution.to_json(),
-        },
+        "engine": engine_json(run.built, run.audit, run.execution),
         "acceptance": run.acceptance.to_json(),
         "task": run.task.name,
         "boxes": run.task.boxes and run.task.boxes.to_json(),

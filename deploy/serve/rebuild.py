@@ -9,6 +9,7 @@ which is the same.
 import shlex
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,20 +18,18 @@ from typing import Any
 import onnx
 
 from calib.errors import UserError, first_line
-from calib.store.digests import file_sha256
 from calib.task import BOXES, CLASSIFIER, FEATURES, PICTURES, TOKENS, VALUES, Task, boxes_of
 from deploy import host
 from deploy.engine.audit import Audit, planned_attention, planned_layers
-from deploy.engine.backends import Built, choose_backend
+from deploy.engine.backends import choose_backend
 from deploy.engine.build import Profile
 from deploy.engine.builder import DEFAULT, Builder
 from deploy.engine.isolated import build_apart
 from deploy.errors import ContractError
-from deploy.execution import Execution, executed_on_golden
+from deploy.execution import executed_on_golden
 from deploy.explain.kernel_list import KernelLists, lists_to_json
 from deploy.package import (
     ENGINE,
-    FILES,
     GOLDEN,
     KERNELS,
     LAYERS,
@@ -45,17 +44,13 @@ from deploy.package import (
     write_json,
 )
 from deploy.proven import proven
-from deploy.report.evidence import tool_commit
-from deploy.report.manifest import replaced
+from deploy.report.evidence import engine_figures, tool_commit
+from deploy.report.manifest import engine_json, files_json, io_json, replaced
 from deploy.serve.shipped import Shipped, shipped_from_package
 from deploy.verify import require_package, verify_package
 
-AXES = {
-    CLASSIFIER: 1,
-    FEATURES: 1,
-    TOKENS: 2,
-    PICTURES: 3,
-}  # of the one output of these tasks, without that of the batch
+# Axes of the one output that these tasks have, without that of the batch.
+AXES = {CLASSIFIER: 1, FEATURES: 1, TOKENS: 2, PICTURES: 3}
 STAY = (MODEL, MODEL_FP32, GOLDEN)  # files of a package that do not depend on the engine
 NO_TWIN = "the engine was built again from a package, which does not hold the float network"
 BUILT_AGAIN = "engine built again from a package of"
@@ -121,64 +116,38 @@ def _task(manifest: dict[str, Any]) -> Task:
     return Task(name, None if said is None else boxes_of(said, outputs, MANIFEST))
 
 
-def _typed(io: dict[str, Any], half: bool, profile: Profile) -> dict[str, Any]:
-    """Inputs and outputs of an engine with these floating types and batches."""
-    floating, batches = "float16" if half else "float32", {"min": 1, "opt": profile.opt, "max": profile.maximum}
-    return {
-        kind: [
-            {
-                **each, "dtype": floating if each["dtype"].startswith("float") else each["dtype"],
-                **{which: [batch, *each[which][1:]] for which, batch in batches.items()},
-            }
-            for each in io[kind]
-        ]
-        for kind in ("inputs", "outputs")
-    }  # fmt: skip
-
-
-def _engine_json(built: Built, audit: dict[str, Any], execution: Execution) -> dict[str, Any]:
-    return {
-        "backend": built.backend, "version": built.version, "targets": list(built.targets), "settings": built.settings,
-        "notes": list(built.notes), "audit": audit, **execution.to_json(),
-    }  # fmt: skip
-
-
 def _some_in_float(audit: Audit) -> str:
     return (
         f"warning: {len(audit.lost)} of {audit.planned} planned layers are not computed in integers on this processor"
     )
 
 
-def _write_evidence(
-    fresh: Path,
-    shipped: Shipped,
-    manifest: dict[str, Any],
-    report: dict[str, Any],
-    engine: dict[str, Any],
-    traffic: Any,
-    command: str,
+def _update(
+    manifest: dict[str, Any], report: dict[str, Any], shipped: Shipped, engine: dict[str, Any], command: str
 ) -> None:
-    """Put the new `engine` into manifest and report (edits both), and write the report to `fresh`."""
-    before = manifest["engine"]
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    """Put the new `engine` into the manifest, and into both what became of warnings and limits (edits both)."""
+    before, acceptance = manifest["engine"], manifest.get("acceptance")
     happened = {
         "from": {key: before.get(key) for key in ("backend", "version", "targets")}, "manifest_sha256": shipped.id,
-        "created": created, "machine": host.describe(), "commit": tool_commit(), "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": host.describe(), "commit": tool_commit(),
+        "command": command,
     }  # fmt: skip
     told = f"{BUILT_AGAIN} {shipped.backend} {shipped.version}: accuracy is of its graph"
-    warnings = [*_warnings(manifest), told, *_dropped_limits(manifest.get("acceptance")), *engine["notes"]]
-    limits = _kept_limits(manifest.get("acceptance"))
-    both = {"warnings": warnings, "acceptance": limits, "rebuilt": happened}
-    size = (fresh / ENGINE).stat().st_size
-    shown = {key: value for key, value in engine.items() if key not in ("audit", "settings", "notes")}
-    shown |= {"bytes": size, **engine["audit"], "traffic": traffic}
-    without = {"kernels_without_branches": None, "bytes_without_branches": None}
-    report |= {**both, "bytes": {**report["bytes"], ENGINE: size}, "engine": shown | without}
-    write_json(fresh / REPORT, report)
-    manifest |= {
-        **both, "engine": engine, "engine_cache": None, "created": created, "commit": happened["commit"],
-        "host": happened["machine"], "servable": not shipped.random and limits["accepted"],
+    limits = _kept_limits(acceptance)
+    both = {
+        "warnings": [*_warnings(manifest), told, *_dropped_limits(acceptance), *engine["notes"]],
+        "acceptance": limits, "rebuilt": happened,
     }  # fmt: skip
+    report |= both
+    manifest |= {
+        **both, "engine": engine, "engine_cache": None, "host": happened["machine"],
+        **{key: happened[key] for key in ("created", "commit")},
+        "servable": not shipped.random and limits["accepted"],
+    }  # fmt: skip
+
+
+def _tensors(manifest: dict[str, Any], kind: str) -> list[tuple[str, str, Sequence[int]]]:
+    return [(each["name"], each["dtype"], each["max"][1:]) for each in manifest["io"][kind]]
 
 
 @dataclass(frozen=True)
@@ -256,16 +225,14 @@ def rebuild(package: Path, changes: Changes, to: Path | None = None) -> tuple[Pa
             if reason := execution.golden_failure():
                 raise ContractError(reason)
             dropped = _dropped_limits(manifest.get("acceptance"))
-            engine = _engine_json(built, audit.to_json(), execution)
-            _write_evidence(
-                fresh, shipped, manifest, report, engine, kernels.traffic(profile.opt), changes.command(backend.NAME)
-            )
-            manifest["io"] = _typed(manifest["io"], backend.FP16 and half, profile)
-            manifest["files"] = {
-                name: {"sha256": file_sha256(fresh / name), "bytes": (fresh / name).stat().st_size}
-                for name in FILES
-                if name != MANIFEST
-            }
+            engine, traffic = engine_json(built, audit, execution), kernels.traffic(profile.opt)
+            _update(manifest, report, shipped, engine, changes.command(backend.NAME))
+            report["bytes"][ENGINE] = len(built.plan)
+            report["engine"] = engine_figures(built, audit, traffic, execution)
+            write_json(fresh / REPORT, report)
+            inputs, outputs = (_tensors(manifest, kind) for kind in ("inputs", "outputs"))
+            manifest["io"] = io_json(inputs, outputs, backend.FP16 and half, profile)
+            manifest["files"] = files_json(fresh)
             write_json(fresh / MANIFEST, manifest)
             instead = replaced(final, manifest) if final != package else ()
     place = _place(final, manifest["acceptance"]["accepted"])

@@ -89,11 +89,10 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
     require_target(sms, builder)
     here = gpu()
     timings = Timings(timings_file(version(), here.name))
-    edit = builder.configure(trt)
 
     def configure(config: Any) -> None:
         timings.give(config)
-        edit(config)
+        builder.configure(trt, config)
 
     plan, warnings = serialize_network(trt, joined_biases(model).SerializeToString(), profile, configure)
     why_not_kept = timings.keep()
