@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from benchmarks.float_twin import float_twin
 from benchmarks.peers.judge import Network
 from benchmarks.peers.quantizers import TOOLS
 from benchmarks.peers.run import Inputs, peer_contenders, run
 from calib.errors import UserError
-from calib.weights.load import load_net
-from calib.weights.zoo import spec_of
 from deploy import host
 from deploy.bridge.export import export_float
 from deploy.measure.accuracy import mean_sqnr_db
@@ -55,21 +54,6 @@ class How:
     threads: tuple[int, ...] = THREADS
     batch: int | None = None
     peer_python: str | None = None  # the interpreter that has the other tools; None: they are left out
-
-
-def float_graph(folder: Path, weights: str) -> onnx.ModelProto:
-    """The float network that the package in `folder` was made of, as ONNX.
-
-    Raises UserError if `weights` (as in `make engine`) are others than those of the package.
-    """
-    manifest = read_json(folder / MANIFEST)
-    made_of, images = manifest["weights"], manifest["preprocessing"]
-    size = images["height"], images["width"]
-    name = manifest["model"].removesuffix(RANDOM)
-    loaded = load_net(spec_of(name, made_of["module"], size), "random" if made_of["random"] else weights)
-    if loaded.sha256 != made_of["sha256"]:
-        raise UserError(f"the weights of '{folder}' are others ({made_of['source']}): expected them as --weights")
-    return export_float(loaded.net, size)
 
 
 def peer_graphs(folder: Path, images: np.ndarray, python: str) -> dict[str, Path]:
@@ -108,7 +92,7 @@ def measure(folder: Path, how: How) -> list[dict[str, Any]]:
     manifest = read_json(folder / MANIFEST)
     integer, written = integer_graph(folder / MODEL_FP32)
     with tempfile.TemporaryDirectory() as scratch:
-        onnx.save(float_graph(folder, how.weights), Path(scratch) / "float.onnx")
+        onnx.save(export_float(*float_twin(folder, how.weights)), Path(scratch) / "float.onnx")
         peers = peer_graphs(Path(scratch), golden.astype(np.float32), how.peer_python) if how.peer_python else {}
         graphs: dict[str, Any] = {
             FLOAT: Path(scratch) / "float.onnx", PLAIN: folder / MODEL_FP32, INTEGER: integer,

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,20 @@ RECIPES = {
 RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recipe in recipes)
 
 
+def built(options: Mapping[str, str]) -> dict[str, Any]:
+    """Build the package of `make engine` with `options` (name of an option -> value) in a temporary folder; its report."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "deploy", "engine", "--json"]
+        command += [part for name, value in {**options, "out": out}.items() for part in (f"--{name}", value)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
 def run(name: str) -> dict[str, Any]:
     """Build `<model>.<recipe>` in a temporary folder and return the report."""
     model, recipe = name.split(".")
-    with tempfile.TemporaryDirectory() as out:
-        options = {"model": model, "recipe": recipe, "out": out, "cache": "off" if recipe == DEFAULT else "on"}
-        command = [sys.executable, "-m", "deploy", "engine", "--json"]
-        command += [part for name, value in options.items() for part in (f"--{name}", value)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout) | {"command": f"make bench (make engine MODEL={model} RECIPE={recipe})"}
+    report = built({"model": model, "recipe": recipe, "cache": "off" if recipe == DEFAULT else "on"})
+    return report | {"command": f"make bench (make engine MODEL={model} RECIPE={recipe})"}
 
 
 def main(names: list[str]) -> int:

@@ -3,163 +3,133 @@
     make engine MODEL=dinov2_s; make engine MODEL=dinov2_s RECIPE=int8_qwt
     python -m benchmarks.gpu_latency dinov2_s int8 int8_qwt
 
-All engines are built anew, with the same backend and profile, from the float network in FP16 and from each package's
-model.onnx; or, with `--graphs FOLDER`, from the graphs in a folder: fp16.onnx and any others, which may come from a machine
-without a GPU. Timed is the engine alone, between two events around the launch of a CUDA graph (or of its kernels one by one,
-where the device has no graphs): no copies, no waiting of the host. The engines take turns, A B C A B C, so that a clock that
-drifts reaches all of them alike, and start when their times have settled.
+All engines are built anew, with the same backend and profile, from the float network in FP16 (with `--fp32` in FP32 too) and
+from each package's model.onnx; with `--fp8` also from a copy of that with FP8 in place of INT8. With `--graphs FOLDER` they
+are built from the graphs in a folder: fp16.onnx and any others, which may come from a machine without a GPU.
+
+Timed is the engine alone, between two events around the launch of a CUDA graph (or of its kernels one by one, where the
+device has no graphs): no copies, no waiting of the host. That is what trtexec calls GPU compute time; with TensorRT its
+command is beside every row. The engines take turns, A B C A B C, so that a clock that drifts reaches all of them alike, and
+start when their times have settled. Clocks, power and temperature are looked at between the rounds. What an engine computes
+is compared with the golden images of its package, on the same GPU.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-import onnx
-
-from calib.errors import UserError
+from benchmarks.gpu_charts import write_charts
+from benchmarks.gpu_graphs import Subject, graphs_in, graphs_of
+from benchmarks.gpu_timing import ROUNDS, SECONDS, measure
+from calib.errors import UserError, first_line
 from deploy import host
 from deploy.cli import Parser, answered
-from deploy.engine.backends import choose_backend
+from deploy.engine.backends import TENSORRT, choose_backend
 from deploy.engine.build import Profile
+from deploy.engine.gpu_state import GpuMonitor
 from deploy.engine.isolated import build_apart
 from deploy.engine.runner import EngineRunner
-from deploy.measure.latency import FASTER, comparison
-from deploy.package import MANIFEST, MODEL, package_folder, read_json
+from deploy.errors import ContractError
+from deploy.execution import golden_sqnr_db
+from deploy.gpu import gpu
+from deploy.package import GOLDEN
 from deploy.report.evidence import tool_commit
+from deploy.verify import golden_arrays
 
 RESULTS = Path(__file__).parent / "results"
-FP16 = "fp16"  # the engine that the others are compared with
 BATCHES = (1, 8, 32, 128)
-PROFILE = Profile(opt=8, maximum=max(BATCHES))
-ROUNDS = 200  # of every engine at every batch size
-WINDOW, WINDOWS_ALIKE, ALIKE = 20, 3, 0.01  # settled: so many medians of so many launches differ by so little
-MOST_WINDOWS = 25
+TUNED = 8  # the batch size that engines are tuned for, where it is one of those timed
+WARM_UP_MS = 200  # of trtexec, whose default it is
+FP8_FROM = 89  # compute capability
 
 
-def settled(medians: Sequence[float]) -> bool:
-    """Whether the last WINDOWS_ALIKE `medians` differ by no more than the share ALIKE."""
-    last = medians[-WINDOWS_ALIKE:]
-    return len(last) == WINDOWS_ALIKE and max(last) <= min(last) * (1 + ALIKE)
+def trtexec(version: str, plan: Path, engine: EngineRunner, batch: int, cuda_graph: bool) -> str:
+    """Return the command of trtexec that times the same: the defaults of TensorRT 11, spelled out for 10."""
+    shapes = ",".join(
+        f"{name}:{'x'.join(map(str, (batch, *tensor.shape)))}" for name, tensor in engine.tensors.inputs.items()
+    )
+    flags = [
+        f"--loadEngine={plan}", f"--shapes={shapes}", f"--warmUp={WARM_UP_MS}", f"--duration={SECONDS:.0f}",
+        f"--iterations={ROUNDS}", "--percentile=90,99",
+    ]  # fmt: skip
+    if int(version.split(".")[0]) < 11:
+        flags += ["--noDataTransfers", "--useSpinWait", *(["--useCudaGraph"] if cuda_graph else [])]
+    elif not cuda_graph:
+        flags.append("--noCudaGraph")
+    return " ".join(["trtexec", *flags])
 
 
-def statistics(ms: Sequence[float], batch: int) -> dict[str, float]:
-    """Median, 90th and 99th percentile of the times of `batch` images (ms), and images per second at the median."""
-    median, p90, p99 = np.percentile(ms, [50, 90, 99])
-    return {
-        "median_ms": float(median),
-        "p90_ms": float(p90),
-        "p99_ms": float(p99),
-        "images_s": float(batch / median * 1e3),
-    }
+@dataclass(frozen=True)
+class Plan:
+    """A built engine. `sha256` of the file `path`; `golden_sqnr_db`: its SQNR on golden images, None where it has none."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    golden_sqnr_db: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "file": str(self.path),
+            "sha256": self.sha256,
+            "bytes": self.bytes,
+            "golden_sqnr_db": self.golden_sqnr_db,
+        }
 
 
-def speedup(baseline: Sequence[float], candidate: Sequence[float]) -> dict[str, Any]:
-    """Time of the baseline over that of the candidate: the median over rounds, and its 95 % bootstrap interval.
-
-    `verdict`: "faster" or "slower" if the median lies beyond FASTER and the interval does not hold 1, else "alike".
-    """
-    found = comparison(np.asarray(baseline), np.asarray(candidate))
-    faster, slower = found.ratio > FASTER and found.low > 1, found.ratio < 1 / FASTER and found.high < 1
-    verdict = "faster" if faster else "slower" if slower else "alike"
-    return {"ratio": found.ratio, "low": found.low, "high": found.high, "verdict": verdict}
-
-
-def captured(engine: EngineRunner) -> Any | None:
-    """The CUDA graph of one launch; None where the device has no graphs or the engine cannot be captured."""
+def built(name: str, subject: Subject, backend: ModuleType, profile: Profile, folder: Path) -> Path | None:
+    """Build the engine of `subject` into `folder`; None, and a line, for FP8 that the backend does not build."""
     try:
-        return engine.device.captured(engine.enqueue, engine.stream)
-    except RuntimeError as error:
-        print(f"no CUDA graph ({error}): kernels are launched one by one", file=sys.stderr)
+        plan = build_apart(backend, subject.graph, profile, None).plan
+    except (UserError, ContractError) as error:
+        if subject.golden is not None or "FP8" not in name:
+            raise
+        print(f"no engine {name}: {first_line(error)}", file=sys.stderr)
         return None
+    path = folder / f"{name.replace(', ', '_').lower()}.engine"
+    path.write_bytes(plan)
+    return path
 
 
-class Timed:
-    """An open engine, ready to run one batch again and again."""
-
-    def __init__(self, engine: EngineRunner, batch: int) -> None:
-        self.engine, self.device = engine, engine.device
-        generator = np.random.default_rng(0)
-        engine.bind({
-            name: generator.normal(size=(batch, *tensor.shape)).astype(tensor.dtype)
-            for name, tensor in engine.tensors.inputs.items()
-        })  # fmt: skip
-        engine.enqueue()  # a first call for a shape prepares it, which a graph cannot hold
-        engine.fetch()
-        self.graph = captured(engine)
-        self.begin, self.end = self.device.event(), self.device.event()
-
-    def ms(self) -> float:
-        """Milliseconds of one launch."""
-        self.device.record(self.begin, self.engine.stream)
-        if self.graph is None:
-            self.engine.enqueue()
-        else:
-            self.device.launch(self.graph, self.engine.stream)
-        self.device.record(self.end, self.engine.stream)
-        return self.device.elapsed_ms(self.begin, self.end)
+def judged(path: Path, subject: Subject, engine: EngineRunner) -> Plan:
+    """Return what is known of an open engine: its file, and what it computes beside the float network."""
+    content = path.read_bytes()
+    accuracy = None
+    if subject.golden is not None:
+        given, reference, _ = golden_arrays(subject.golden / GOLDEN)
+        accuracy = golden_sqnr_db(engine, given, reference)
+    return Plan(path, hashlib.sha256(content).hexdigest(), len(content), accuracy)
 
 
-def measure(engines: Mapping[str, EngineRunner], batch: int, rounds: int) -> dict[str, Any]:
-    """Times of all open `engines` at one batch size, in turn, and of each how it compares with the first."""
-    timed = {name: Timed(engine, batch) for name, engine in engines.items()}
-    medians: dict[str, list[float]] = {name: [] for name in timed}
-
-    def in_turn(count: int) -> dict[str, list[float]]:
-        found = [[each.ms() for each in timed.values()] for _ in range(count)]
-        return {name: [row[index] for row in found] for index, name in enumerate(timed)}
-
-    while not (steady := all(map(settled, medians.values()))) and len(next(iter(medians.values()))) < MOST_WINDOWS:
-        for name, window in in_turn(WINDOW).items():
-            medians[name].append(float(np.median(window)))
-    times = in_turn(rounds)
-    baseline = next(iter(times.values()))
-    engines_json = {
-        name: {**statistics(ms, batch), **({} if ms is baseline else {"speedup": speedup(baseline, ms)})}
-        for name, ms in times.items()
-    }
-    graphs = all(each.graph is not None for each in timed.values())
-    return {"batch": batch, "rounds": rounds, "settled": steady, "cuda_graph": graphs, "engines": engines_json}
-
-
-def graphs_of(model: str, recipes: Sequence[str], out: str) -> dict[str, onnx.ModelProto]:
-    """The float network in FP16, and the graphs of the packages. Raises UserError for a package that is missing."""
-    from calib.weights.load import load_net
-    from calib.weights.zoo import spec_of
-    from deploy.bridge.export import export_fp16
-
-    folders = {recipe: package_folder(out, model, None, "auto", recipe) for recipe in recipes}
-    sizes = set()
-    for recipe, folder in folders.items():
-        if not (folder / MANIFEST).exists():
-            raise UserError(f"no package at '{folder}': run make engine MODEL={model} RECIPE={recipe} first")
-        preprocessing = read_json(folder / MANIFEST)["preprocessing"]
-        sizes.add((preprocessing["height"], preprocessing["width"]))
-    if len(sizes) != 1:
-        raise UserError(f"the packages take images of different sizes ({sizes}): expected one; build them again")
-    (size,) = sizes
-    net = load_net(spec_of(model, None, size), "random").net  # the time does not depend on the weights
-    return {FP16: export_fp16(net, size), **{name: onnx.load(folder / MODEL) for name, folder in folders.items()}}
-
-
-def graphs_in(folder: Path) -> dict[str, onnx.ModelProto]:
-    """The graphs (*.onnx) in `folder` by name, that in FP16 first. Raises UserError if that, or any other, is missing."""
-    paths = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
-    if FP16 not in paths or len(paths) < 2:
-        raise UserError(
-            f"'{folder}' holds {', '.join(paths) or 'no graphs'}: expected {FP16}.onnx and others to compare"
-        )
-    return {name: onnx.load(paths[name]) for name in (FP16, *(each for each in paths if each != FP16))}
+def gpu_line(found: Mapping[str, Any] | None) -> str | None:
+    """What the GPU did meanwhile, or None where nobody looked."""
+    if found is None:
+        return None
+    if "unknown" in found:
+        return f"  clocks unknown: {found['unknown']}"
+    clock, power, heat = found["sm_clock"], found["power"], found["temperature"]
+    told = [
+        *([f"SM clock {clock[0]} to {clock[1]} MHz (at most {found['highest_sm_clock']})"] if clock else []),
+        *([f"{power[1]:.0f} of {found['power_limit'] or 0:.0f} W"] if power else []),
+        *([f"{heat[1]} C"] if heat else []),
+        *([f"clocks lowered by {', '.join(found['slowed'])}"] if found["slowed"] else []),
+        *(["clocks set by hand"] if found["clocks_set"] else []),
+    ]
+    return f"  {', '.join(told) or 'the driver tells nothing of clocks'}"
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """What was measured at one batch size, one line per engine."""
+    """What was measured at one batch size, one line per engine and one on the GPU."""
     shown = []
     for name, each in row["engines"].items():
         ratio = each.get("speedup")
@@ -170,10 +140,12 @@ def lines(row: dict[str, Any]) -> list[str]:
             f"batch {row['batch']:4} {name:24} median {each['median_ms']:8.3f} ms, p99 {each['p99_ms']:8.3f} ms, "
             f"{each['images_s']:9.0f} images/s{beside}{'' if row['settled'] else '  (never settled)'}"
         )
-    return shown
+    seen = gpu_line(row["gpu"])
+    return [*shown, *([seen] if seen else [])]
 
 
-def _main(argv: Sequence[str]) -> int:
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options. Raises UserError if they do not fit together."""
     parser = Parser(prog="python -m benchmarks.gpu_latency", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="as MODEL= of make engine")
     parser.add_argument("recipes", nargs="*", help="recipes whose packages were built")
@@ -181,30 +153,72 @@ def _main(argv: Sequence[str]) -> int:
         "--graphs", type=Path, help="a folder with fp16.onnx and the graphs to compare, instead of recipes"
     )
     parser.add_argument("--target", default="auto", help="auto, tensorrt or tensorrt_rtx")
+    parser.add_argument("--weights", default="auto", help="weights of the packages, as in make engine")
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="batch sizes (default 1 8 32 128)")
+    parser.add_argument("--fp32", action="store_true", help="the float network in FP32 too")
+    parser.add_argument("--fp8", action="store_true", help="copies of the INT8 graphs with FP8 in its place too")
     parser.add_argument("--out", default="artifacts", help="root of the packages (default artifacts)")
-    args = parser.parse_args(argv)
-    if bool(args.recipes) == bool(args.graphs):
+    options = parser.parse_args(argv)
+    if bool(options.recipes) == bool(options.graphs):
         raise UserError("expected either recipes or --graphs, not both")
-    backend, _ = choose_backend(args.target)
+    if options.graphs and (options.fp32 or options.fp8):
+        raise UserError("--fp32 and --fp8 are made of packages: put such graphs into the folder of --graphs instead")
+    if any(batch < 1 for batch in options.batch):
+        raise UserError(f"--batch {min(options.batch)}: expected 1 or more")
+    return options
+
+
+def measured(options: argparse.Namespace, backend: ModuleType) -> dict[str, Any]:
+    """Build, judge and time the engines that `options` name."""
+    subjects = graphs_in(options.graphs) if options.graphs else graphs_of(options)
+    if options.fp8 and (here := gpu().compute_capability) < FP8_FROM:
+        raise UserError(f"--fp8: this GPU (SM{here}) computes no FP8, expected SM{FP8_FROM} or later")
+    folder = Path(options.out) / "gpu_latency" / options.model.replace("/", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = Profile(opt=TUNED if TUNED in options.batch else max(options.batch), maximum=max(options.batch))
+    tried = {name: built(name, subject, backend, profile, folder) for name, subject in subjects.items()}
+    paths = {name: path for name, path in tried.items() if path is not None}
+    with ExitStack() as opened:
+        monitor = opened.enter_context(GpuMonitor())
+        engines = {
+            name: opened.enter_context(EngineRunner(path.read_bytes(), import_module(backend.NAME)))
+            for name, path in paths.items()
+        }
+        plans = {name: judged(paths[name], subjects[name], engine) for name, engine in engines.items()}
+        rows = []
+        for batch in options.batch:
+            rows.append(measure(engines, batch, monitor=monitor))
+            print("\n".join(lines(rows[-1])), flush=True)
+            if backend.NAME == TENSORRT:
+                rows[-1]["trtexec"] = {
+                    name: trtexec(backend.version(), plans[name].path, engine, batch, rows[-1]["cuda_graph"])
+                    for name, engine in engines.items()
+                }
+    return {
+        "plans": {name: plan.to_json() for name, plan in plans.items()}, "batches": rows,
+        "not_built": [name for name in tried if name not in paths],
+        "profile": [1, profile.opt, profile.maximum],
+    }  # fmt: skip
+
+
+def result_file(model: str) -> Path:
+    """Where the figures of a network are written."""
+    return RESULTS / f"gpu_latency.{model.replace('/', '_')}.json"
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = parsed(argv)
+    backend, _ = choose_backend(options.target)
     if reason := backend.cannot_run():
         raise UserError(f"{backend.NAME} cannot run engines here: {reason}")
-    graphs = graphs_in(args.graphs) if args.graphs else graphs_of(args.model, args.recipes, args.out)
-    plans = {name: build_apart(backend, graph, PROFILE, None).plan for name, graph in graphs.items()}
-    with ExitStack() as opened:
-        engines = {
-            name: opened.enter_context(EngineRunner(plan, import_module(backend.NAME))) for name, plan in plans.items()
-        }
-        rows = []
-        for batch in BATCHES:
-            rows.append(measure(engines, batch, ROUNDS))
-            print("\n".join(lines(rows[-1])), flush=True)
     found = {
-        "model": args.model, "backend": backend.NAME, "version": backend.version(), "batches": rows,
-        "profile": [1, PROFILE.opt, PROFILE.maximum], "machine": host.describe(), "commit": tool_commit(),
-        "command": f"python -m benchmarks.gpu_latency {' '.join(argv)}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": options.model, "backend": backend.NAME, "version": backend.version(), "machine": host.describe(),
+        "commit": tool_commit(), "command": f"python -m benchmarks.gpu_latency {' '.join(argv)}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), **measured(options, backend),
     }  # fmt: skip
-    (RESULTS / f"gpu_latency.{args.model.replace('/', '_')}.json").write_text(json.dumps(found, indent=2) + "\n")
+    file = result_file(options.model)
+    file.write_text(json.dumps(found, indent=2) + "\n")
+    write_charts(found, file)
     return 0
 
 

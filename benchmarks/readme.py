@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables.table import cell
-from deploy.package import read_json
+from benchmarks.task_engines import RUNS as TASK_RUNS
+from benchmarks.task_engines import TASKS
+from deploy.package import RANDOM, read_json
 from deploy.recipe import recipe_names
 from deploy.report.proof import proven_and_planned
-from deploy.report.terminal import print_report
+from deploy.report.terminal import boxes_found, equal_pictures, print_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -98,14 +100,14 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def _source(shown: Reports) -> str:
+def _source(shown: Reports, command: str = "make bench") -> str:
     commits = sorted({report["commit"] for report in shown.values()})
     machines = (report["machine"] for report in shown.values())
     where = ", ".join(sorted({f"{machine['cores']} cores ({machine['processor']})" for machine in machines}))
     interval = any(report["fidelity"].get("sqnr_interval_db") for report in shown.values())
     brackets = " In brackets: the interval over source images." if interval else ""
     mixed = " Rows of different commits are not comparable." if len(commits) > 1 else ""
-    return f"Measured by `make bench` at commit {', '.join(commits)} on {where}.{mixed}{brackets}"
+    return f"Measured by `{command}` at commit {', '.join(commits)} on {where}.{mixed}{brackets}"
 
 
 def results_table(found: Reports) -> str:
@@ -163,6 +165,44 @@ def recipes_table(found: Reports) -> str:
     return f"{_table(head, rows)}\n\n{_source(found)}"
 
 
+def task_reports() -> dict[str, dict[str, Any]]:
+    """Return the reports of `benchmarks.task_engines`, in the order of its runs."""
+    return {name: read_json(path) for name in TASK_RUNS if (path := TASKS / f"{name}.json").exists()}
+
+
+def as_its_task_judges(fidelity: dict[str, Any]) -> str:
+    """Return how near INT8 comes to the float network as its task judges: boxes, pictures, features or classes."""
+    if fidelity["psnr_db"] is not None:
+        return equal_pictures(fidelity)
+    if fidelity["boxes"]:
+        return f"{boxes_found(fidelity)}, of {fidelity['boxes']}"
+    same = "" if fidelity["top1_agreement"] is None else f", {fidelity['top1_kind']} {fidelity['top1_agreement']:.1%}"
+    return f"cosine {fidelity['cosine']:.4f}{same}"
+
+
+def tasks_table(found: Reports) -> str:
+    """Return one row per network and recipe of `benchmarks.task_engines`."""
+    head = [
+        "network", "recipe", "SQNR to float", "as its task judges", "judged on", "INT8 layers", "kernels", "MB per image",
+        "branches",
+    ]  # fmt: skip
+    rows = [
+        [
+            report["network"],
+            f"`{report['recipe']}`",
+            sqnr(fidelity := report["fidelity"]),
+            as_its_task_judges(fidelity),
+            f"{fidelity['count']} {report['calibration'].get('kind', 'images')}",
+            int8_layers(engine := report["engine"], report["kept_float"]),
+            f"{engine['kernels']} (FP16 {engine['traffic']['fp16_kernels']})",
+            _megabytes(engine),
+            str(len(report["branches"])),
+        ]
+        for report in found.values()
+    ]
+    return f"{_table(head, rows)}\n\n{_source(found, 'python -m benchmarks.task_engines')}"
+
+
 def _paper(result: dict[str, Any]) -> str:
     """Return the tool's own rows of one paper's table: SQNR and agreement by network, no published number among them."""
     models = list(result["models"])
@@ -211,6 +251,23 @@ def serving_table(found: Reports) -> str:
     return f"{_table(head, rows)}\n\nMeasured by `{report['command']}` at commit {report['commit']} on {where}."
 
 
+def cpu_speed_table(found: Reports) -> str:
+    """Return one row for each network of ERQ's table 9: time of the float graph over that of INT8 graphs, on one thread."""
+    (result,) = found.values()
+    pairs = [pair for pair in result["rows"][0]["ratios"] if pair.startswith("float/")]
+    ours = {"float/integer": "this tool", "float/plain": "this tool, graph with Q/DQ"}
+    order = [*ours, *(pair for pair in pairs if pair not in ours)]
+    head = ["network", "published", *(ours.get(pair, pair.removeprefix("float/")) for pair in order)]
+    rows = []
+    for row in result["rows"]:
+        times = [row["ratios"][pair] for pair in order]
+        cells = [f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in times]
+        rows.append([row["model"].removesuffix(RANDOM), f"{row['published']:.2f}", *cells])
+    machine = result["machine"]
+    where = f"{machine['cores']} cores ({machine['processor']})"
+    return f"{_table(head, rows)}\n\nMeasured by `{result['command']}` at commit {result['commit']} on {where}."
+
+
 # file -> block -> (the reports it shows, what makes its text of them, whether it is one table)
 Block = tuple[Callable[[], Reports], Callable[[Reports], str], bool]
 BLOCKS: dict[str, dict[str, Block]] = {
@@ -219,8 +276,12 @@ BLOCKS: dict[str, dict[str, Block]] = {
         "results": (reports, results_table, True),
     },
     "docs/methods.md": {"recipes": (recipe_reports, recipes_table, True)},
+    "docs/models.md": {"tasks": (task_reports, tasks_table, True)},
     "docs/serving.md": {"load": (lambda: reports("serving.json"), serving_table, True)},
-    "docs/papers.md": {"papers": (lambda: reports("table.*.json"), papers_tables, False)},
+    "docs/papers.md": {
+        "papers": (lambda: reports("table.*.json"), papers_tables, False),
+        "speed": (lambda: reports("cpu_speed.json"), cpu_speed_table, True),
+    },
 }
 
 

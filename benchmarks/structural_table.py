@@ -1,4 +1,4 @@
-"""`python -m benchmarks.structural_table`: what INT8 and branches change in the kernels of an engine, network by network.
+"""`python -m benchmarks.structural_table`: what INT8, branches and FP8 change in the kernels of an engine, by network.
 
     python -m benchmarks.structural_table                   all of NETWORKS
     python -m benchmarks.structural_table swin_t resnet50   some; the rows of the others stay as they are
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.fp8_twin import fp8_twin
+from calib.errors import UserError, first_line
 from calib.images.batches import Half, Part
 from calib.methods import rtn
 from calib.network.fold import fold_affine
@@ -43,11 +45,14 @@ from deploy.report.evidence import tool_commit
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/results/structure.json", ROOT / "docs/structure.md"
 NETWORKS = ("vit_s", "deit_s", "swin_t", "resnet50", "efficientnet_lite0")
-ENGINES = {"fp16": "FP16", "int8": "INT8", "int8_dense": "INT8 + QwT, dense", "int8_shared": "INT8 + QwT, shared"}
+ENGINES = {
+    "fp16": "FP16", "int8": "INT8", "int8_dense": "INT8 + QwT, dense", "int8_shared": "INT8 + QwT, shared",
+    "fp8": "FP8 in place of INT8",
+}  # fmt: skip
 SM, BATCH = 89, 8
 SIZE_OF_BRANCH = 0.01  # of its outputs beside noise: its scale decides which products an engine may merge
 
-INTRODUCTION = """# Kernels of an engine in FP16, in INT8 and with branches
+INTRODUCTION = """# Kernels of an engine in FP16, in INT8, with branches and in FP8
 
 Written by `python -m benchmarks.structural_table` from [structure.json](../benchmarks/results/structure.json). Weights are
 random and branches stand beside every block that can have one: this is about the structure of engines, not about accuracy.
@@ -112,7 +117,7 @@ def measure(name: str) -> dict[str, Any]:
     model = calibrate(fold_affine(QuantModel.of(name, loaded.net), image), halves, Config("max"))
     model = rtn.nearest(model).whole
 
-    def built(net: Callable[[], torch.nn.Module | None]) -> dict[str, Any]:
+    def built(net: Callable[[], torch.nn.Module | None], other_type: bool = False) -> dict[str, Any]:
         try:
             module = net()
         except ValueError as error:
@@ -120,13 +125,23 @@ def measure(name: str) -> dict[str, Any]:
         if module is None:
             return {"none": "no block has an INT8 layer that such a branch could stand beside"}
         graph = export_fp16(module, (size[1], size[2]))
-        return figures(tensorrt_rtx.build(graph, Profile(), (SM,)).kernels, planned_layers(graph))
+        if not other_type:
+            return figures(tensorrt_rtx.build(graph, Profile(), (SM,)).kernels, planned_layers(graph))
+        try:
+            return figures(tensorrt_rtx.build(fp8_twin(graph), Profile(), (SM,)).kernels, ())
+        except UserError as error:
+            return {"none": first_line(error)}
 
     def branched(*forms: str) -> Callable[[], torch.nn.Module | None]:
         return lambda: quantized_net(found) if (found := with_branches(model, forms, image)) else None
 
-    nets = (lambda: model.float_net, lambda: quantized_net(model), branched("dense"), branched("shared", "shared_mlp"))
-    engines = {engine: built(net) for engine, net in zip(ENGINES, nets, strict=True)}
+    def rounded() -> torch.nn.Module:
+        return quantized_net(model)
+
+    engines = {
+        "fp16": built(lambda: model.float_net), "int8": built(rounded), "int8_dense": built(branched("dense")),
+        "int8_shared": built(branched("shared", "shared_mlp")), "fp8": built(rounded, other_type=True),
+    }  # fmt: skip
     return {"network": name, "tag": ZOO[name].tag, "size": list(size), "blocks": len(model.structure.blocks), **engines}
 
 

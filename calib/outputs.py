@@ -168,6 +168,12 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
     return outputs_from(checked_outputs(net, images))
 
 
+# an attribute of the network by which it says what it returns, the axes of that output, its form, and the task
+SAID = (
+    ("returns_tokens", 2, "(B, T, vocabulary)", TOKENS), ("returns_pictures", 3, "(B, 3, H, W)", PICTURES),
+)  # fmt: skip
+
+
 def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
     """Return what the outputs are: logits of classes or of tokens, features, pictures, boxes, or values of any other kind.
 
@@ -178,10 +184,14 @@ def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
     described = getattr(net, "boxes", None)
     if described is not None and not isinstance(described, Tensor) and not callable(described):
         return Task(BOXES, boxes_of(described, {each.name: each.shape for each in outputs}, type(net).__name__))
-    if getattr(net, "returns_tokens", False) is True and [len(each.shape) for each in outputs] == [2]:
-        return Task(TOKENS)
-    if getattr(net, "returns_pictures", False) is True and [len(each.shape) for each in outputs] == [3]:
-        return Task(PICTURES)
+    for attribute, axes, form, task in SAID:
+        if getattr(net, attribute, False) is True:
+            if [len(each.shape) for each in outputs] != [axes]:
+                found = ", ".join(f"{each.name} (B, {', '.join(map(str, each.shape))})" for each in outputs)
+                raise UserError(
+                    f"{type(net).__name__}.{attribute} is set: expected one output {form}, it returns {found}"
+                )
+            return Task(task)
     if len(outputs) > 1 or len(outputs[0].shape) > 1:
         return Task(VALUES)
     return Task(CLASSIFIER if int(getattr(net, "num_classes", None) or 0) > 0 else FEATURES)

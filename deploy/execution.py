@@ -14,6 +14,7 @@ from calib.task import Task
 from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.packaged import runner_of_package
 from deploy.engine.runner import EngineRunner
+from deploy.errors import ContractError
 from deploy.graph.names import INPUT
 from deploy.measure.accuracy import Fidelity, fidelity, joined_rows, mean_sqnr_db, sqnr_db
 from deploy.measure.onnx_runner import Given, OnnxRunner
@@ -103,6 +104,17 @@ def _call(engine: EngineRunner | GraphRunner, given: Given) -> Outputs:
     return engine({name: array.astype(engine.tensors.inputs[name].dtype) for name, array in arrays.items()})
 
 
+def golden_sqnr_db(engine: EngineRunner | GraphRunner, given: Given, reference: Outputs) -> float:
+    """SQNR (dB) of an open `engine` on the golden images `given`, mean over images.
+
+    Raises ContractError if its outputs are others than those of `reference`.
+    """
+    found = outputs_over(lambda batch: _call(engine, batch), [given])
+    if {*found} != {*reference}:
+        raise ContractError(f"{ENGINE} returns {', '.join(found)}: expected {', '.join(reference)}")
+    return mean_sqnr_db(joined_rows(reference), joined_rows({name: found[name] for name in reference}, reference))
+
+
 def golden_faults(folder: Path) -> tuple[list[str], str]:
     """(sentences on what the engine of the package in `folder` does to its golden images, what was run or why not).
 
@@ -111,12 +123,11 @@ def golden_faults(folder: Path) -> tuple[list[str], str]:
     given, reference, _ = golden_arrays(folder / GOLDEN)
     try:
         with runner_of_package(folder) as engine:
-            found = outputs_over(lambda batch: _call(engine, batch), [given])
+            own = golden_sqnr_db(engine, given, reference)
     except UserError as reason:
         return [], f"not run: {reason}"
-    if {*found} != {*reference}:
-        return [f"{ENGINE} returns {', '.join(found)}: expected {', '.join(reference)}"], "run"
-    own = mean_sqnr_db(joined_rows(reference), joined_rows({name: found[name] for name in reference}, reference))
+    except ContractError as fault:
+        return [str(fault)], "run"
     graph = golden_db(reference, folder / MODEL_FP32, given)
     said = f"{ENGINE} reaches {own:.1f} dB on the golden images where {MODEL_FP32} reaches {graph:.1f} dB"
     least = least_fp16_db(graph)

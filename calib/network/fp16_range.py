@@ -139,7 +139,7 @@ def require_fp16_weights(net: nn.Module) -> tuple[tuple[str, float], ...]:
 def fp16_range(net: nn.Module, batches: Iterable[Tensor], must_fit: bool = True) -> Fp16Range:
     """The range of the float network `net` on `batches` (B, 3, H, W).
 
-    Raises UserError if it `must_fit` and FP16 would overflow; the message names the module, the value and the limit.
+    Raises UserError if it `must_fit` and FP16 would overflow, or FP32 does; the message names the module and the value.
     """
     subnormal = require_fp16_weights(net) if must_fit else ()
     images = 0
@@ -148,6 +148,11 @@ def fp16_range(net: nn.Module, batches: Iterable[Tensor], must_fit: bool = True)
             net(batch)
             images += len(batch)
     for module, value in largest.items():  # in order of execution: the first one is the cause
+        if must_fit and not math.isfinite(value):
+            raise UserError(
+                f"'{module}' computes {value} on the calibration images, in FP32 already: expected finite values, and "
+                f"minus infinity in masks alone; mend the network, or give FLOAT=fp32, whose engine computes what it does"
+            )
         if must_fit and not value <= FP16_MAX:
             raise UserError(
                 f"'{module}' reaches {value:.4g} on {images} calibration images, beyond FP16's {FP16_MAX:.0f}: an FP16 "

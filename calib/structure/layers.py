@@ -27,6 +27,7 @@ REDUCING = (
 PRODUCTS = (
     aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.einsum.default,
 )  # fmt: skip
+RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 PARAMETER = "a product with a parameter: the tool quantizes Linear and convolution modules"
 FEWEST = 8  # input channels, and output channels, of any other layer that is quantized
 
@@ -68,6 +69,8 @@ def _multiplies_by_parameter(trace: Trace, node: fx.Node) -> bool:
 
 def _why_not_plain(trace: Trace, node: fx.Node) -> str | None:
     """Return why what `node` computes is no layer, or None if it does not compute like one."""
+    if node.target in RECURRENT:
+        return "a recurrent layer: the tool quantizes Linear and convolution modules"
     if node.target not in LAYER_OPERATORS:
         if node in trace.constants or not _multiplies_by_parameter(trace, node):
             return None

@@ -343,11 +343,12 @@ def _projects(net: "nn.Module") -> bool:
     return bool(of_pairs and width and width == getattr(net, "num_classes", None))
 
 
-def _without_weight_norms(net: "nn.Module") -> None:
-    """Set the weights that torch's hooks for weight and spectral norm compute before every run (edits `net`).
+def _without_weight_hooks(net: "nn.Module") -> None:
+    """Set the weights that torch's hooks for norms and pruning compute before every run (edits `net`).
 
     Their values are the same, and a network whose weights are results of operations cannot be copied.
     """
+    from torch.nn.utils import prune
     from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
     from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
@@ -357,6 +358,8 @@ def _without_weight_norms(net: "nn.Module") -> None:
                 remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
 
 
 def _check_own(net: "nn.Module", factory: str) -> None:
@@ -404,7 +407,7 @@ def load_net(
         source = _load_file(net, expanded(weights, "WEIGHTS"), spec)
     net = net.float().eval()
     _check_tensors(net, source)
-    _without_weight_norms(net)
+    _without_weight_hooks(net)
     if _projects(net) and not spec.factory:
         net.num_classes = 0  # type: ignore[assignment]
     if spec.factory:

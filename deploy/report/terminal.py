@@ -121,12 +121,18 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     return list(report.get("acceptance", {}).get("checks", ()))
 
 
-def _boxes(fidelity: dict[str, Any]) -> str:
+def boxes_found(fidelity: dict[str, Any]) -> str:
     """How well the boxes of the float network are found again."""
     if not fidelity["boxes"]:
         return "none to compare: the float network finds nothing on these images"
     moved = "" if fidelity["moved_px"] is None else f", the others moved by {fidelity['moved_px']:.1f} pixels (median)"
     return f"AP {fidelity['ap']:.3f}, at overlap .5 {fidelity['ap50']:.3f}; {fidelity['lost']} lost{moved}"
+
+
+def equal_pictures(fidelity: dict[str, Any]) -> str:
+    """How near pictures come to those of the float network."""
+    ssim = "" if fidelity["ssim"] is None else f", SSIM {fidelity['ssim']:.4f}"
+    return f"PSNR {fidelity['psnr_db']:.1f} dB{ssim}"
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -147,10 +153,9 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if fidelity["top1_agreement"] is not None:
         rows.append((f"top-1 agreement ({fidelity['top1_kind']})", f"{fidelity['top1_agreement']:.1%}"))
     if fidelity.get("psnr_db") is not None:  # which a report of an older version lacks
-        ssim = "" if fidelity["ssim"] is None else f", SSIM {fidelity['ssim']:.4f}"
-        rows.append(("to the float network's pictures", f"PSNR {fidelity['psnr_db']:.1f} dB{ssim}"))
+        rows.append(("to the float network's pictures", equal_pictures(fidelity)))
     if fidelity.get("boxes") is not None:
-        rows.append((f"the float network's {fidelity['boxes']} boxes", _boxes(fidelity)))
+        rows.append((f"the float network's {fidelity['boxes']} boxes", boxes_found(fidelity)))
     if fidelity.get("true_ap") is not None:
         rows.append(("AP on annotations", f"{fidelity['true_ap']:.3f} (float {fidelity['reference_true_ap']:.3f})"))
     if fidelity["kl"] is not None:

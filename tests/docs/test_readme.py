@@ -9,6 +9,7 @@ from benchmarks import readme
 from benchmarks.readme import (
     BLOCKS,
     RESULTS,
+    as_its_task_judges,
     commits_differ,
     int8_layers,
     judged_on,
@@ -18,6 +19,7 @@ from benchmarks.readme import (
     reports,
     results_table,
     sqnr,
+    tasks_table,
 )
 from deploy.report.proof import PLANNED_ONLY
 from tests.docs.pages import ROOT
@@ -134,3 +136,36 @@ def test_convolutions_of_tensorrt_rtx_are_planned_and_no_more():
     assert int8_layers(engine, {"fc": "it costs much"}) == "0 of 51 proven, 51 planned, 1 kept in FP16"
     assert int8_layers(engine | {"backend": "tensorrt"}) == "51 of 51 proven"
     assert int8_layers(engine | {"int8_convs": 0, "lost": ["fc"]}) == "50 of 51 proven"
+
+
+FIDELITY = {
+    "psnr_db": None,
+    "ssim": None,
+    "boxes": None,
+    "top1_agreement": None,
+    "top1_kind": "classes",
+    "cosine": 0.99912,
+}
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({"psnr_db": 43.66, "ssim": 0.99012}, "PSNR 43.7 dB, SSIM 0.9901"),
+        ({"boxes": 144, "ap": 0.951, "ap50": 0.989, "lost": 0, "moved_px": 0.71},
+         "AP 0.951, at overlap .5 0.989; 0 lost, the others moved by 0.7 pixels (median), of 144"),
+        ({"top1_agreement": 0.937, "top1_kind": "nearest neighbour"}, "cosine 0.9991, nearest neighbour 93.7%"),
+        ({}, "cosine 0.9991"),
+    ],
+)  # fmt: skip
+def test_a_row_is_judged_by_its_task(measured, expected):
+    assert as_its_task_judges(FIDELITY | measured) == expected
+
+
+def test_the_table_of_tasks_names_its_command():
+    report = copy.deepcopy(REPORTS[readme.SHOWN]) | {"network": "net", "commit": "1"}
+    report["fidelity"] |= FIDELITY | {"cosine": 0.5}
+    text = tasks_table({"net.int8": report})
+    assert "| net | `int8` | " in text
+    assert "| cosine 0.5000 |" in text
+    assert "Measured by `python -m benchmarks.task_engines` at commit 1 on" in text

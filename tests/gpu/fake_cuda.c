@@ -38,6 +38,7 @@ int cuDriverGetVersion(int *version) { *version = number("FAKE_CUDA_VERSION", 13
 int cuDeviceGetCount(int *count) { *count = number("FAKE_CUDA_DEVICES", 1); return SUCCESS; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return started ? SUCCESS : INVALID_VALUE; }
 int cuDeviceGetName(char *name, int length, int device) { (void)device; snprintf(name, length, "Made-up GPU"); return SUCCESS; }
+int cuDeviceGetPCIBusId(char *address, int length, int device) { (void)device; FAILS(); snprintf(address, length, "0000:65:00.0"); return SUCCESS; }
 int cuDeviceTotalMem(size_t *bytes, int device) { (void)device; *bytes = (size_t)24 << 30; return SUCCESS; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
   (void)device;

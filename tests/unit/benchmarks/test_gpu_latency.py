@@ -1,13 +1,14 @@
 """Engines take turns, settle first, and are called faster only where they are. Times come from a clock of the test."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 
-from benchmarks import gpu_latency
-from benchmarks.gpu_latency import FP16, MOST_WINDOWS, WINDOW, lines, measure, settled, speedup, statistics
+from benchmarks import gpu_graphs, gpu_latency
+from benchmarks.gpu_graphs import FP16
+from benchmarks.gpu_latency import gpu_line, lines, trtexec
+from benchmarks.gpu_timing import MOST_WINDOWS, ROUNDS, SECONDS, WINDOW, measure, settled, speedup, statistics
 from calib.errors import UserError
 from deploy.engine.build import Profile, serialize_network
 from deploy.engine.runner import EngineRunner
@@ -75,7 +76,7 @@ def test_engines_take_turns_and_are_compared_with_the_first(api):
     clock = Clock()
     slow, fast = itertools.chain([9.0] * WINDOW, itertools.repeat(2.0)), itertools.repeat(1.0)
     with opened(api, clock.of(FP16, slow)) as a, opened(api, clock.of("int8", fast)) as b:
-        found = measure({FP16: a, "int8": b}, batch=4, rounds=10)
+        found = measure({FP16: a, "int8": b}, batch=4, rounds=10, seconds=0)
     assert clock.order == [FP16, FP16, "int8", "int8"] * (4 * WINDOW + 10)  # the first window does not agree
     assert (found["settled"], found["cuda_graph"], found["batch"]) == (True, True, 4)
     assert found["engines"][FP16]["images_s"] == pytest.approx(2000)
@@ -86,11 +87,75 @@ def test_engines_take_turns_and_are_compared_with_the_first(api):
     assert "settled" not in "".join(shown)
 
 
+def test_short_times_are_taken_for_three_seconds(api):
+    with opened(api, Clock().of(FP16, itertools.repeat(1.0))) as engine:
+        found = measure({FP16: engine}, batch=1)
+    assert (ROUNDS, SECONDS) == (200, 3.0)
+    assert found["rounds"] == 3000
+
+
+class Monitor:
+    """Counts its looks in place of a driver."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def look(self):
+        self.looks += 1
+
+    def summary(self):
+        seen, self.looks = self.looks, 0
+        return {"looks": seen}
+
+
+def test_the_gpu_is_looked_at_between_the_rounds_that_count(api_of):
+    with opened(api_of("11.4"), Clock().of(FP16, itertools.repeat(1.0))) as engine:
+        found = measure({FP16: engine}, batch=1, rounds=3 * WINDOW, seconds=0, monitor=Monitor())
+    assert found["gpu"] == {"looks": 3}  # and not those of warming up
+
+
+GPU = {
+    "sm_clock": [1410, 1980], "memory_clock": [2619, 2619], "power": [300.0, 412.5], "temperature": [58, 61],
+    "highest_sm_clock": 1980, "power_limit": 700.0, "slowed": ["limit of power"], "clocks_set": True, "looks": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gpu", "line"),
+    [
+        (None, None),
+        ({"unknown": "no NVML"}, "  clocks unknown: no NVML"),
+        (GPU, "  SM clock 1410 to 1980 MHz (at most 1980), 412 of 700 W, 61 C, clocks lowered by limit of power, "
+              "clocks set by hand"),
+        (GPU | {"sm_clock": None, "power": None, "temperature": None, "slowed": None, "clocks_set": None},
+         "  the driver tells nothing of clocks"),
+    ],
+)  # fmt: skip
+def test_what_the_gpu_did_is_one_line(gpu, line):
+    assert gpu_line(gpu) == line
+
+
+@pytest.mark.parametrize(
+    ("version", "graph", "flags"),
+    [
+        ("10.12.0.36", True, " --noDataTransfers --useSpinWait --useCudaGraph"), ("11.4.0", True, ""),
+        ("10.16.1", False, " --noDataTransfers --useSpinWait"), ("11.4.0", False, " --noCudaGraph"),
+    ],
+)  # fmt: skip
+def test_the_command_of_trtexec_names_all_that_other_versions_do_otherwise(api_of, version, graph, flags):
+    with opened(api_of("11.4"), Clock().of(FP16, itertools.repeat(1.0))) as engine:
+        shown = trtexec(version, "a.engine", engine, 8, graph)
+    assert shown == (
+        "trtexec --loadEngine=a.engine --shapes=x:8x6,y:8x2 --warmUp=200 --duration=3 --iterations=200 "
+        f"--percentile=90,99{flags}"
+    )
+
+
 def test_what_never_settles_is_measured_and_says_so(api_of):
     clock = Clock()
     growing = (1.1**index for index in itertools.count())
     with opened(api_of("11.4"), clock.of(FP16, growing)) as engine:
-        found = measure({FP16: engine}, batch=1, rounds=2)
+        found = measure({FP16: engine}, batch=1, rounds=2, seconds=0)
     assert not found["settled"]
     assert len(clock.order) == 2 * (MOST_WINDOWS * WINDOW + 2)
     assert "(never settled)" in lines(found)[0]
@@ -99,7 +164,7 @@ def test_what_never_settles_is_measured_and_says_so(api_of):
 def test_a_device_without_graphs_launches_kernels(api_of, monkeypatch):
     monkeypatch.setattr(HostDevice, "captured", lambda *_: None)
     with opened(api_of("11.4"), Clock().of(FP16, itertools.repeat(1.0))) as engine:
-        assert not measure({FP16: engine}, batch=1, rounds=2)["cuda_graph"]
+        assert not measure({FP16: engine}, batch=1, rounds=2, seconds=0)["cuda_graph"]
 
 
 def test_where_nothing_can_run_or_no_package_is_there_it_is_one_line(tmp_path, capsys, monkeypatch, api_of):
@@ -110,49 +175,13 @@ def test_where_nothing_can_run_or_no_package_is_there_it_is_one_line(tmp_path, c
     assert capsys.readouterr().err.endswith("run make engine MODEL=test_vit RECIPE=int8 first\n")
 
 
-def test_all_of_it_on_a_tiny_network(tmp_path, capsys, monkeypatch, api_of):
-    import onnx
-
-    from deploy.package import MANIFEST, MODEL, package_folder, write_json
-
-    trt = gpu_host(monkeypatch, api_of("11.4"))
-    monkeypatch.setattr(gpu_latency, "build_apart", lambda backend, *arguments: backend.build(*arguments))
-    monkeypatch.setattr(gpu_latency, "BATCHES", (1, 2))
-    monkeypatch.setattr(gpu_latency, "WINDOW", 1)
-    monkeypatch.setattr(gpu_latency, "ROUNDS", 2)
-    monkeypatch.setattr(gpu_latency, "RESULTS", tmp_path)
-    devices = []
-
-    def device():
-        devices.append(HostDevice())
-        return devices[-1]
-
-    class OnTheLatest:
-        """Work goes to the device that captures, or to any."""
-
-        def do(self, work):
-            next((one for one in devices if one.capturing is not None), devices[-1]).do(work)
-
-    trt.device = OnTheLatest()
-    monkeypatch.setattr("deploy.engine.runner.open_device", device)
-    folder = package_folder(str(tmp_path), "test_vit", None, "auto", "int8")
-    folder.mkdir(parents=True)
-    onnx.save(graph(), folder / MODEL)
-    write_json(folder / MANIFEST, {"preprocessing": {"height": 160, "width": 160}})
-    assert gpu_latency.main(["test_vit", "int8", "--target", "tensorrt", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "gpu_latency.test_vit.json").read_text())
-    assert [row["batch"] for row in found["batches"]] == [1, 2]
-    assert list(found["batches"][0]["engines"]) == [FP16, "int8"]
-    assert len(capsys.readouterr().out.splitlines()) == 4
-
-
 def test_an_engine_that_cannot_be_captured_launches_kernels_and_says_so(api_of, monkeypatch, capsys):
     def refuses(*_):
         raise CudaError("cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
 
     monkeypatch.setattr(HostDevice, "captured", refuses)
     with opened(api_of("11.4"), Clock().of(FP16, itertools.repeat(1.0))) as engine:
-        assert not measure({FP16: engine}, batch=1, rounds=2)["cuda_graph"]
+        assert not measure({FP16: engine}, batch=1, rounds=2, seconds=0)["cuda_graph"]
     assert "no CUDA graph (cuStreamEndCapture" in capsys.readouterr().err
 
 
@@ -160,9 +189,13 @@ def test_graphs_of_a_folder_begin_with_the_one_in_fp16(tmp_path, capsys):
     import onnx
 
     with pytest.raises(UserError, match=r"holds no graphs: expected fp16.onnx and others to compare"):
-        gpu_latency.graphs_in(tmp_path)
+        gpu_graphs.graphs_in(tmp_path)
     for name in ("a", FP16, "int8"):
         onnx.save(graph(), tmp_path / f"{name}.onnx")
-    assert list(gpu_latency.graphs_in(tmp_path)) == [FP16, "a", "int8"]
+    assert list(gpu_graphs.graphs_in(tmp_path)) == [FP16, "a", "int8"]
     assert gpu_latency.main(["test_vit", "int8", "--graphs", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: expected either recipes or --graphs, not both\n"
+    assert gpu_latency.main(["test_vit", "--fp8", "--graphs", str(tmp_path)]) == 2
+    assert "error: --fp32 and --fp8 are made of packages" in capsys.readouterr().err
+    assert gpu_latency.main(["test_vit", "int8", "--batch", "0"]) == 2
+    assert capsys.readouterr().err == "error: --batch 0: expected 1 or more\n"

@@ -84,7 +84,10 @@ def test_the_page_says_why_there_is_no_engine():
     counted = figures([], [])
     row = {"network": "swin_t", "commit": "abc", "fp16": counted, "int8": counted, "int8_dense": {"none": "no chain"}}
     text = page(
-        {"rows": [row | {"int8_shared": counted | {"fused_attention": 12, "int8_attention": 3}}], "version": "1.7"}
+        {
+            "rows": [row | {"int8_shared": counted | {"fused_attention": 12, "int8_attention": 3}, "fp8": counted}],
+            "version": "1.7",
+        }
     )
     assert "|  | INT8 + QwT, dense | none |  |  |  |  |" in text
     assert "- swin_t, INT8 + QwT, dense: no chain\n" in text

