@@ -20,12 +20,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.fp8_twin import fp8_twin
+from calib.attention import int8 as attention
+from calib.attention.int8 import int8_attention
 from calib.errors import UserError, first_line
+from calib.grids import Unrounded
 from calib.images.batches import Half, Part
+from calib.layerwise.int8_products import linear_layers
+from calib.layerwise.rounding_points import reach
 from calib.methods import rtn
 from calib.network.fold import fold_affine
 from calib.network.qdq import quantized_net
 from calib.quant_model import Branch, QuantModel
+from calib.quantizer import qparams_from_amax
 from calib.scales.calibrate import Config, calibrate
 from calib.weights.load import load_net
 from calib.weights.zoo import ZOO
@@ -44,10 +50,11 @@ from deploy.report.evidence import tool_commit
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "benchmarks/results/structure.json", ROOT / "docs/structure.md"
-NETWORKS = ("vit_s", "deit_s", "swin_t", "resnet50", "efficientnet_lite0")
+NETWORKS = ("vit_s", "vit_b", "deit_s", "swin_t", "resnet50", "efficientnet_lite0")
 ENGINES = {
     "fp16": "FP16", "int8": "INT8", "int8_dense": "INT8 + QwT, dense", "int8_shared": "INT8 + QwT, shared",
-    "fp8": "FP8 in place of INT8",
+    "int8_products": "INT8, every product in INT8", "int8_attention": "INT8, attention in INT8",
+    "int8_both": "INT8, both", "fp8": "FP8 in place of INT8",
 }  # fmt: skip
 SM, BATCH = 89, 8
 SIZE_OF_BRANCH = 0.01  # of its outputs beside noise: its scale decides which products an engine may merge
@@ -55,7 +62,8 @@ SIZE_OF_BRANCH = 0.01  # of its outputs beside noise: its scale decides which pr
 INTRODUCTION = """# Kernels of an engine in FP16, in INT8, with branches and in FP8
 
 Written by `python -m benchmarks.structural_table` from [structure.json](../benchmarks/results/structure.json). Weights are
-random and branches stand beside every block that can have one: this is about the structure of engines, not about accuracy.
+random; branches stand beside every block that can have one, and products and attention are in INT8 wherever they can be:
+this is about the structure of engines, not about accuracy, for which a recipe chooses few of them.
 MB: the sizes of all tensors that kernels read and write, per image at batch {batch}, an upper bound of the traffic with the
 GPU's memory. Convolutions are planned in INT8; which kernel runs them is chosen on the GPU. Nothing was run on a GPU.
 [Why is INT8 not faster?](why-is-int8-not-faster.md) explains the differences.
@@ -93,6 +101,22 @@ def with_branches(model: QuantModel, forms: Sequence[str], image: Tensor) -> Qua
     return replace(model, branches=branches) if branches else None
 
 
+def with_products(model: QuantModel, halves: Sequence[Half]) -> QuantModel | None:
+    """`model` with the products of all its linear layers in INT8, up to the largest that was seen; None if it has none."""
+    layers = linear_layers(model)
+    if not layers:
+        return None
+    net = quantized_net(model.with_quantizers({f"{layer}:output": Unrounded() for layer in layers}))
+    largest, _ = reach(net, {layer: f"{layer}.output" for layer in layers}, halves[0])
+    grids = {f"{layer}:output": qparams_from_amax(torch.tensor(value)) for layer, value in largest.items()}
+    return model.with_quantizers(grids)
+
+
+def with_attention(model: QuantModel, halves: Sequence[Half]) -> QuantModel | None:
+    """`model` with all its attention in INT8; None if there is none that can be."""
+    return int8_attention(model, halves, attention.Config(int8="all")) if model.structure.attentions else None
+
+
 def figures(kernels: Sequence[Kernel], planned: Sequence[str]) -> dict[str, Any]:
     """What is counted of an engine; `planned`: its layers planned for INT8."""
     found = audit(kernels, planned)
@@ -123,7 +147,7 @@ def measure(name: str) -> dict[str, Any]:
         except ValueError as error:
             return {"none": str(error)}
         if module is None:
-            return {"none": "no block has an INT8 layer that such a branch could stand beside"}
+            return {"none": "it has nothing that could be computed so"}
         graph = export_fp16(module, (size[1], size[2]))
         if not other_type:
             return figures(tensorrt_rtx.build(graph, Profile(), (SM,)).kernels, planned_layers(graph))
@@ -138,9 +162,15 @@ def measure(name: str) -> dict[str, Any]:
     def rounded() -> torch.nn.Module:
         return quantized_net(model)
 
+    def of(changed: QuantModel | None) -> Callable[[], torch.nn.Module | None]:
+        return lambda: changed and quantized_net(changed)
+
+    attended = with_attention(model, halves)
     engines = {
         "fp16": built(lambda: model.float_net), "int8": built(rounded), "int8_dense": built(branched("dense")),
-        "int8_shared": built(branched("shared", "shared_mlp")), "fp8": built(rounded, other_type=True),
+        "int8_shared": built(branched("shared", "shared_mlp")), "int8_products": built(of(with_products(model, halves))),
+        "int8_attention": built(of(attended)), "int8_both": built(of(attended and with_products(attended, halves))),
+        "fp8": built(rounded, other_type=True),
     }  # fmt: skip
     return {"network": name, "tag": ZOO[name].tag, "size": list(size), "blocks": len(model.structure.blocks), **engines}
 

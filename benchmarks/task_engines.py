@@ -1,4 +1,4 @@
-"""`python -m benchmarks.task_engines`: engines of other tasks than classes, on real weights.
+"""`python -m benchmarks.task_engines`: engines of networks of several tasks, on real weights and more than sample images.
 
     python -m benchmarks.task_engines                       all of RUNS
     python -m benchmarks.task_engines nanodet.int8          some of them
@@ -29,15 +29,29 @@ EXAMPLES = {
 }
 NETWORKS: dict[str, dict[str, str]] = {  # -> options of `make engine`
     "srvgg_x4": {"model": "srvgg_x4", "input": "64", **PHOTOGRAPHS},
-    "rrdb6_x4": {"model": "rrdb6_x4", "input": "64", **PHOTOGRAPHS},
-    "rdn_x4": {"model": "rdn_x4", "input": "64", **PHOTOGRAPHS},
+    "rrdb6_x4": {"model": "rrdb6_x4", "input": "32", **PHOTOGRAPHS},
+    "rdn_x4": {"model": "rdn_x4", "input": "32", **PHOTOGRAPHS},
     "nanodet": {"model": "nanodet", **PHOTOGRAPHS},
     "minilm": {"module": "docs/examples/minilm.py:Sentence"},
-    "terrain": {"module": "docs/examples/terrain.py:Terrain"},
+    "terrain": {"module": "docs/examples/terrain.py:Terrain", "calib-images": "32"},
     "efficientnet_lite0": {"model": "efficientnet_lite0", **PHOTOGRAPHS},
+    "dinov2_s": {"model": "dinov2_s", **PHOTOGRAPHS},
 }
 RECIPES = ("int8_plain", "int8", "int8_qwt_all", "int8_erq")
-RUNS = tuple(f"{network}.{recipe}" for network in NETWORKS for recipe in RECIPES)
+OTHER_RECIPES = {
+    "srvgg_x4": (*RECIPES, "int8_erq_qwt_all"),
+    "dinov2_s": (
+        "int8_plain",
+        "int8",
+        "int8_qwt",
+        "int8_erq",
+        "int8_products",
+        "int8_erq_products",
+        "int8_attention_products",
+    ),
+}
+UNTOLD = ("speed", "seconds")  # of a report: runs may go side by side, so their times say nothing
+RUNS = tuple(f"{network}.{recipe}" for network in NETWORKS for recipe in OTHER_RECIPES.get(network, RECIPES))
 
 
 def shown_command(network: str, recipe: str) -> str:
@@ -45,7 +59,11 @@ def shown_command(network: str, recipe: str) -> str:
     _, calib, judge, _ = EXAMPLES.get(network, (None,) * 4)
     options = NETWORKS[network] | ({"calib": calib, "eval": judge} if calib and judge else {})
     return " ".join(
-        ["make engine", *(f"{name.upper()}={value}" for name, value in options.items()), f"RECIPE={recipe}"]
+        [
+            "make engine",
+            *(f"{name.upper().replace('-', '_')}={value}" for name, value in options.items()),
+            f"RECIPE={recipe}",
+        ]
     )
 
 
@@ -63,7 +81,8 @@ def run(name: str) -> dict[str, Any]:
     network, recipe = name.split(".")
     with tempfile.TemporaryDirectory() as folder:
         report = built({**NETWORKS[network], **arrays(network, Path(folder)), "recipe": recipe})
-    return report | {"network": network, "command": shown_command(network, recipe)}
+    told = {name: value for name, value in report.items() if name not in UNTOLD}
+    return told | {"network": network, "command": shown_command(network, recipe)}
 
 
 def missing(names: Sequence[str]) -> str | None:

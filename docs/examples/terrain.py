@@ -176,7 +176,7 @@ def load(net: nn.Module, time: nn.Module) -> None:
 
 def main() -> None:
     """Write the arrays that calibrate and those that judge: noise of other seeds, and difficulties over their range."""
-    for seed, (name, count) in enumerate((("noise", 128), ("other_noise", 64))):
+    for seed, (name, count) in enumerate((("noise", 128), ("other_noise", 32))):
         generator = np.random.default_rng(seed)
         arrays = {
             "noise": generator.normal(size=(count, 1, SIDE, SIDE)).astype(np.float32),

@@ -2,7 +2,19 @@ import pytest
 import torch
 
 from benchmarks import structural_table
-from benchmarks.structural_table import NETWORKS, PAGE, RESULT, figures, merged, noise, page, with_branches
+from benchmarks.structural_table import (
+    ENGINES,
+    NETWORKS,
+    PAGE,
+    RESULT,
+    figures,
+    merged,
+    noise,
+    page,
+    with_attention,
+    with_branches,
+    with_products,
+)
 from calib.methods import rtn
 from calib.network.qdq import quantized_net
 from compensation.branch import ConvBranch, DenseBranch, SharedBranch
@@ -36,6 +48,21 @@ def test_every_block_gets_a_branch_that_changes_the_output(family, forms, kind):
 
 def test_where_no_branch_can_stand_there_is_none():
     assert with_branches(rounded_tiny("resnet"), ("shared",), IMAGE) is None
+
+
+def test_every_product_and_every_attention_is_in_int8():
+    model, halves = rounded_tiny("vit"), tiny_halves(2, 2)
+    found = with_products(with_attention(model, halves), halves)
+    assert set(found.int8_attention) == set(model.structure.attentions) != set()
+    assert set(found.int8_products) == set(model.quantized_layers) != set()
+    images = torch.randn(2, 3, SIZE, SIZE)
+    assert not torch.equal(quantized_net(found)(images), quantized_net(model)(images))
+
+
+def test_a_network_of_convolutions_has_neither():
+    model, halves = rounded_tiny("resnet"), tiny_halves(2, 2)
+    assert with_products(model, halves) is None
+    assert with_attention(model, halves) is None
 
 
 def test_noise_is_16_images_and_the_same_every_time():
@@ -82,13 +109,9 @@ def test_the_page_is_made_from_the_result():
 
 def test_the_page_says_why_there_is_no_engine():
     counted = figures([], [])
-    row = {"network": "swin_t", "commit": "abc", "fp16": counted, "int8": counted, "int8_dense": {"none": "no chain"}}
-    text = page(
-        {
-            "rows": [row | {"int8_shared": counted | {"fused_attention": 12, "int8_attention": 3}, "fp8": counted}],
-            "version": "1.7",
-        }
-    )
+    row = dict.fromkeys(ENGINES, counted) | {"network": "swin_t", "commit": "abc", "int8_dense": {"none": "no chain"}}
+    row["int8_shared"] = counted | {"fused_attention": 12, "int8_attention": 3}
+    text = page({"rows": [row], "version": "1.7"})
     assert "|  | INT8 + QwT, dense | none |  |  |  |  |" in text
     assert "- swin_t, INT8 + QwT, dense: no chain\n" in text
     assert "| 12 (3 INT8) |" in text

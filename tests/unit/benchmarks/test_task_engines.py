@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import task_engines
 from benchmarks.task_engines import EXAMPLES, NETWORKS, RUNS, missing, shown_command
+from deploy.recipe import recipe_names
 
 
 def test_the_command_that_is_shown_is_one_that_a_user_types():
@@ -21,7 +22,9 @@ def test_every_run_is_written_with_its_name_and_command(tmp_path, monkeypatch):
     asked, written = [], []
     monkeypatch.setattr(task_engines, "TASKS", tmp_path / "tasks")
     monkeypatch.setattr(task_engines, "missing", lambda _names: None)
-    monkeypatch.setattr(task_engines, "built", lambda options: asked.append(options) or {"commit": "1"})
+    monkeypatch.setattr(
+        task_engines, "built", lambda options: asked.append(options) or {"commit": "1", "speed": 2, "seconds": 3}
+    )
     monkeypatch.setattr(task_engines.subprocess, "run", lambda command, **_: written.append(command[1]))
     assert task_engines.main([]) == 0
     assert {path.stem for path in (tmp_path / "tasks").iterdir()} == {*RUNS}
@@ -31,7 +34,7 @@ def test_every_run_is_written_with_its_name_and_command(tmp_path, monkeypatch):
     assert asked[0] == first
     of_sentences = next(each for each in asked if "module" in each)
     assert of_sentences["calib"].endswith("/sentences.npz")
-    assert len(written) == len(EXAMPLES) * len(task_engines.RECIPES)
+    assert len(written) == sum(run.split(".")[0] in EXAMPLES for run in RUNS)
 
 
 def test_what_a_run_lacks_is_one_line_before_anything_is_built(tmp_path, monkeypatch, capsys):
@@ -49,7 +52,9 @@ def test_what_a_run_lacks_is_one_line_before_anything_is_built(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_has_the_plain_recipe_beside_the_others(name):
-    assert [run for run in RUNS if run.startswith(f"{name}.")] == [
-        f"{name}.{recipe}" for recipe in task_engines.RECIPES
-    ]
+def test_every_network_has_the_plain_recipe_in_front_and_all_have_those_of_the_papers(name):
+    recipes = [run.split(".")[1] for run in RUNS if run.startswith(f"{name}.")]
+    assert recipes[:2] == ["int8_plain", "int8"]
+    assert "int8_erq" in recipes
+    assert {"int8_qwt", "int8_qwt_all"} & {*recipes}
+    assert {*recipes} <= {*recipe_names()}
