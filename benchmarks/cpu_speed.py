@@ -1,11 +1,11 @@
-"""`python -m benchmarks.cpu_speed PACKAGE...`: the float graph, the INT8 graph and that with integer kernels, on a CPU.
+"""`python -m benchmarks.cpu_speed --name NAME PACKAGE..`: the float graph, INT8 and INT8 with integer kernels, on a CPU.
 
 All three run in turn in ONNX Runtime on the golden images of a package, with one and with two threads. A package holds no
 float graph, so the network is loaded again, and refused unless it has the weights that the package was made of.
 
 With `--peer-python` the graphs run beside them that onnxruntime.quantization and ModelOpt (of that interpreter, see
 requirements-peers.txt) make of the same float graph, with their default calibration, once with the products of attention in
-INT8 and once without. ERQ's Table 9 is `--batch 1 --threads 1` on packages of its seven networks.
+INT8 and once without. ERQ's Table 9 is `--name erq --batch 1 --threads 1` on packages of its seven networks.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from deploy.package import GOLDEN, MANIFEST, MODEL_FP32, RANDOM, read_json
 from deploy.report.evidence import tool_commit
 from deploy.verify import golden_arrays
 
-RESULT = Path(__file__).parent / "results" / "cpu_speed.json"
+RESULTS = Path(__file__).parent / "results"
 THREADS = (1, 2)
 # float / W8A8 of ERQ's Table 9: ONNX on an Intel i5-10210U, one thread, one image
 PUBLISHED = {
@@ -122,12 +122,13 @@ def line(row: Mapping[str, Any]) -> str:
     found = "  ".join(
         f"{pair} {each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for pair, each in row["ratios"].items()
     )
-    return f"{row['model']:20} {row['threads']} threads  {found}"
+    return f"{row['model']:20} {row['threads']} threads, batch {row['batch']}  {found}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure the packages, write `results/cpu_speed.json` and print a line for each row."""
+    """Measure the packages, write `results/cpu_speed.<name>.json` and print a line for each row."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_speed", description=__doc__)
+    parser.add_argument("--name", required=True, help="of the result: results/cpu_speed.NAME.json")
     parser.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help="folder that make engine wrote")
     parser.add_argument("--weights", default=How.weights, help="weights of the packages, as in make engine")
     parser.add_argument("--rounds", type=int, default=How.rounds)
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
         "command": f"python -m benchmarks.cpu_speed {' '.join(arguments)}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"cpu_speed.{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print("\n".join(line(row) for row in rows))
     return 0
 

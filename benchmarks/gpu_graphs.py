@@ -17,10 +17,15 @@ FP16, FP32 = "fp16", "fp32"  # FP16: what the others are compared with
 
 @dataclass(frozen=True)
 class Subject:
-    """A graph that an engine is made of. `golden`: the package whose golden images it is compared with, None for none."""
+    """A graph that an engine is made of.
+
+    `golden`: the package whose golden images it is compared with, None for none. `optional`: whether others are timed
+    without it where it cannot be built.
+    """
 
     graph: onnx.ModelProto
     golden: Path | None = None
+    optional: bool = False
 
 
 def graphs_of(options: argparse.Namespace) -> dict[str, Subject]:
@@ -49,7 +54,7 @@ def graphs_of(options: argparse.Namespace) -> dict[str, Subject]:
     subjects |= {name: Subject(onnx.load(folder / MODEL), folder) for name, folder in folders.items()}
     if options.fp8:
         # no golden images: integers that were rounded again to FP8 say nothing of a network that is calibrated for it
-        subjects |= {f"{name}, FP8": Subject(fp8_twin(subjects[name].graph)) for name in options.recipes}
+        subjects |= {f"{name}, FP8": Subject(fp8_twin(subjects[name].graph), optional=True) for name in options.recipes}
     return subjects
 
 

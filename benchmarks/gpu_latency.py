@@ -88,11 +88,11 @@ class Plan:
 
 
 def built(name: str, subject: Subject, backend: ModuleType, profile: Profile, folder: Path) -> Path | None:
-    """Build the engine of `subject` into `folder`; None, and a line, for FP8 that the backend does not build."""
+    """Build the engine of `subject` into `folder`; None, and a line, for an optional one that the backend does not build."""
     try:
         plan = build_apart(backend, subject.graph, profile, None).plan
     except (UserError, ContractError) as error:
-        if subject.golden is not None or "FP8" not in name:
+        if not subject.optional:
             raise
         print(f"no engine {name}: {first_line(error)}", file=sys.stderr)
         return None
@@ -170,9 +170,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def measured(options: argparse.Namespace, backend: ModuleType) -> dict[str, Any]:
     """Build, judge and time the engines that `options` name."""
-    subjects = graphs_in(options.graphs) if options.graphs else graphs_of(options)
     if options.fp8 and (here := gpu().compute_capability) < FP8_FROM:
         raise UserError(f"--fp8: this GPU (SM{here}) computes no FP8, expected SM{FP8_FROM} or later")
+    subjects = graphs_in(options.graphs) if options.graphs else graphs_of(options)
     folder = Path(options.out) / "gpu_latency" / options.model.replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     profile = Profile(opt=TUNED if TUNED in options.batch else max(options.batch), maximum=max(options.batch))

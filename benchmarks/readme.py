@@ -252,20 +252,25 @@ def serving_table(found: Reports) -> str:
 
 
 def cpu_speed_table(found: Reports) -> str:
-    """Return one row for each network of ERQ's table 9: time of the float graph over that of INT8 graphs, on one thread."""
-    (result,) = found.values()
-    pairs = [pair for pair in result["rows"][0]["ratios"] if pair.startswith("float/")]
+    """Return one table for each result: time of the float graph over that of INT8 graphs, and the published ratios."""
     ours = {"float/integer": "this tool", "float/plain": "this tool, graph with Q/DQ"}
-    order = [*ours, *(pair for pair in pairs if pair not in ours)]
-    head = ["network", "published", *(ours.get(pair, pair.removeprefix("float/")) for pair in order)]
-    rows = []
-    for row in result["rows"]:
-        times = [row["ratios"][pair] for pair in order]
-        cells = [f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in times]
-        rows.append([row["model"].removesuffix(RANDOM), f"{row['published']:.2f}", *cells])
-    machine = result["machine"]
-    where = f"{machine['cores']} cores ({machine['processor']})"
-    return f"{_table(head, rows)}\n\nMeasured by `{result['command']}` at commit {result['commit']} on {where}."
+    tables = []
+    for result in found.values():
+        pairs = [pair for pair in result["rows"][0]["ratios"] if pair.startswith("float/")]
+        order = [*ours, *(pair for pair in pairs if pair not in ours)]
+        published = any(row["published"] for row in result["rows"])
+        head = ["network", "recipe", "threads", "batch", *(["published"] if published else [])]
+        head += [ours.get(pair, pair.removeprefix("float/")) for pair in order]
+        rows = []
+        for row in result["rows"]:
+            about = [row["model"].removesuffix(RANDOM), f"`{row['recipe']}`", str(row["threads"]), str(row["batch"])]
+            about += [f"{row['published']:.2f}"] if published else []
+            times = [row["ratios"][pair] for pair in order]
+            rows.append([*about, *(f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in times)])
+        where = f"{result['machine']['cores']} cores ({result['machine']['processor']})"
+        source = f"Measured by `{result['command']}` at commit {result['commit']} on {where}."
+        tables.append(f"{_table(head, rows)}\n\n{source}")
+    return "\n\n".join(tables)
 
 
 # file -> block -> (the reports it shows, what makes its text of them, whether it is one table)
@@ -280,7 +285,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
     "docs/serving.md": {"load": (lambda: reports("serving.json"), serving_table, True)},
     "docs/papers.md": {
         "papers": (lambda: reports("table.*.json"), papers_tables, False),
-        "speed": (lambda: reports("cpu_speed.json"), cpu_speed_table, True),
+        "speed": (lambda: reports("cpu_speed.*.json"), cpu_speed_table, False),
     },
 }
 

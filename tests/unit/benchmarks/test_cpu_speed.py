@@ -39,21 +39,21 @@ def test_other_weights_than_those_of_the_package_are_refused(tmp_path):
 
 def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch, capsys):
     pair = {"ratio": 1.5, "low": 1.4, "high": 1.6}
-    row = {"model": "m", "threads": 1, "ratios": {"float/plain": pair}}
+    row = {"model": "m", "threads": 1, "batch": 8, "ratios": {"float/plain": pair}}
     monkeypatch.setattr(
         cpu_speed, "measure", lambda folder, how: [row | {"asked": [folder.name, how.weights, how.rounds, how.batch]}]
     )
-    monkeypatch.setattr(cpu_speed, "RESULT", tmp_path / "out.json")
-    assert cpu_speed.main(["a", "b", "--rounds", "3"]) == 0
-    written = json.loads((tmp_path / "out.json").read_text())
+    monkeypatch.setattr(cpu_speed, "RESULTS", tmp_path)
+    assert cpu_speed.main(["--name", "own", "a", "b", "--rounds", "3"]) == 0
+    written = json.loads((tmp_path / "cpu_speed.own.json").read_text())
     assert [each["asked"] for each in written["rows"]] == [["a", "auto", 3, None], ["b", "auto", 3, None]]
-    assert written["command"] == "python -m benchmarks.cpu_speed a b --rounds 3"
+    assert written["command"] == "python -m benchmarks.cpu_speed --name own a b --rounds 3"
     assert {"machine", "commit", "date"} <= written.keys()
-    assert "m                    1 threads  float/plain 1.50 (1.40 to 1.60)" in capsys.readouterr().out
+    assert "m                    1 threads, batch 8  float/plain 1.50 (1.40 to 1.60)" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_package_is_one_line(tmp_path, capsys):
-    assert cpu_speed.main([str(tmp_path)]) == 2
+    assert cpu_speed.main(["--name", "own", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -185,6 +185,19 @@ def test_an_engine_that_cannot_be_captured_launches_kernels_and_says_so(api_of, 
     assert "no CUDA graph (cuStreamEndCapture" in capsys.readouterr().err
 
 
+def test_the_others_are_timed_without_what_is_optional_and_cannot_be_built(tmp_path, monkeypatch, capsys):
+    def refuses(*_):
+        raise UserError("the parser knows no FP8\nmore")
+
+    monkeypatch.setattr(gpu_latency, "build_apart", refuses)
+    optional, needed = (gpu_graphs.Subject(graph(), optional=each) for each in (True, False))
+    assert gpu_latency.built("int8, FP8", optional, None, Profile(1, 1), tmp_path) is None
+    assert capsys.readouterr().err == "no engine int8, FP8: the parser knows no FP8\n"
+    with pytest.raises(UserError, match="knows no FP8"):
+        gpu_latency.built("int8", needed, None, Profile(1, 1), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_graphs_of_a_folder_begin_with_the_one_in_fp16(tmp_path, capsys):
     import onnx
 
