@@ -8,7 +8,7 @@ from pathlib import Path
 from calib.errors import UserError
 from calib.store.digests import file_sha256
 from deploy.package import write_json
-from deploy.serve.configs import CPU, JPEG, PREPROCESS
+from deploy.serve.configs import CPU, DECODE, JPEG, PREPROCESS
 from deploy.serve.shipped import Shipped, served_name
 from deploy.verify import recorded_sha256
 
@@ -44,7 +44,7 @@ def models_of(packages: Sequence[Shipped], name: str | None = None) -> dict[str,
     for model, group in found.items():
         require_one_model(group)
         for end in ("", CPU):
-            for companion in ("", PREPROCESS, JPEG):
+            for companion in ("", PREPROCESS, JPEG, DECODE):
                 other = owner.setdefault(model + end + companion, model)
                 if other != model:
                     raise UserError(

@@ -1,19 +1,21 @@
 """The configurations of the models that a Triton server runs for one package.
 
-`NAME` is the engine, `NAME_cpu` its graph in ONNX Runtime. Where the network takes an image, each has two companions:
-`..._preprocess` makes tensors of image files, and `..._jpeg` is the ensemble of both: image files in, outputs out. The
+`NAME` is the engine, `NAME_cpu` its graph in ONNX Runtime. Where the network takes an image, each has companions:
+`..._preprocess` makes tensors of image files, and `..._jpeg` is the ensemble of both: image files in, outputs out. For a
+detector `..._boxes` makes boxes of its outputs, and the ensemble ends with it: image files in, boxes out. The
 configurations are messages of Triton's own protobuf class, which the server reads back: a misspelt field cannot be written.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deploy.measure.boxes import MOST
 from deploy.serve.shipped import FLOATS, ServedTensor, Shipped
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-CPU, PREPROCESS, JPEG = "_cpu", "_preprocess", "_jpeg"  # ends of names
+CPU, PREPROCESS, JPEG, DECODE = "_cpu", "_preprocess", "_jpeg", "_boxes"  # ends of names
 IMAGE = "image"  # the input of an ensemble: the bytes of an image file
 LABELS = "labels.txt"
 PLAN = "model.plan"
@@ -22,6 +24,14 @@ MANIFEST_ID = "manifest_id"  # the parameter of the engine and of its graph
 TYPES = {
     "float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64", "int32": "TYPE_INT32", "bool": "TYPE_BOOL",
 }  # fmt: skip
+# Of a detector: how many of the rows are boxes, best first; left, top, right and bottom in shares of the image's width and
+# height; score; class.
+DETECTIONS = (
+    {"name": "num_detections", "data_type": "TYPE_INT64", "dims": [1]},
+    {"name": "detection_boxes", "data_type": "TYPE_FP32", "dims": [MOST, 4]},
+    {"name": "detection_scores", "data_type": "TYPE_FP32", "dims": [MOST]},
+    {"name": "detection_classes", "data_type": "TYPE_INT64", "dims": [MOST]},
+)
 CPU_DTYPE = "float32"  # of what is floating in model.fp32.onnx
 
 
@@ -123,20 +133,40 @@ def preprocess_config(shipped: Shipped, name: str, version: int, dtype: str) -> 
     )
 
 
+def decode_config(shipped: Shipped, name: str, version: int, dtype: str | None) -> "ModelConfig":
+    """The model that makes boxes of what the detector `name` returns, whose type is `dtype` (None: the engine's)."""
+    return _message(
+        {
+            **_common(shipped, name + DECODE, version),
+            "backend": "python",
+            "input": [_tensor(each, dtype) for each in shipped.outputs],
+            "output": DETECTIONS,
+            "instance_group": [{"kind": "KIND_CPU", "count": 1}],
+        }
+    )
+
+
 def jpeg_config(shipped: Shipped, name: str, version: int, dtype: str | None, labels: bool = False) -> "ModelConfig":
-    """The ensemble of the preprocessing and the model `name`, of whose outputs `dtype` is the type (None: the engine's)."""
+    """The ensemble of the preprocessing and the model `name`, of whose outputs `dtype` is the type (None: the engine's).
+
+    It ends with the boxes of a detector.
+    """
     tensors = {each.name: each.name for each in shipped.inputs}
-    outputs = {each.name: each.name for each in shipped.outputs}
+    returned = {each.name: f"raw_{each.name}" if shipped.boxes else each.name for each in shipped.outputs}
     steps = [
         {"model_name": name + PREPROCESS, "model_version": -1, "input_map": {IMAGE: IMAGE}, "output_map": tensors},
-        {"model_name": name, "model_version": -1, "input_map": tensors, "output_map": outputs},
+        {"model_name": name, "model_version": -1, "input_map": tensors, "output_map": returned},
     ]
+    outputs: Sequence[Mapping[str, Any]] = [_tensor(each, dtype, labels) for each in shipped.outputs]
+    if shipped.boxes:
+        outputs, told = DETECTIONS, {each["name"]: each["name"] for each in DETECTIONS}
+        steps.append({"model_name": name + DECODE, "model_version": -1, "input_map": returned, "output_map": told})
     return _message(
         {
             **_common(shipped, name + JPEG, version),
             "platform": "ensemble",
             "input": [{"name": IMAGE, "data_type": "TYPE_STRING", "dims": [1]}],
-            "output": [_tensor(each, dtype, labels) for each in shipped.outputs],
+            "output": outputs,
             "ensemble_scheduling": {"step": steps},
         }
     )

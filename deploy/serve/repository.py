@@ -21,11 +21,13 @@ from deploy.serve.bundle import copy_files, models_of, require_files
 from deploy.serve.configs import (
     CPU,
     CPU_DTYPE,
+    DECODE,
     JPEG,
     LABELS,
     PLAN,
     PREPROCESS,
     cpu_config,
+    decode_config,
     engine_config,
     jpeg_config,
     preprocess_config,
@@ -39,11 +41,12 @@ if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIG, MODEL_PY, PREPROCESSING = "config.pbtxt", "model.py", "preprocessing.json"
+CONFIG, MODEL_PY, PREPROCESSING, BOXES_JSON = "config.pbtxt", "model.py", "preprocessing.json", "boxes.json"
 FIRST = 1  # version
 # The files of this tool that the models in Python import: they run where the tool is not installed.
 SELF_TEST = ("deploy/serve/models/self_test.py",)
 CPU_CODE = (*SELF_TEST, "deploy/measure/onnx_runner.py", "deploy/measure/ort_options.py")
+DECODE_CODE = (*SELF_TEST, "calib/errors.py", "calib/task.py", "deploy/measure/boxes.py", "deploy/measure/outputs.py")
 PREPROCESS_CODE = (*SELF_TEST, "calib/errors.py", "calib/images/preprocess.py")
 
 
@@ -116,13 +119,19 @@ def write_engine_version(packages: Sequence[Shipped], folder: Path, name: str, v
 
 
 def _companions(shipped: Shipped, repository: Path, name: str, dtype: str | None, labels: Path | None) -> None:
-    """The preprocessing of the model `name`, which takes images, and the ensemble of both."""
+    """What makes tensors of images for the model `name`, what makes boxes of its outputs, and the ensemble of all."""
     assert shipped.preprocessing
     preprocess, jpeg = repository / (name + PREPROCESS), repository / (name + JPEG)
     for folder in (preprocess, jpeg):
         (folder / str(FIRST)).mkdir(parents=True)
     _code(PREPROCESS_CODE, "preprocess.py", preprocess / str(FIRST))
     (preprocess / str(FIRST) / PREPROCESSING).write_text(json.dumps(shipped.preprocessing.to_json(), indent=2) + "\n")
+    if shipped.boxes:
+        boxes = repository / (name + DECODE)
+        (boxes / str(FIRST)).mkdir(parents=True)
+        _code(DECODE_CODE, "boxes.py", boxes / str(FIRST))
+        (boxes / str(FIRST) / BOXES_JSON).write_text(json.dumps(shipped.boxes.to_json(), indent=2) + "\n")
+        _configure(boxes, decode_config(shipped, name, FIRST, dtype))
     tensor_dtype = dtype or shipped.inputs[0].dtype
     _configure(preprocess, preprocess_config(shipped, name, FIRST, tensor_dtype))
     _configure(jpeg, jpeg_config(shipped, name, FIRST, dtype, labels is not None), labels)

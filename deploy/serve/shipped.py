@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from calib.errors import UserError
 from calib.images.preprocess import Preprocessing
 from calib.store.digests import file_sha256
+from calib.task import BOXES, Boxes, boxes_of
 from deploy.package import ENGINE, MANIFEST, read_json
 from deploy.verify import require_package
 
@@ -43,10 +44,11 @@ class Shipped:
     """A package as its server sees it.
 
     `id`: sha256 (hex) of the manifest, which itself holds that of every file. `opt`, `largest`: batch sizes that the engine
-    is tuned for and accepts. `preprocessing`: None where the network takes named inputs and no image. `targets`: GPU
-    architectures, such as "SM89", or "SM120+" for this and later ones; or CPUs. `executed`: whether the engine was ever run.
-    `failed`: the limits (deploy/acceptance.py) that it does not keep, with what was measured. `driver`: NVIDIA driver of the
-    host that built it, None without one. `bytes`: of all files together.
+    is tuned for and accepts. `preprocessing`: None where the network takes named inputs and no image. `boxes`: how the
+    outputs of a detector become boxes, None for any other network. `targets`: GPU architectures, such as "SM89", or "SM120+"
+    for this and later ones; or CPUs. `executed`: whether the engine was ever run. `failed`: the limits
+    (deploy/acceptance.py) that it does not keep, with what was measured. `driver`: NVIDIA driver of the host that built it,
+    None without one. `bytes`: of all files together.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Shipped:
     opt: int
     largest: int
     preprocessing: Preprocessing | None
+    boxes: Boxes | None
     backend: str
     version: str
     targets: tuple[str, ...]
@@ -72,7 +75,7 @@ class Shipped:
     @property
     def contract(self) -> tuple[object, ...]:
         """What clients rely on: a package may replace another under the same name only where these are equal."""
-        return self.inputs, self.outputs, self.largest, self.preprocessing, self.task
+        return self.inputs, self.outputs, self.largest, self.preprocessing, self.task, self.boxes
 
 
 class _Manifest:
@@ -149,6 +152,13 @@ def _preprocessing(manifest: _Manifest) -> Preprocessing | None:
     return Preprocessing.from_json(values)
 
 
+def _boxes(manifest: _Manifest, task: str, outputs: Sequence[ServedTensor]) -> Boxes | None:
+    """How the outputs of a detector become boxes; None where the task is another."""
+    if task != BOXES:
+        return None
+    return boxes_of(manifest.get("boxes", dict), {each.name: each.shape for each in outputs}, f"'{manifest.path}'")
+
+
 def _failed(manifest: _Manifest) -> tuple[str, ...]:
     """The limits (deploy/acceptance.py) that the package does not keep, with what was measured."""
     found = []
@@ -182,16 +192,18 @@ def shipped_from_package(folder: Path) -> Shipped:
     files, driver = manifest.get("files", dict), manifest.get("host", dict).get("driver")
     if not (driver is None or (isinstance(driver, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)+", driver))):
         raise manifest.wrong(f"'host.driver' is {str(driver)[:80]!r}", "the version of a driver, or null")
+    task = manifest.text("task", r"[a-z_]{1,64}")
     return Shipped(
         folder=folder,
         id=file_sha256(folder / MANIFEST),
         model=manifest.text("model", TEXT),
-        task=manifest.text("task", r"[a-z_]{1,64}"),
+        task=task,
         inputs=inputs,
         outputs=outputs,
         opt=batches[0],
         largest=batches[1],
         preprocessing=preprocessing,
+        boxes=_boxes(manifest, task, outputs),
         backend=manifest.text("engine.backend", r"[a-z_]{1,64}"),
         version=manifest.text("engine.version", r"[0-9]+(\.[0-9]+){2,3}\w*"),
         targets=tuple(targets),

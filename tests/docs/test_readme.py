@@ -11,6 +11,7 @@ from benchmarks.readme import (
     RESULTS,
     as_its_task_judges,
     commits_differ,
+    cpu_speed_table,
     int8_layers,
     judged_on,
     recipe_reports,
@@ -169,3 +170,17 @@ def test_the_table_of_tasks_names_its_command():
     assert "| net | `int8` | " in text
     assert "| cosine 0.5000 |" in text
     assert "Measured by `python -m benchmarks.task_engines` at commit 1 on" in text
+
+
+def test_the_tables_of_cpu_speed_have_published_ratios_where_there_are_some():
+    pair = {"ratio": 2.104, "low": 2.0, "high": 2.2}
+    row = {
+        "model": "net-random-weights", "recipe": "int8", "threads": 1, "batch": 1, "published": 1.5,
+        "ratios": {"float/plain": pair, "float/integer": pair | {"ratio": 2.5}, "float/other": pair, "other/integer": pair},
+    }  # fmt: skip
+    result = {"rows": [row], "machine": {"cores": 2, "processor": "P"}, "command": "c", "commit": "1"}
+    first, second = cpu_speed_table({"a.json": result, "b.json": result | {"rows": [row | {"published": None}]}}).split(
+        "Measured by `c` at commit 1 on 2 cores (P)."
+    )[:2]
+    assert "| net | `int8` | 1 | 1 | 1.50 | 2.50 (2.00 to 2.20) | 2.10 (2.00 to 2.20) | 2.10 (2.00 to 2.20) |" in first
+    assert "| network | recipe | threads | batch | this tool | this tool, graph with Q/DQ | other |" in second

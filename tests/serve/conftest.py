@@ -84,6 +84,39 @@ def detector(tmp_path_factory, pictures) -> Path:
     return folder / "out/nets.detector-random-weights/int8_plain"
 
 
+BOXED = """
+import torch
+from torch import nn
+
+class Boxed(nn.Module):
+    boxes = {"form": "corners", "classes": 3, "nms": 0.6}
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, 16, 1)
+        self.scores, self.places = nn.Conv2d(16, 3, 1), nn.Conv2d(16, 4, 1)
+        self.pretrained_cfg = {"input_size": (3, 32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        corners = torch.tensor([[x, y, x + 12.0, y + 12.0] for y in range(0, 32, 8) for x in range(0, 48, 8)])
+        self.register_buffer("corners", corners)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        scores, places = (layer(x).flatten(2).transpose(1, 2) for layer in (self.scores, self.places))
+        return {"scores": scores, "boxes": self.corners + places}
+"""
+
+
+@pytest.fixture(scope="session")
+def boxed(tmp_path_factory, pictures) -> Path:
+    """A package of a tiny detector with random weights."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path_factory.mktemp("boxed")
+    (folder / "boxed.py").write_text(BOXED)
+    command = ["engine", "--module", f"{folder / 'boxed.py'}:Boxed", "--weights", "random", "--calib", str(pictures)]
+    assert cli.main([*command, *COMMON, "--out", str(folder / "out")]) == 0
+    return folder / "out/boxed.Boxed-random-weights/int8_plain"
+
+
 def _named(folder: Path, file: str, text: str, factory: str, samples: dict[str, np.ndarray]) -> Path:
     """A package of a network with named inputs, whose code is `text`."""
     pytest.importorskip("tensorrt_rtx")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from calib.images.preprocess import Preprocessing
+from calib.task import Boxes
 from deploy.serve.configs import (
     config_from_text,
     cpu_config,
+    decode_config,
     engine_config,
     jpeg_config,
     preprocess_config,
@@ -27,6 +29,7 @@ SHIPPED = Shipped(
     opt=8,
     largest=32,
     preprocessing=Preprocessing(32, 48, 36, 54, "bicubic", (0.5,) * 3, (0.5,) * 3),
+    boxes=None,
     backend="tensorrt",
     version="10.14.1.48",
     targets=("SM89",),
@@ -37,6 +40,12 @@ SHIPPED = Shipped(
     driver=None,
     engine_bytes=1,
     bytes=1,
+)
+DETECTOR = replace(
+    SHIPPED,
+    task="boxes",
+    outputs=(ServedTensor("scores", "float16", (24, 5)), ServedTensor("boxes", "float16", (24, 4))),
+    boxes=Boxes("corners", (32, 48), 5),
 )
 NAMED = replace(
     SHIPPED,
@@ -118,6 +127,24 @@ def test_an_ensemble_leads_image_files_through_the_preprocessing_into_the_model(
     assert (first.model_name, second.model_name) == ("net_preprocess", "net")
     assert first.output_map["input"] == second.input_map["input"]
     assert dict(second.output_map) == {"scores_0": "scores_0", "boxes": "boxes"}
+
+
+def test_the_ensemble_of_a_detector_ends_with_its_boxes():
+    from tritonclient.grpc.model_config_pb2 import TYPE_FP16, TYPE_FP32
+
+    config = jpeg_config(DETECTOR, "net", 1, None)
+    *_, network, boxes = config.ensemble_scheduling.step
+    assert boxes.model_name == "net_boxes"
+    assert {network.output_map[name]: name for name in ("scores", "boxes")} == {
+        value: name for name, value in boxes.input_map.items()
+    }
+    decode = decode_config(DETECTOR, "net", 1, None)
+    assert config.output == decode.output
+    assert [(each.name, each.dims[:]) for each in decode.output] == [
+        ("num_detections", [1]), ("detection_boxes", [100, 4]), ("detection_scores", [100]), ("detection_classes", [100])
+    ]  # fmt: skip
+    assert [(each.name, each.data_type) for each in decode.input] == [("scores", TYPE_FP16), ("boxes", TYPE_FP16)]
+    assert {each.data_type for each in decode_config(DETECTOR, "net_cpu", 1, "float32").input} == {TYPE_FP32}
 
 
 def test_a_batch_of_one_is_no_preferred_size():

@@ -14,7 +14,9 @@ from PIL import Image
 
 from calib.errors import UserError
 from calib.images.preprocess import Preprocessing, array_from_image
+from calib.task import boxes_of
 from deploy.engine.packaged import runner_of_package
+from deploy.measure.boxes import decoded
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.serve.activate import activate, rollback
 from deploy.serve.client import Client
@@ -34,14 +36,15 @@ def images(count, seed=0, size=SIDE):
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory, serve_python, package, detector, for_cpu):
-    """A repository of two networks, one for CPUs too, written by the command line in an environment without torch."""
+def repository(tmp_path_factory, serve_python, package, detector, for_cpu, boxed):
+    """A repository of three networks, one for CPUs too, written by the command line in an environment without torch."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "labels").write_text("\n".join(CLASSES) + "\n")
     given = (
         [str(package), "--name", "vit", "--labels", str(folder / "labels")],
         [str(detector), "--name", "det", "--allow-random-weights"],
         [str(for_cpu), "--name", "fast"],
+        [str(boxed), "--name", "boxed", "--allow-random-weights"],
     )
     for index, each in enumerate(given):
         command = [serve_python, "-m", "deploy", "serve-repo", *each, "--repo", str(folder / f"part{index}")]
@@ -49,7 +52,7 @@ def repository(tmp_path_factory, serve_python, package, detector, for_cpu):
         assert done.returncode == 0, done.stderr
         backend = "onnxruntime" if "fast" in each else "tensorrt_rtx"
         assert f"no engine in the repository: model.engine is of {backend}" in done.stderr
-    for other in ("part1", "part2"):
+    for other in ("part1", "part2", "part3"):
         shutil.copytree(folder / other, folder / "part0", dirs_exist_ok=True)
     return folder / "part0"
 
@@ -165,6 +168,28 @@ def test_an_image_file_gives_what_the_package_s_own_preprocessing_gives(server, 
     assert np.array_equal(found, runner(arrays))
 
 
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_an_image_file_gives_the_boxes_that_the_package_was_judged_by(server, boxed, pictures, kind):
+    names = ["00.png", "01.jpg", "03.jpg"]
+    manifest = json.loads((boxed / "manifest.json").read_text())
+    preprocessing = Preprocessing.from_json(manifest["preprocessing"])
+    arrays = np.stack([array_from_image(Image.open(pictures / name), preprocessing) for name in names])
+    outputs = OnnxRunner(boxed / "model.fp32.onnx").named_outputs(arrays)
+    shapes = {name: value.shape[1:] for name, value in outputs.items()}
+    expected = list(decoded(outputs, boxes_of(manifest["boxes"], shapes, "the test")))
+    found = asked(server, kind, "boxed_cpu_jpeg", "image", files_of(pictures, *names), "BYTES")
+    count = found.as_numpy("num_detections")[:, 0]
+    assert count.tolist() == [len(each.scores) for each in expected]
+    assert min(count) > 0
+    for index, each in enumerate(expected):
+        rows = {name: found.as_numpy(f"detection_{name}")[index] for name in ("boxes", "scores", "classes")}
+        shown = slice(count[index])
+        np.testing.assert_allclose(rows["boxes"][shown] * (48, 32, 48, 32), each.places, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(rows["scores"][shown], each.scores, rtol=1e-6)
+        assert np.array_equal(rows["classes"][shown], each.classes)
+        assert not any(each[count[index] :].any() for each in rows.values())
+
+
 def test_the_server_names_the_classes(server, pictures):
     module, client = protocol(server, "http")
     given = files_of(pictures, "01.jpg")
@@ -236,7 +261,7 @@ def test_the_command_serves_until_it_is_interrupted(triton, repository, serve_py
         assert words[::2] == ["HTTP", "gRPC", "metrics"]
         found = Client(words[1]).answer("vit_cpu", {"input": images(1)})
         assert np.array_equal(found["output"], runner(images(1)))
-        models = "det_cpu, det_cpu_jpeg, fast_cpu, fast_cpu_jpeg, vit_cpu, vit_cpu_jpeg"
+        models = "boxed_cpu, boxed_cpu_jpeg, det_cpu, det_cpu_jpeg, fast_cpu, fast_cpu_jpeg, vit_cpu, vit_cpu_jpeg"
         assert process.stdout.readline().startswith(f"models: {models};")
     finally:
         process.send_signal(signal.SIGINT)
