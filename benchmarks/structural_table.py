@@ -163,7 +163,7 @@ def measure(name: str) -> dict[str, Any]:
         return quantized_net(model)
 
     def of(changed: QuantModel | None) -> Callable[[], torch.nn.Module | None]:
-        return lambda: changed and quantized_net(changed)
+        return lambda: None if changed is None else quantized_net(changed)
 
     attended = with_attention(model, halves)
     engines = {
