@@ -211,8 +211,8 @@ def page(result: dict[str, Any]) -> str:
 
 
 def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`rows` with those of the same network replaced by `new`, in the order of NETWORKS."""
-    by_name = {row["network"]: row for row in (*rows, *new)}
+    """`rows` with those of the same network replaced by `new`, in the order of NETWORKS; older ones lack some of ENGINES."""
+    by_name = {row["network"]: row for row in (*rows, *new) if row.keys() >= ENGINES.keys()}
     return [by_name[name] for name in NETWORKS if name in by_name]
 
 

@@ -91,9 +91,12 @@ def test_figures_of_an_engine():
 
 
 def test_new_rows_replace_old_ones_in_the_order_of_the_networks():
-    rows = [{"network": name, "is": "old"} for name in (NETWORKS[2], NETWORKS[0])]
-    new = [{"network": NETWORKS[2], "is": "new"}]
-    assert merged(rows, new) == [{"network": NETWORKS[0], "is": "old"}, *new]
+    built = dict.fromkeys(ENGINES)
+    rows = [built | {"network": name, "is": "old"} for name in (NETWORKS[2], NETWORKS[0])]
+    new = [built | {"network": NETWORKS[2], "is": "new"}]
+    assert merged(rows, new) == [rows[1], *new]
+    del rows[1]["fp8"]
+    assert merged(rows, new) == new, "a row of an older version lacks what is counted now"
 
 
 def test_an_unknown_network_is_refused(capsys):
