@@ -21,6 +21,9 @@ class Profile:
             raise UserError(f"batch profile 1/{self.opt}/{self.maximum}: expected 1 <= BATCH <= MAX_BATCH")
 
 
+UNKNOWN_OPERATOR = "Plugin not found"  # what the parser says of one that it has none for
+
+
 def _strongly_typed_flags(trt: ModuleType) -> int:
     """Strong typing is a creation flag in TensorRT 10, the only mode since 11 and in RTX."""
     weakly_typed_exists = trt.__name__ == "tensorrt" and int(trt.__version__.split(".")[0]) < 11
@@ -42,6 +45,10 @@ def serialize_network(
     if not parser.parse(model):
         error = parser.get_error(0)
         said = one_line(error.desc())
+        if UNKNOWN_OPERATOR in said:
+            said = (
+                f"it has no operator {error.node_operator()}; compute that part in another way, or outside the engine"
+            )
         raise UserError(f"{trt.__name__} {trt.__version__} rejects node '{error.node_name()}': {said}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the audit reads kernel types from the engine

@@ -122,7 +122,10 @@ class FakeTensorRT(ModuleType):
             return True
 
         assert logger
-        error = Faked(self.api, "ParserError", node_name=lambda: "a/Conv", desc=lambda: self.broken["parse"])
+        error = Faked(
+            self.api, "ParserError", node_name=lambda: "a/Conv", node_operator=lambda: "Conv",
+            desc=lambda: self.broken["parse"],
+        )  # fmt: skip
         return Faked(self.api, "OnnxParser", parse=parse, get_error=[error].__getitem__)
 
     # Running.

@@ -73,6 +73,7 @@ def test_an_engine_is_strongly_typed_proven_and_computes_what_its_graph_does(api
     ("broken", "text"),
     [
         ({"parse": "unsupported\n operator"}, "rejects node 'a/Conv': unsupported operator"),
+        ({"parse": "Plugin not found, are"}, "rejects node 'a/Conv': it has no operator Conv; compute that part"),
         ({"build": "no implementation\nfor node"}, "could not build the engine: no implementation for node"),
         ({"load": "no\nkernel"}, r"tensorrt 1\S+ cannot load this engine here: no kernel$"),
     ],
