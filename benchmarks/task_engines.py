@@ -33,13 +33,14 @@ NETWORKS: dict[str, dict[str, str]] = {  # -> options of `make engine`
     "rdn_x4": {"model": "rdn_x4", "input": "32", **PHOTOGRAPHS},
     "nanodet": {"model": "nanodet", **PHOTOGRAPHS},
     "minilm": {"module": "docs/examples/minilm.py:Sentence"},
-    "terrain": {"module": "docs/examples/terrain.py:Terrain", "calib-images": "32"},
+    "terrain": {"module": "docs/examples/terrain.py:Terrain", "float": "fp32", "calib-images": "32"},
     "efficientnet_lite0": {"model": "efficientnet_lite0", **PHOTOGRAPHS},
     "dinov2_s": {"model": "dinov2_s", **PHOTOGRAPHS},
 }
 RECIPES = ("int8_plain", "int8", "int8_qwt_all", "int8_erq")
 OTHER_RECIPES = {
     "srvgg_x4": (*RECIPES, "int8_erq_qwt_all"),
+    "rrdb6_x4": (*RECIPES, "int8_erq_qwt_all"),
     "dinov2_s": (
         "int8_plain",
         "int8",

@@ -8,7 +8,8 @@ padded)
 
 and the producer of x has to return x' instead. A norm absorbs r and m in its affine parameters, a layer in its rows and
 biases, if what lies between is positively homogeneous. Elsewhere an element-wise operation is added: behind an activation,
-or in front of the readers, where something else reads x as it is, as a residual sum does behind the norm of BERT's blocks.
+or in front of the readers, where something else reads x as it is, as a residual sum does behind the norm of BERT's blocks, or
+where a concatenation puts channels of several producers side by side.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Place:
     `kind`: what absorbs the scale, a norm or layer called `producer`, or an operation that is added, behind the activation
     `producer` or in front of each reader of what `producer` computes. `rows`: the producer's channel that each channel of
     the readers is. `readers`: all layers that read it. `shifts`: whether a shift can move as well. `limits`: a ReLU6 on the
-    way, which gets limits per channel. `axis`: that of the channels that an activation returns, counted from the last.
+    way, which gets limits per channel. `axis`: that of the channels where an operation is added, counted from the last.
     `attention`: whether an attention lies between, which mixes tokens with weights that sum to 1, never channels.
     """
 
@@ -102,15 +103,16 @@ def _add_bias(module: nn.Module) -> None:
 
 def produce(net: nn.Module, place: Place, scale: Tensor, shift: Tensor) -> None:
     """Make what is read at `place` (x - shift) / scale instead of x, both (C,) (edits `net`)."""
+    if place.kind in (FRONT, INSERT):
+        along = [-1, *[1] * (-1 - place.axis)]
+        factors = scale.reshape(along), shift.reshape(along)
     if place.kind == FRONT:
         for name in place.readers:
             layer = net.get_submodule(name)
-            put_in_front(layer, ChannelAffine(in_front(layer) or nn.Identity(), scale, shift))
+            put_in_front(layer, ChannelAffine(in_front(layer) or nn.Identity(), *factors))
         return
     if place.kind == INSERT:
-        module = net.get_submodule(place.producer)
-        along = [-1, *[1] * (-1 - place.axis)]
-        replace_module(net, place.producer, ChannelAffine(module, scale.reshape(along), shift.reshape(along)))
+        replace_module(net, place.producer, ChannelAffine(net.get_submodule(place.producer), *factors))
         return
     producer, rows = net.get_submodule(place.producer), list(place.rows)
     weight = producer.get_parameter("weight").data

@@ -111,11 +111,20 @@ def _insertions(trace: Trace, layers: Mapping[fx.Node, str], placed: Iterable[st
 
 
 def _in_front(trace: Trace, layers: Mapping[fx.Node, str], wanted: Collection[str]) -> Iterator[Place]:
-    """Yield a place for each tensor that linear layers of `wanted` read, in front of them."""
+    """Yield a place for each tensor that linear layers of `wanted`, or convolutions behind a concatenation, read.
+
+    A concatenation puts channels of several producers side by side, whose ranges have nothing to do with each other, and has
+    a kernel of its own, which the operation joins. A convolution may pad with zeros: no shift moves there.
+    """
     linear = {node: name for node, name in layers.items() if name in wanted and node.target is aten.linear.default}
+    others = {node: name for node, name in layers.items() if name in wanted and node.target is not aten.linear.default}
     for read, names in readers_by_tensor(linear).items():
         if read not in trace.constants:
-            yield Place(FRONT, trace.owner(read), tuple(range(shape(read)[-1])), tuple(names), shifts=True)
+            yield Place(FRONT, trace.owner(read), tuple(range(shape(read)[TOKENS])), tuple(names), shifts=True)
+    for read, names in readers_by_tensor(others).items():
+        if read.target is aten.cat.default and len(shape(read)) == 4:
+            channels = tuple(range(shape(read)[MAPS]))
+            yield Place(FRONT, trace.owner(read), channels, tuple(names), shifts=False, axis=MAPS)
 
 
 def places_of(trace: Trace, plain: Mapping[fx.Node, str], quantized: Iterable[str]) -> tuple[Place, ...]:

@@ -358,7 +358,8 @@ def test_the_denoiser_has_the_weights_of_its_package_and_is_judged_on_other_nois
     terrain.main()
     assert "noise.npz: 128 samples" in capsys.readouterr().out
     files = ("--calib", "noise.npz", "--eval", "other_noise.npz", "--calib-images", 16, "--recipe", "int8_plain")
-    _, report, manifest = engine(path, "Terrain", tmp_path, *files)
+    _, report, manifest = engine(path, "Terrain", tmp_path, *files, "--float", "fp32")
     assert [each["name"] for each in manifest["io"]["inputs"]] == ["noise", "difficulty"]
     assert report["fidelity"]["sqnr_db"] > 20
-    assert report["engine"]["fused_attention"] == sum(isinstance(each, terrain.Attention) for each in found.modules())
+    assert report["engine"]["planned"] == report["engine"]["int8_convs"] > 20
+    assert report["floats"] == "fp32"

@@ -1,5 +1,6 @@
 """What a trace tells of many families of networks, against a second, simpler way to find the same."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -605,3 +606,36 @@ class Recurrent(nn.Module):
 def test_a_recurrent_layer_is_told_with_the_reason(kind):
     found = structure_of(Recurrent(kind).eval(), torch.rand(2, 6, 8))
     assert found.unknown == {"inner": "a recurrent layer: the tool quantizes Linear and convolution modules"}
+
+
+class Dense(nn.Module):
+    """Convolutions that read what several before them return, side by side; `last` reads the sum of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.grow, self.mix = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+        self.inner, self.last = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = torch.cat([x, F.leaky_relu(self.grow(x), 0.2)], 1)
+        z = torch.cat([y, F.silu(self.mix(y))], 1)
+        return self.last(x + self.inner(z))
+
+
+def test_a_convolution_behind_a_concatenation_has_scales_in_front():
+    torch.manual_seed(0)
+    net, x = Dense().eval(), torch.rand(2, 3, 12, 10)
+    places = {place.readers: place for place in structure_of(net, x).places}
+    assert places.keys() == {("mix",), ("inner",)}
+    moved = copy.deepcopy(net)
+    for (reader,), place in places.items():
+        channels = getattr(net, reader).in_channels
+        assert (place.kind, place.rows, place.shifts, place.axis) == (FRONT, tuple(range(channels)), False, -3)
+        move(moved, place, torch.logspace(-2, 2, channels), torch.zeros(channels))
+    seen = {}
+    with torch.no_grad(), input_hooks(moved, ["mix"], lambda name, _layer, found: seen.update({name: found})):
+        assert difference(moved(x), net(x)) < MAX_REL_L2
+        first = net.first(x)
+    torch.testing.assert_close(seen["mix"][:, 0], first[:, 0] * 100, rtol=1e-4, atol=1e-4)
