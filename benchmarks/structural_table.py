@@ -188,13 +188,13 @@ def _cells(found: dict[str, Any]) -> list[str]:
 
 
 def _reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Why a network has no engine with branches."""
-    return [
-        f"{row['network']}, {title}: {row[engine]['none']}"
-        for row in rows
-        for engine, title in ENGINES.items()
-        if "none" in row[engine]
-    ]
+    """Why networks have no engine of some kinds."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for engine, title in ENGINES.items():
+            if "none" in row[engine]:
+                found.setdefault((row["network"], row[engine]["none"]), []).append(title)
+    return [f"{network}, {'; '.join(titles)}: {reason}" for (network, reason), titles in found.items()]
 
 
 def page(result: dict[str, Any]) -> str:

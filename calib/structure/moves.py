@@ -8,8 +8,8 @@ padded)
 
 and the producer of x has to return x' instead. A norm absorbs r and m in its affine parameters, a layer in its rows and
 biases, if what lies between is positively homogeneous. Elsewhere an element-wise operation is added: behind an activation,
-or in front of the readers, where something else reads x as it is, as a residual sum does behind the norm of BERT's blocks, or
-where a concatenation puts channels of several producers side by side.
+or in front of the readers, where something else reads x as it is, as a residual sum does behind the norm of BERT's blocks,
+or where a concatenation puts channels of several producers side by side.
 """
 
 from dataclasses import dataclass
