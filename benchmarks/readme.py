@@ -106,7 +106,7 @@ def _source(shown: Reports, command: str = "make bench") -> str:
     where = ", ".join(sorted({f"{machine['cores']} cores ({machine['processor']})" for machine in machines}))
     interval = any(report["fidelity"].get("sqnr_interval_db") for report in shown.values())
     brackets = " In brackets: the interval over source images." if interval else ""
-    mixed = " Rows of different commits are not comparable." if len(commits) > 1 else ""
+    mixed = " Networks of different commits are not comparable." if len(commits) > 1 else ""
     return f"Measured by `{command}` at commit {', '.join(commits)} on {where}.{mixed}{brackets}"
 
 
@@ -281,7 +281,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
         "results": (reports, results_table, True),
     },
     "docs/methods.md": {"recipes": (recipe_reports, recipes_table, True)},
-    "docs/models.md": {"tasks": (task_reports, tasks_table, True)},
+    "docs/models.md": {"tasks": (task_reports, tasks_table, False)},
     "docs/serving.md": {"load": (lambda: reports("serving.json"), serving_table, True)},
     "docs/papers.md": {
         "papers": (lambda: reports("table.*.json"), papers_tables, False),
@@ -291,13 +291,16 @@ BLOCKS: dict[str, dict[str, Block]] = {
 
 
 def refusals() -> list[str]:
-    """Return why the tables must not be written, one line for each that mixes commits."""
-    return [
-        reason
-        for blocks in BLOCKS.values()
-        for name, (shown, _, one_table) in blocks.items()
-        if one_table and (reason := commits_differ(name, shown()))
-    ]
+    """Return why the tables must not be written, one line for each that mixes commits.
+
+    The table of tasks compares the recipes of each network, so it is as many tables as it has networks.
+    """
+    tables: dict[str, dict[str, Any]] = {
+        name: dict(shown()) for blocks in BLOCKS.values() for name, (shown, _, one_table) in blocks.items() if one_table
+    }
+    for name, report in task_reports().items():
+        tables.setdefault(f"tasks, {report['network']}", {})[name] = report
+    return [reason for name, shown in tables.items() if (reason := commits_differ(name, shown))]
 
 
 def _between(content: str, marks: re.Match[str]) -> str:

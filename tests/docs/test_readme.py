@@ -184,3 +184,14 @@ def test_the_tables_of_cpu_speed_have_published_ratios_where_there_are_some():
     )[:2]
     assert "| net | `int8` | 1 | 1 | 1.50 | 2.50 (2.00 to 2.20) | 2.10 (2.00 to 2.20) | 2.10 (2.00 to 2.20) |" in first
     assert "| network | recipe | threads | batch | this tool | this tool, graph with Q/DQ | other |" in second
+
+
+def test_no_table_mixes_commits_and_that_of_tasks_no_network_s(monkeypatch):
+    assert readme.refusals() == []
+    found = {f"{network}.{recipe}": {"network": network, "commit": "1"} for network in "ab" for recipe in ("x", "y")}
+    found["b.y"]["commit"] = "2"
+    monkeypatch.setattr(readme, "task_reports", lambda: found)
+    (reason,) = readme.refusals()
+    assert reason.startswith("table 'tasks, b' would mix 2 commits (1: b.x; 2: b.y)")
+    found["b.x"]["commit"] = "2"
+    assert readme.refusals() == []
