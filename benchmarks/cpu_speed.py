@@ -10,6 +10,7 @@ INT8 and once without. ERQ's Table 9 is `--name erq --batch 1 --threads 1` on pa
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,14 @@ from benchmarks.peers.run import Inputs, peer_contenders, run
 from calib.errors import UserError
 from deploy import host
 from deploy.bridge.export import export_float
+from deploy.cli import Parser, answered
 from deploy.measure.accuracy import mean_sqnr_db
 from deploy.measure.integer_graph import integer_graph, integer_layers
 from deploy.measure.latency import comparison, times_in_turn
 from deploy.measure.onnx_runner import OnnxRunner
 from deploy.package import GOLDEN, MANIFEST, MODEL_FP32, RANDOM, read_json
 from deploy.report.evidence import tool_commit
-from deploy.verify import golden_arrays
+from deploy.verify import golden_arrays, require_package
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = (1, 2)
@@ -125,9 +127,9 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{row['model']:20} {row['threads']} threads, batch {row['batch']}  {found}"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Measure the packages, write `results/cpu_speed.<name>.json` and print a line for each row."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_speed", description=__doc__)
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options. Raises UserError for numbers below 1, a name with odd characters and files that are not there."""
+    parser = Parser(prog="python -m benchmarks.cpu_speed", description=__doc__)
     parser.add_argument("--name", required=True, help="of the result: results/cpu_speed.NAME.json")
     parser.add_argument("packages", nargs="+", type=Path, metavar="PACKAGE", help="folder that make engine wrote")
     parser.add_argument("--weights", default=How.weights, help="weights of the packages, as in make engine")
@@ -136,12 +138,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, help="images at a time (default: all golden ones)")
     parser.add_argument("--peer-python", help="interpreter with the packages of requirements-peers.txt")
     options = parser.parse_args(arguments)
+    if not re.fullmatch(r"\w+", options.name):
+        raise UserError(f"--name {options.name}: expected letters, digits and _")
+    batch = 1 if options.batch is None else options.batch
+    counts = {"--rounds": [options.rounds], "--threads": options.threads, "--batch": [batch]}
+    for name, values in counts.items():
+        if min(values) < 1:
+            raise UserError(f"{name} {min(values)}: expected 1 or more")
+    if options.peer_python and not Path(options.peer_python).is_file():
+        raise UserError(f"--peer-python {options.peer_python}: no such file; expected an interpreter")
+    for folder in options.packages:
+        require_package(folder)
+    return options
+
+
+def _main(arguments: Sequence[str]) -> int:
+    options = parsed(arguments)
     how = How(options.weights, options.rounds, tuple(options.threads), options.batch, options.peer_python)
-    try:
-        rows = [row for folder in options.packages for row in measure(folder, how)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = [row for folder in options.packages for row in measure(folder, how)]
     result = {
         "machine": host.describe(), "commit": tool_commit(), "rounds": how.rounds, "rows": rows,
         "command": f"python -m benchmarks.cpu_speed {' '.join(arguments)}",
@@ -150,6 +164,11 @@ def main(arguments: Sequence[str]) -> int:
     (RESULTS / f"cpu_speed.{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print("\n".join(line(row) for row in rows))
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure the packages, write `results/cpu_speed.<name>.json` and print a line for each row; the exit code."""
+    return answered(lambda: _main(arguments))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from calib.errors import UserError
+from deploy.cli import answered
+
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = "int8"
 FOR_CNN = (DEFAULT, "int8_erq", "int8_qwt_all", "int8_shortcuts")
@@ -30,11 +33,16 @@ RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recip
 
 
 def built(options: Mapping[str, str]) -> dict[str, Any]:
-    """Build the package of `make engine` with `options` (name of an option -> value) in a temporary folder; its report."""
+    """Build the package of `make engine` with `options` (name of an option -> value) in a temporary folder; its report.
+
+    Raises UserError if there is none; why is on stderr already.
+    """
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "deploy", "engine", "--json"]
         command += [part for name, value in {**options, "out": out}.items() for part in (f"--{name}", value)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"no package ({' '.join(f'{name}={value}' for name, value in options.items())}): see above")
     return dict(json.loads(done.stdout))
 
 
@@ -57,4 +65,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answered(lambda: main(sys.argv[1:])))

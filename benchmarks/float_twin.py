@@ -21,13 +21,17 @@ class FloatTwin(NamedTuple):
 def float_twin(folder: Path, weights: str) -> FloatTwin:
     """Return the float network of the package in `folder`; `weights` as in `make engine`, random ones by themselves.
 
-    Raises UserError if they are others than those of the package.
+    Raises UserError if they are others than those of the package, or if that is of a network of one's own.
     """
     manifest = read_json(folder / MANIFEST)
     made_of, images = manifest["weights"], manifest["preprocessing"]
+    if made_of["module"] is not None:
+        raise UserError(f"'{folder}' is of a network of your own: expected one of a short name or of timm")
+    if images is None:
+        raise UserError(f"'{folder}' takes named inputs: expected a package of a network of images")
     size = images["height"], images["width"]
     name = manifest["model"].removesuffix(RANDOM)
-    loaded = load_net(spec_of(name, made_of["module"], size), "random" if made_of["random"] else weights)
+    loaded = load_net(spec_of(name, None, size), "random" if made_of["random"] else weights)
     if loaded.sha256 != made_of["sha256"]:
         raise UserError(f"the weights of '{folder}' are others ({made_of['source']}): expected them as --weights")
     return FloatTwin(loaded.net, size)

@@ -39,7 +39,11 @@ def graphs_of(options: argparse.Namespace) -> dict[str, Subject]:
     for recipe, folder in folders.items():
         if not (folder / MANIFEST).exists():
             given = "" if weights == "auto" else f" WEIGHTS={weights}"
-            raise UserError(f"no package at '{folder}': run make engine MODEL={model}{given} RECIPE={recipe} first")
+            beside = package_folder(out, model, None, "random", recipe)
+            of_random = "; there is one of random weights, for --weights random" if (beside / MANIFEST).exists() else ""
+            raise UserError(
+                f"no package at '{folder}': run make engine MODEL={model}{given} RECIPE={recipe} first{of_random}"
+            )
         preprocessing = read_json(folder / MANIFEST)["preprocessing"]
         if preprocessing is None:
             raise UserError(f"'{folder}' takes named inputs: expected a package of a network of images")

@@ -33,7 +33,7 @@ from benchmarks.gpu_timing import ROUNDS, SECONDS, measure
 from calib.errors import UserError, first_line
 from deploy import host
 from deploy.cli import Parser, answered
-from deploy.engine.backends import TENSORRT, choose_backend
+from deploy.engine.backends import TENSORRT, TENSORRT_RTX, choose_backend
 from deploy.engine.build import Profile
 from deploy.engine.gpu_state import GpuMonitor
 from deploy.engine.isolated import build_apart
@@ -47,6 +47,7 @@ from deploy.verify import golden_arrays
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 8, 32, 128)
+TARGETS = ("auto", TENSORRT, TENSORRT_RTX)
 TUNED = 8  # the batch size that engines are tuned for, where it is one of those timed
 WARM_UP_MS = 200  # of trtexec, whose default it is
 FP8_FROM = 89  # compute capability
@@ -160,7 +161,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="artifacts", help="root of the packages (default artifacts)")
     options = parser.parse_args(argv)
     if bool(options.recipes) == bool(options.graphs):
-        raise UserError("expected either recipes or --graphs, not both")
+        raise UserError("expected either recipes, such as int8, or --graphs FOLDER")
     if options.graphs and (options.fp32 or options.fp8):
         raise UserError("--fp32 and --fp8 are made of packages: put such graphs into the folder of --graphs instead")
     if any(batch < 1 for batch in options.batch):
@@ -206,11 +207,19 @@ def result_file(model: str) -> Path:
     return RESULTS / f"gpu_latency.{model.replace('/', '_')}.json"
 
 
-def _main(argv: Sequence[str]) -> int:
-    options = parsed(argv)
-    backend, _ = choose_backend(options.target)
+def gpu_backend(target: str) -> ModuleType:
+    """Return the backend of `target`. Raises UserError for one that runs on no GPU, or cannot run here."""
+    if target not in TARGETS:
+        raise UserError(f"--target {target}: expected {', '.join(TARGETS)}")
+    backend, _ = choose_backend(target)
     if reason := backend.cannot_run():
         raise UserError(f"{backend.NAME} cannot run engines here: {reason}")
+    return backend
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = parsed(argv)
+    backend = gpu_backend(options.target)
     found = {
         "model": options.model, "backend": backend.NAME, "version": backend.version(), "machine": host.describe(),
         "commit": tool_commit(), "command": f"python -m benchmarks.gpu_latency {' '.join(argv)}",

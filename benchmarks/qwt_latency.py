@@ -17,7 +17,6 @@ from typing import Any
 from benchmarks import gpu_latency
 from calib.errors import UserError
 from deploy.cli import Parser, answered
-from deploy.engine.backends import choose_backend
 
 BATCH = 64
 RECIPES = ("int8_plain", "int8_plain_qwt", "int8_plain_qwt_shared")
@@ -62,9 +61,7 @@ def _main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if unknown := [model for model in options.models if model not in PUBLISHED]:
         raise UserError(f"unknown network '{unknown[0]}': expected some of {', '.join(PUBLISHED)}")
-    backend, _ = choose_backend(options.target)
-    if reason := backend.cannot_run():
-        raise UserError(f"{backend.NAME} cannot run engines here: {reason}")
+    gpu_latency.gpu_backend(options.target)
     shown = []
     for model in options.models or PUBLISHED:
         packages(model, options)

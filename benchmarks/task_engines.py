@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import RESULTS, built
+from calib.errors import UserError
+from deploy.cli import Parser, answered
 
 TASKS = RESULTS / "tasks"
 ROOT = Path(__file__).parents[1]
@@ -98,18 +100,23 @@ def missing(names: Sequence[str]) -> str | None:
     return None
 
 
-def main(names: Sequence[str]) -> int:
-    """Make the runs with these names, or all runs; returns the exit code."""
+def _main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.task_engines")
+    parser.add_argument("names", nargs="*", metavar="RUN", help=f"some of {', '.join(RUNS)} (default: all)")
+    names = parser.parse_args(argv).names or RUNS
     if unknown := [name for name in names if name not in RUNS]:
-        print(f"unknown run '{unknown[0]}': expected some of {', '.join(RUNS)}", file=sys.stderr)
-        return 2
-    if reason := missing(names or RUNS):
-        print(reason, file=sys.stderr)
-        return 2
+        raise UserError(f"unknown run '{unknown[0]}': expected some of {', '.join(RUNS)}")
+    if reason := missing(names):
+        raise UserError(reason)
     TASKS.mkdir(exist_ok=True)
-    for name in names or RUNS:
+    for name in names:
         (TASKS / f"{name}.json").write_text(json.dumps(run(name), indent=2) + "\n")
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the runs with these names, or all runs; returns the exit code."""
+    return answered(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -168,10 +168,15 @@ def outputs_of(net: nn.Module, images: Tensor) -> tuple[Output, ...]:
     return outputs_from(checked_outputs(net, images))
 
 
-# an attribute of the network by which it says what it returns, the axes of that output, its form, and the task
-SAID = (
-    ("returns_tokens", 2, "(B, T, vocabulary)", TOKENS), ("returns_pictures", 3, "(B, 3, H, W)", PICTURES),
-)  # fmt: skip
+# an attribute by which a network says what it returns, the axes of that output (None: of any size), its form, the task
+SAID: tuple[tuple[str, tuple[int | None, ...], str, str], ...] = (
+    ("returns_tokens", (None, None), "(B, T, vocabulary)", TOKENS),
+    ("returns_pictures", (3, None, None), "(B, 3, H, W)", PICTURES),
+)
+
+
+def _is(size: int, wanted: int | None) -> bool:
+    return wanted is None or size == wanted
 
 
 def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
@@ -184,9 +189,10 @@ def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
     described = getattr(net, "boxes", None)
     if described is not None and not isinstance(described, Tensor) and not callable(described):
         return Task(BOXES, boxes_of(described, {each.name: each.shape for each in outputs}, type(net).__name__))
-    for attribute, axes, form, task in SAID:
+    for attribute, wanted, form, task in SAID:
         if getattr(net, attribute, False) is True:
-            if [len(each.shape) for each in outputs] != [axes]:
+            (*others, shape) = (each.shape for each in outputs)
+            if others or len(shape) != len(wanted) or not all(map(_is, shape, wanted)):
                 found = ", ".join(f"{each.name} (B, {', '.join(map(str, each.shape))})" for each in outputs)
                 raise UserError(
                     f"{type(net).__name__}.{attribute} is set: expected one output {form}, it returns {found}"

@@ -112,7 +112,8 @@ def _fault(said: Boxes) -> str | None:
         (
             said.form == DELTAS
             and not (
-                isinstance(said.sizes, tuple) and len(said.sizes) == len(said.strides) and all(map(_numbers, said.sizes))
+                isinstance(said.sizes, tuple) and isinstance(said.strides, tuple)
+                and len(said.sizes) == len(said.strides) and all(map(_numbers, said.sizes))
             ),
             "form 'deltas' needs the sizes of the anchors of every stride",
         ),

@@ -152,11 +152,21 @@ def _preprocessing(manifest: _Manifest) -> Preprocessing | None:
     return Preprocessing.from_json(values)
 
 
-def _boxes(manifest: _Manifest, task: str, outputs: Sequence[ServedTensor]) -> Boxes | None:
+def _boxes(
+    manifest: _Manifest, task: str, outputs: Sequence[ServedTensor], images: Preprocessing | None
+) -> Boxes | None:
     """How the outputs of a detector become boxes; None where the task is another."""
-    if task != BOXES:
+    described = manifest.values.get("boxes")
+    if task != BOXES and described is None:
         return None
-    return boxes_of(manifest.get("boxes", dict), {each.name: each.shape for each in outputs}, f"'{manifest.path}'")
+    if task != BOXES or not isinstance(described, dict):
+        raise manifest.wrong(
+            f"'boxes' is {type(described).__name__} and the task {task!r}", f"both of the task {BOXES!r}"
+        )
+    said = boxes_of(described, {each.name: each.shape for each in outputs}, f"'{manifest.path}'")
+    if images and said.image != (images.height, images.width):
+        raise manifest.wrong(f"'boxes' has the image {said.image}", f"({images.height}, {images.width}) as the input")
+    return said
 
 
 def _failed(manifest: _Manifest) -> tuple[str, ...]:
@@ -203,7 +213,7 @@ def shipped_from_package(folder: Path) -> Shipped:
         opt=batches[0],
         largest=batches[1],
         preprocessing=preprocessing,
-        boxes=_boxes(manifest, task, outputs),
+        boxes=_boxes(manifest, task, outputs, preprocessing),
         backend=manifest.text("engine.backend", r"[a-z_]{1,64}"),
         version=manifest.text("engine.version", r"[0-9]+(\.[0-9]+){2,3}\w*"),
         targets=tuple(targets),

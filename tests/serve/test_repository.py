@@ -7,6 +7,7 @@ import pytest
 
 from calib.errors import UserError
 from deploy.lock import locked
+from deploy.package import MANIFEST
 from deploy.serve.configs import config_from_text
 from deploy.serve.preflight import Allowed
 from deploy.serve.repository import write_repository
@@ -137,3 +138,23 @@ def test_labels_of_a_network_without_classes_are_refused(detector, tmp_path):
     (tmp_path / "names").write_text("a\n" * 8)
     with pytest.raises(UserError, match="this network returns values"):
         written([detector], tmp_path / "models", labels=tmp_path / "names")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"boxes": None}, "'boxes' is NoneType and the task 'boxes'"),
+        ({"task": "values"}, "'boxes' is dict and the task 'values'"),
+        ({"image": [48, 32]}, r"'boxes' has the image \(48, 32\), expected \(32, 48\) as the input"),
+        ({"form": "bins", "strides": 8}, "image and strides are not whole numbers"),
+        ({"form": "deltas", "strides": None}, "image and strides are not whole numbers"),
+        ({"classes": 4}, "its outputs should be scores"),
+    ],
+)
+def test_boxes_that_do_not_fit_the_package_are_refused(boxed, tmp_path, change, text):
+    manifest = json.loads((boxed / MANIFEST).read_text())
+    for key, value in change.items():
+        (manifest if key in manifest else manifest["boxes"])[key] = value
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=text):
+        shipped_from_package(tmp_path)

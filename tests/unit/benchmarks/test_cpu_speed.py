@@ -44,6 +44,7 @@ def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch,
         cpu_speed, "measure", lambda folder, how: [row | {"asked": [folder.name, how.weights, how.rounds, how.batch]}]
     )
     monkeypatch.setattr(cpu_speed, "RESULTS", tmp_path)
+    monkeypatch.setattr(cpu_speed, "require_package", lambda _folder: None)
     assert cpu_speed.main(["--name", "own", "a", "b", "--rounds", "3"]) == 0
     written = json.loads((tmp_path / "cpu_speed.own.json").read_text())
     assert [each["asked"] for each in written["rows"]] == [["a", "auto", 3, None], ["b", "auto", 3, None]]
@@ -52,9 +53,32 @@ def test_rows_are_written_with_what_they_were_measured_by(tmp_path, monkeypatch,
     assert "m                    1 threads, batch 8  float/plain 1.50 (1.40 to 1.60)" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_package_is_one_line(tmp_path, capsys):
-    assert cpu_speed.main(["--name", "own", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--name", "own", "nowhere"], "error: no package at 'nowhere'"),
+        (["--name", "a/b", "nowhere"], "error: --name a/b: expected letters, digits and _"),
+        (["--name", "own", "nowhere", "--batch", "0"], "error: --batch 0: expected 1 or more"),
+        (["--name", "own", "nowhere", "--rounds", "0"], "error: --rounds 0: expected 1 or more"),
+        (["--name", "own", "nowhere", "--threads", "2", "0"], "error: --threads 0: expected 1 or more"),
+        (["--name", "own", "nowhere", "--peer-python", "/no"], "error: --peer-python /no: no such file"),
+        ([], "error: the following arguments are required: --name, PACKAGE"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, line, capsys):
+    assert cpu_speed.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+def test_a_network_of_one_s_own_or_of_named_inputs_is_refused(tmp_path):
+    weights = {"source": "run 7", "sha256": "0" * 64, "random": True}
+    for module, text in (({"factory": "a.py:Net"}, "is of a network of your own"), (None, "takes named inputs")):
+        about = {"model": "net", "weights": weights | {"module": module}, "preprocessing": None}
+        write_json(tmp_path / MANIFEST, about)
+        with pytest.raises(UserError, match=text):
+            float_twin(tmp_path, "auto")
 
 
 def test_each_peer_quantizes_with_its_default_calibration_and_one_that_fails_is_named(tmp_path, monkeypatch):

@@ -168,6 +168,8 @@ def test_a_device_without_graphs_launches_kernels(api_of, monkeypatch):
 
 
 def test_where_nothing_can_run_or_no_package_is_there_it_is_one_line(tmp_path, capsys, monkeypatch, api_of):
+    assert gpu_latency.main(["test_vit", "int8", "--target", "onnxruntime"]) == 2
+    assert capsys.readouterr().err == "error: --target onnxruntime: expected auto, tensorrt, tensorrt_rtx\n"
     assert gpu_latency.main(["test_vit", "int8", "--target", "tensorrt"]) == 2
     assert "error: TARGET=tensorrt cannot build here" in capsys.readouterr().err
     gpu_host(monkeypatch, api_of("11.4"))
@@ -207,7 +209,7 @@ def test_graphs_of_a_folder_begin_with_the_one_in_fp16(tmp_path, capsys):
         onnx.save(graph(), tmp_path / f"{name}.onnx")
     assert list(gpu_graphs.graphs_in(tmp_path)) == [FP16, "a", "int8"]
     assert gpu_latency.main(["test_vit", "int8", "--graphs", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: expected either recipes or --graphs, not both\n"
+    assert capsys.readouterr().err == "error: expected either recipes, such as int8, or --graphs FOLDER\n"
     assert gpu_latency.main(["test_vit", "--fp8", "--graphs", str(tmp_path)]) == 2
     assert "error: --fp32 and --fp8 are made of packages" in capsys.readouterr().err
     assert gpu_latency.main(["test_vit", "int8", "--batch", "0"]) == 2

@@ -39,7 +39,7 @@ def test_every_run_is_written_with_its_name_and_command(tmp_path, monkeypatch):
 
 def test_what_a_run_lacks_is_one_line_before_anything_is_built(tmp_path, monkeypatch, capsys):
     assert task_engines.main(["vgg.int8"]) == 2
-    assert capsys.readouterr().err.startswith("unknown run 'vgg.int8': expected some of srvgg_x4.int8_plain, ")
+    assert capsys.readouterr().err.startswith("error: unknown run 'vgg.int8': expected some of srvgg_x4.int8_plain, ")
     monkeypatch.setattr(task_engines, "ROOT", tmp_path)
     assert missing(["nanodet.int8"]) == "no photographs: run `make photographs` first"
     for folder in ("calib", "eval"):

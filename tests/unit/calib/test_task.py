@@ -43,6 +43,7 @@ def test_the_manifest_tells_enough_to_decode():
         ({"background": 0}, "background 0"),
         ({"nms": 7}, "nms 7"),
         ({"form": "bins"}, "needs strides"),
+        ({"form": "deltas", "strides": 8, "sizes": ((8,),), "ratios": (1.0,)}, "strides are not whole numbers"),
         ({"form": "bins", "strides": (8,)}, "number of bins"),
         ({"form": "deltas", "strides": (8,)}, "needs ratios"),
         ({"form": "deltas", "strides": (8,), "ratios": (1,)}, "sizes of the anchors"),
