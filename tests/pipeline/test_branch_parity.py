@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def calibrated():
-    """(model with percentile scales, its halves of eight images each, two other images)."""
+    """(model with percentile scales, its halves of four images each, two other images)."""
     loaded = load_net(resolve_model("dinov2_s"), "auto", 0)
-    calibration, evaluation = image_sets(None, None, preprocessing_from_config(loaded.data_config), 16, seed=0)
-    halves = halves_of(calibration, lambda part: [torch.from_numpy(batch.copy()) for batch in part.batches(4)])
+    calibration, evaluation = image_sets(None, None, preprocessing_from_config(loaded.data_config), 8, seed=0)
+    halves = halves_of(calibration, lambda part: [torch.from_numpy(batch.copy()) for batch in part.batches(2)])
     model = QuantModel.of("dinov2_s", loaded.net, structure_of(loaded.net, next(iter(halves[0]))[:1]))
     model = rounded(calibrate(model, halves, CalibrateConfig("percentile", 99.99)), halves)
     return model, halves, next(evaluation.subset(0, 2).batches(2)).copy()
