@@ -32,14 +32,18 @@ RECIPES = {
 RUNS = tuple(f"{model}.{recipe}" for model, recipes in RECIPES.items() for recipe in recipes)
 
 
+def engine_arguments(options: Mapping[str, str]) -> list[str]:
+    """Return the arguments of `python -m deploy` that build a package with `options`; empty ones are left out."""
+    return ["engine", *(part for name, value in options.items() if value for part in (f"--{name}", value))]
+
+
 def built(options: Mapping[str, str]) -> dict[str, Any]:
     """Build the package of `make engine` with `options` (name of an option -> value) in a temporary folder; its report.
 
     Raises UserError if there is none; why is on stderr already.
     """
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "deploy", "engine", "--json"]
-        command += [part for name, value in {**options, "out": out}.items() for part in (f"--{name}", value)]
+        command = [sys.executable, "-m", "deploy", *engine_arguments({**options, "out": out}), "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise UserError(f"no package ({' '.join(f'{name}={value}' for name, value in options.items())}): see above")

@@ -71,45 +71,37 @@ def trtexec(version: str, plan: Path, engine: EngineRunner, batch: int, cuda_gra
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine. `sha256` of the file `path`; `golden_sqnr_db`: its SQNR on golden images, None where it has none."""
+    """A built engine: the file it was written to, and its content."""
 
     path: Path
-    sha256: str
-    bytes: int
-    golden_sqnr_db: float | None = None
+    content: bytes
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "file": str(self.path),
-            "sha256": self.sha256,
-            "bytes": self.bytes,
-            "golden_sqnr_db": self.golden_sqnr_db,
-        }
+        sha256 = hashlib.sha256(self.content).hexdigest()
+        return {"file": str(self.path), "sha256": sha256, "bytes": len(self.content)}
 
 
-def built(name: str, subject: Subject, backend: ModuleType, profile: Profile, folder: Path) -> Path | None:
+def built(name: str, subject: Subject, backend: ModuleType, profile: Profile, folder: Path) -> Plan | None:
     """Build the engine of `subject` into `folder`; None, and a line, for an optional one that the backend does not build."""
     try:
-        plan = build_apart(backend, subject.graph, profile, None).plan
+        content = build_apart(backend, subject.graph, profile, None).plan
     except (UserError, ContractError) as error:
         if not subject.optional:
             raise
         print(f"no engine {name}: {first_line(error)}", file=sys.stderr)
         return None
     path = folder / f"{name.replace(', ', '_').lower()}.engine"
-    path.write_bytes(plan)
-    return path
+    path.write_bytes(content)
+    return Plan(path, content)
 
 
-def judged(path: Path, subject: Subject, engine: EngineRunner) -> Plan:
-    """Return what is known of an open engine: its file, and what it computes beside the float network."""
-    content = path.read_bytes()
-    accuracy = None
-    if subject.golden is not None:
-        given, reference, _ = golden_arrays(subject.golden / GOLDEN)
-        accuracy = golden_sqnr_db(engine, given, reference)
-    return Plan(path, hashlib.sha256(content).hexdigest(), len(content), accuracy)
+def accuracy(subject: Subject, engine: EngineRunner) -> float | None:
+    """Return the SQNR (dB) of an open engine on the golden images of its package; None where it is compared with none."""
+    if subject.golden is None:
+        return None
+    given, reference, _ = golden_arrays(subject.golden / GOLDEN)
+    return golden_sqnr_db(engine, given, reference)
 
 
 def gpu_line(found: Mapping[str, Any] | None) -> str | None:
@@ -178,14 +170,14 @@ def measured(options: argparse.Namespace, backend: ModuleType) -> dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     profile = Profile(opt=TUNED if TUNED in options.batch else max(options.batch), maximum=max(options.batch))
     tried = {name: built(name, subject, backend, profile, folder) for name, subject in subjects.items()}
-    paths = {name: path for name, path in tried.items() if path is not None}
+    plans = {name: plan for name, plan in tried.items() if plan is not None}
     with ExitStack() as opened:
         monitor = opened.enter_context(GpuMonitor())
         engines = {
-            name: opened.enter_context(EngineRunner(path.read_bytes(), import_module(backend.NAME)))
-            for name, path in paths.items()
+            name: opened.enter_context(EngineRunner(plan.content, import_module(backend.NAME)))
+            for name, plan in plans.items()
         }
-        plans = {name: judged(paths[name], subjects[name], engine) for name, engine in engines.items()}
+        golden = {name: accuracy(subjects[name], engine) for name, engine in engines.items()}
         rows = []
         for batch in options.batch:
             rows.append(measure(engines, batch, monitor=monitor))
@@ -196,8 +188,8 @@ def measured(options: argparse.Namespace, backend: ModuleType) -> dict[str, Any]
                     for name, engine in engines.items()
                 }
     return {
-        "plans": {name: plan.to_json() for name, plan in plans.items()}, "batches": rows,
-        "not_built": [name for name in tried if name not in paths],
+        "plans": {name: {**plan.to_json(), "golden_sqnr_db": golden[name]} for name, plan in plans.items()},
+        "batches": rows, "not_built": [name for name in tried if name not in plans],
         "profile": [1, profile.opt, profile.maximum],
     }  # fmt: skip
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import gpu_latency
+from benchmarks.engines import engine_arguments
 from calib.errors import UserError
 from deploy.cli import Parser, answered
 
@@ -36,8 +37,7 @@ def packages(model: str, options: argparse.Namespace) -> None:
     for recipe in RECIPES:
         given = {"model": model, "recipe": recipe, "weights": options.weights, "calib": options.calib, "out": options.out,
                  "target": options.target, "batch": str(BATCH), "max-batch": str(BATCH)}  # fmt: skip
-        command = [part for name, value in given.items() if value for part in (f"--{name}", value)]
-        if make(["engine", *command]):
+        if make(engine_arguments(given)):
             raise UserError(f"no package of {model} with {recipe}: see above")
 
 

