@@ -60,7 +60,7 @@ def _write_attention(
     scale=None,
     enable_gqa: bool = False,
 ):
-    """Write softmax(q s^1/2 (k s^1/2)^T) v without shape arithmetic on k.
+    """Write softmax(q a (k b)^T) v with a b = s, the scale of the scores, without shape arithmetic on k.
 
     The exporter's own form reshapes k by its run-time shape, which costs a TensorRT engine two more kernels per block and a
     separate fused-attention kernel for each. If the scores were scaled instead of q and k, a packed qkv would not run in
@@ -68,13 +68,14 @@ def _write_attention(
     """
     if dropout_p:
         raise UserError("attention with dropout cannot be exported: expected a network in eval mode")
-    root = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
-    root = op.CastLike(op.Constant(value_float=root), query)
+    of_query, of_key = _factors_of(scale if scale is not None else query.shape[-1] ** -0.5)
     rank, tokens = len(query.shape), (query.shape[-2], key.shape[-2])
     if enable_gqa:
         key, value = (_repeated_heads(each, query.shape[1] // each.shape[1]) for each in (key, value))
-    keys = op.Transpose(op.Mul(key, root), perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = op.MatMul(op.Mul(query, root), keys)
+    keys = op.Transpose(
+        op.Mul(key, op.CastLike(op.Constant(value_float=of_key), key)), perm=[*range(rank - 2), rank - 1, rank - 2]
+    )
+    scores = op.MatMul(op.Mul(query, op.CastLike(op.Constant(value_float=of_query), query)), keys)
     if is_causal:
         seen = np.tril(np.ones(tokens, bool))
         attn_mask = op.Constant(value=ir.to_proto(ir.tensor(seen, name="seen")))
@@ -82,6 +83,15 @@ def _write_attention(
         boolean = is_causal or attn_mask.dtype == ir.DataType.BOOL
         scores = op.Add(scores, _mask_to_add(attn_mask, query) if boolean else attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _factors_of(scale: float) -> tuple[float, float]:
+    """Two factors of `scale` near its root: powers of two if it is one, so that no product with them is rounded."""
+    mantissa, exponent = math.frexp(scale)
+    if mantissa != 0.5:
+        return scale**0.5, scale**0.5
+    half = (exponent - 1) // 2
+    return 2.0**half, 2.0 ** (exponent - 1 - half)
 
 
 def _mask_to_add(mask: Any, like: Any) -> Any:

@@ -5,7 +5,8 @@ follows directly; the others it computes in FP32, slower than a float network. H
 
 1. Q(clip(conv(x, W) + b)) as QLinearConv, with the clips (Relu, Max, Min, Clip) and zero padding on integers behind it: Q is
    monotone, so Q(clip(y)) = clip(Q(y)) in every bit. The bias becomes an integer times s_x s_W.
-2. x W + b as MatMulIntegerToFloat, and 1 x 1 convolutions as well, whose channels are moved last for it.
+2. x W + b of queries, keys and values and their attention as QAttention (deploy/graph/integer_attention.py).
+3. Any other x W + b as MatMulIntegerToFloat, and 1 x 1 convolutions as well, whose channels are moved last for it.
 
 Other convolutions stay. All that is not exact is the bias of QLinearConv, which moves by at most s_x s_W / 2, and the order
 of FP32 operations. The operators are those of ONNX Runtime, so the graph is made when it is loaded and not shipped.
@@ -13,7 +14,6 @@ of FP32 operations. The operators are those of ONNX Runtime, so the graph is mad
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,51 +21,20 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.graph.constants import QUANTIZE, add_constant, constant
+from deploy.graph.integer_attention import as_attention
 from deploy.graph.integer_factors import OFFSET, Factors, factors, made_unsigned, only_user, zero_point
-from deploy.graph.integer_operators import CONVOLUTION, PRODUCT
-from deploy.graph.names import constant_name, node_name
+from deploy.graph.integer_operators import ATTENTION, CONVOLUTION, MICROSOFT, PRODUCT
+from deploy.graph.writer import Writer, replace
 
-MICROSOFT = "com.microsoft"
 LARGEST_BIAS = 2.0**30  # leaves as much room for the sum of the products
 Step = tuple[str, np.ndarray]  # Max or Min and a bound, () or (1, N, 1, 1); or Pad and how many zeros where
-
-
-class _Writer:
-    """Writes nodes in a row behind a node, all named `<name of the node>/<operator>`."""
-
-    def __init__(self, behind: ir.Node) -> None:
-        assert behind.graph is not None
-        self.graph, self.last, self.layer = behind.graph, behind, behind.name or behind.outputs[0].name or ""
-        self.written: Counter[str] = Counter()
-
-    def constant(self, role: str, array: np.ndarray) -> ir.Value:
-        return add_constant(self.graph, constant_name(self.layer, role), array)
-
-    def node(self, operator: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
-        name = node_name(self.layer, operator, self.written[operator])
-        self.written[operator] += 1
-        output = ir.Value(name=name)
-        node = ir.node(operator, inputs, attributes or None, domain=domain, outputs=[output], name=name)
-        self.graph.insert_after(self.last, node)
-        self.last = node
-        return output
-
-
-def _replace(value: ir.Value, by: ir.Value) -> None:
-    """Let `by` take the place of `value`, and its name where the graph returns it."""
-    if value.is_graph_output():
-        assert value.name is not None
-        name = value.name
-        value.name, by.name = f"{name}/replaced", name
-    by.shape, by.type = value.shape, value.type
-    value.replace_all_uses_with(by, replace_graph_outputs=True)
 
 
 def _ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
     return list(node.attributes[name].as_ints()) if name in node.attributes else list(default)
 
 
-def _write_product(write: _Writer, found: Factors, x: ir.Value, weight: np.ndarray) -> ir.Value:
+def _write_product(write: Writer, found: Factors, x: ir.Value, weight: np.ndarray) -> ir.Value:
     bias = None if found.bias is None else write.constant("bias", found.bias.astype(np.float32))
     return write.node(
         PRODUCT,
@@ -131,7 +100,7 @@ def _as_convolution(node: ir.Node, found: Factors) -> bool:
     scale = constant(quantize.inputs[1])
     if scale is None or (np.abs(bias) > LARGEST_BIAS).any() or not made_unsigned(quantize.outputs[0]):
         return False
-    write = _Writer(node)
+    write = Writer(node)
     zero = zero_point(write.graph)
     inputs = [
         found.x, found.x_scale, zero, write.constant("weight", found.weight),
@@ -142,7 +111,7 @@ def _as_convolution(node: ir.Node, found: Factors) -> bool:
     for index, (operator, number) in enumerate(integer_steps(steps, scale)):
         rest = [write.constant(f"{operator}_{index}", number)] + ([zero] if operator == "Pad" else [])
         integers = write.node(operator, [integers, *rest])
-    _replace(quantize.outputs[0], integers)
+    replace(quantize.outputs[0], integers)
     return True
 
 
@@ -151,19 +120,19 @@ def _as_product_of_channels(node: ir.Node, found: Factors) -> bool:
     plain = "group" not in node.attributes or node.attributes["group"].as_int() == 1
     if found.weight.shape[2:] != (1, 1) or not plain or any(_ints(node, "pads", [0])):
         return False
-    write, x = _Writer(node), found.x
+    write, x = Writer(node), found.x
     strides = _ints(node, "strides", [1, 1])
     if strides != [1, 1]:
         ranges = {"starts": [0, 0], "ends": [1 << 30] * 2, "axes": [2, 3], "steps": strides}
         x = write.node("Slice", [x, *(write.constant(role, np.array(each)) for role, each in ranges.items())])
     x = write.node("Transpose", [x], perm=[0, 2, 3, 1])
     product = _write_product(write, found, x, np.ascontiguousarray(found.weight[:, :, 0, 0].T))
-    _replace(found.output, write.node("Transpose", [product], perm=[0, 3, 1, 2]))
+    replace(found.output, write.node("Transpose", [product], perm=[0, 3, 1, 2]))
     return True
 
 
 def _as_product(node: ir.Node, found: Factors) -> bool:
-    _replace(found.output, _write_product(_Writer(node), found, found.x, found.weight))
+    replace(found.output, _write_product(Writer(node), found, found.x, found.weight))
     return True
 
 
@@ -176,6 +145,9 @@ def integer_kernels(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, 
     `model` has FP32 types and INT8 weights with one scale per output channel, as the exporter writes it.
     """
     result = ir.from_proto(model)
+    for node in [each for each in result.graph if each.op_type == "Softmax"]:
+        as_attention(node)
+    RemoveUnusedNodesPass()(result)
     for node in list(result.graph):
         forms = FORMS.get(node.op_type, ())
         found = factors(node) if forms else None
@@ -183,5 +155,5 @@ def integer_kernels(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, 
             any(form(node, found) for form in forms)  # the first that fits
     RemoveUnusedNodesPass()(result)
     result.opset_imports[MICROSOFT] = 1
-    counts = Counter(node.op_type for node in result.graph if node.op_type in (PRODUCT, CONVOLUTION))
+    counts = Counter(node.op_type for node in result.graph if node.op_type in (PRODUCT, CONVOLUTION, ATTENTION))
     return ir.to_proto(result), dict(counts)

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.graph.integer_operators import INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS
+from deploy.graph.integer_operators import ATTENTION, INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, computed_nodes
 from deploy.measure.onnx_runner import THREADS, readable
 from deploy.measure.ort_options import ort_options, saturates
 
@@ -43,5 +43,6 @@ def optimized(model: Path | bytes) -> "onnx.ModelProto":
 
 def integer_layers(model: Path | bytes) -> int:
     """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
-    integers = INTEGER_PRODUCTS | INTEGER_CONVOLUTIONS
-    return sum(node.op_type in integers for node in optimized(model).graph.node)
+    integers = INTEGER_PRODUCTS | INTEGER_CONVOLUTIONS | {ATTENTION}
+    nodes = [node for node in optimized(model).graph.node if node.op_type in integers]
+    return sum(len(computed_nodes(node.name, node.op_type)) for node in nodes)

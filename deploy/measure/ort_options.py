@@ -8,6 +8,8 @@ from typing import Any
 DEPTH, WIDTH = 64, 16  # of the product that tells whether a processor's INT8 kernels are exact
 LARGEST = 127
 EXACT_SUMS = "session.x64quantprecision"
+# Idle threads of a session spin for a while, and slow down another session that runs meanwhile: here several run in turn.
+NO_SPINNING = "session.force_spinning_stop"
 
 
 def _options(threads: int) -> Any:
@@ -16,6 +18,7 @@ def _options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(NO_SPINNING, "1")
     return options
 
 

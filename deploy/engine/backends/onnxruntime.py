@@ -18,7 +18,7 @@ from deploy.engine.device import Device
 from deploy.engine.graph_runner import GraphRunner
 from deploy.engine.kernels import Kernel, Kind
 from deploy.engine.loading import why_not_loaded
-from deploy.graph.integer_operators import CONVOLUTION, INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, PRODUCT
+from deploy.graph.integer_operators import ATTENTION, INTEGER_CONVOLUTIONS, INTEGER_PRODUCTS, computed_nodes
 from deploy.host import int8_instructions, processor
 from deploy.measure.integer_graph import optimized
 from deploy.measure.ort_options import saturates
@@ -30,7 +30,7 @@ NAME = ONNXRUNTIME
 INSTALL = "make setup"
 FP16 = False  # its kernels multiply integers or FP32
 KINDS: dict[str, tuple[Kind, str]] = {  # by operator of the optimized graph: what it multiplies, and in which type
-    **dict.fromkeys(INTEGER_PRODUCTS, ("gemm", "int8")),
+    **dict.fromkeys(INTEGER_PRODUCTS | {ATTENTION}, ("gemm", "int8")),
     **dict.fromkeys(INTEGER_CONVOLUTIONS, ("conv", "int8")),
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "FusedGemm"), ("gemm", "fp32")),
     **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"), ("conv", "fp32")),
@@ -76,16 +76,17 @@ def runner(plan: bytes, _gpu: Device | None = None, _kernels_file: Path | None =
 
 
 def kernels_of(optimized: "onnx.ModelProto") -> tuple[Kernel, ...]:
-    """One kernel per node of a graph as ONNX Runtime has optimized it.
-
-    An integer kernel that deploy/graph/integer_kernels.py wrote bears the name of its layer's node and its own operator's.
+    """One kernel per node of a graph as ONNX Runtime has optimized it; two for QAttention, its INT8 product and its FP32
+    attention.
     """
     found = []
     for node in optimized.graph.node:
+        name, nodes = f"{node.name} ({node.op_type})", computed_nodes(node.name, node.op_type)
         kind, dtype = KINDS.get(node.op_type, ("cast" if node.op_type == "Cast" else "other", "unknown"))
-        layer = node.name.rpartition("/")[0] if node.op_type in (PRODUCT, CONVOLUTION) else node.name
         factors = 3 if kind == "attention" else 2
-        found.append(Kernel(f"{node.name} ({node.op_type})", kind, (dtype,) * factors, (), (layer,)))
+        found.append(Kernel(name, kind, (dtype,) * factors, (), nodes))
+        if node.op_type == ATTENTION:
+            found.append(Kernel(f"{name}, attention", "attention", ("fp32",) * 3, (), (name,)))
     return tuple(found)
 
 

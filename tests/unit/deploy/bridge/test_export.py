@@ -162,3 +162,17 @@ def test_windows_are_added_up_as_torch_does_by_an_operator_that_tensorrt_knows(w
     torch.testing.assert_close(torch.from_numpy(OnnxRunner(graph.SerializeToString())(images.numpy())), net(images))
     if backends()["tensorrt_rtx"].cannot_build() is None:
         assert backends()["tensorrt_rtx"].build(halved(graph), Profile(1, 4), (89,)).plan
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x + 1, x)
+
+
+@pytest.mark.parametrize(("width", "exact"), [(4, True), (16, True), (64, True), (8, False), (48, False)])
+def test_the_scale_of_scores_is_split_into_powers_of_two_where_it_is_one(width, exact):
+    model = export_float(Attention().eval(), torch.randn(2, 2, 5, width))
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    factors = [constants[node.input[1]].item() for node in model.graph.node if node.op_type == "Mul"]
+    assert np.prod(factors) == pytest.approx(width**-0.5, rel=1e-6)
+    assert all(np.frexp(each)[0] == 0.5 for each in factors) == exact  # the mantissa of a power of two

@@ -41,7 +41,9 @@ def test_an_engine_computes_what_its_graph_does_with_every_layer_in_integers(fam
     found = audit(built.kernels, planned_layers(graph))
     assert found.planned == found.int8_gemms + found.int8_convs > 0
     assert found.lost == ()
-    assert len(built.kernels) == len(built.layers["nodes"])
+    nodes = [node["operator"] for node in built.layers["nodes"]]
+    assert nodes.count("QAttention") == (2 if family == "vit" else 0)  # one per block
+    assert len(built.kernels) == len(nodes) + nodes.count("QAttention")  # its attention is a kernel of FP32
     with GraphRunner(built.plan) as run:
         (computed,) = run({INPUT: images(5)}).values()
     # the graph runs node by node; a bias of a convolution moves by half a step at most, which may change integers behind it
