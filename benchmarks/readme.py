@@ -149,7 +149,7 @@ def recipes_table(found: Reports) -> str:
     rows = [
         [
             report["model"],
-            f"`{report['recipe']}`",
+            ", ".join((f"`{report['recipe']}`", *(f"`{check['limit']}`" for check in report["acceptance"]["checks"]))),
             sqnr(fidelity := report["fidelity"]),
             judged_on(fidelity),
             f"{fidelity['top1_agreement']:.1%}",
@@ -189,7 +189,7 @@ def tasks_table(found: Reports) -> str:
     rows = [
         [
             report["network"],
-            f"`{report['recipe']}`",
+            ", ".join((f"`{report['recipe']}`", *(f"`{check['limit']}`" for check in report["acceptance"]["checks"]))),
             sqnr(fidelity := report["fidelity"]),
             as_its_task_judges(fidelity),
             f"{fidelity['count']} {report['calibration'].get('kind', 'images')}",

@@ -147,7 +147,7 @@ def measure(name: str) -> dict[str, Any]:
         except ValueError as error:
             return {"none": str(error)}
         if module is None:
-            return {"none": "it has nothing that could be computed so"}
+            return {"none": "the network has no product or attention of this kind"}
         graph = export_fp16(module, (size[1], size[2]))
         try:
             kernels = tensorrt_rtx.build(fp8_twin(graph) if in_fp8 else graph, Profile(), (SM,)).kernels

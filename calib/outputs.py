@@ -190,7 +190,10 @@ def task_of(net: nn.Module, outputs: tuple[Output, ...]) -> Task:
     if described is not None and not isinstance(described, Tensor) and not callable(described):
         return Task(BOXES, boxes_of(described, {each.name: each.shape for each in outputs}, type(net).__name__))
     for attribute, wanted, form, task in SAID:
-        if getattr(net, attribute, False) is True:
+        said = getattr(net, attribute, None)
+        if said is not None and not isinstance(said, bool):
+            raise UserError(f"{type(net).__name__}.{attribute} is {said!r}: expected True or False")
+        if said:
             (*others, shape) = (each.shape for each in outputs)
             if others or len(shape) != len(wanted) or not all(map(_is, shape, wanted)):
                 found = ", ".join(f"{each.name} (B, {', '.join(map(str, each.shape))})" for each in outputs)

@@ -24,7 +24,8 @@ class Fidelity:
     `outputs` holds the SQNR of each. `cosine`: mean over images. `top1_agreement`: share of images with the same top-1
     result: the class of a classifier, or for features the nearest other image by cosine (`top1_kind` says which); None
     for outputs of another kind. `kl`: mean KL(reference || network) of the class probabilities in nats, None without
-    classes. `psnr_db`, `ssim`: of pictures to the float network's, None for other outputs. `boxes`: those that the float
+    classes. `psnr_db`, `ssim`: of pictures to the float network's, None for other outputs; `out_of_range`: the share of the
+    float network's values that lie clearly beyond 0..1, which these clip. `boxes`: those that the float
     network is certain of; `ap50`, `ap`: average precision beside them at an overlap of .5, and its mean over .5 to .95;
     `lost`: boxes without a counterpart, `moved_px`: median distance of the others' sides in pixels (tasks/boxes.py).
     `true_ap`, `reference_true_ap`: average precision beside annotated boxes. `top1`, `reference_top1`: accuracy on
@@ -43,6 +44,7 @@ class Fidelity:
     reference_top1: float | None = None
     psnr_db: float | None = None
     ssim: float | None = None
+    out_of_range: float | None = None
     boxes: int | None = None
     ap50: float | None = None
     ap: float | None = None

@@ -31,6 +31,7 @@ RANDOM_WARNING = "RANDOM WEIGHTS: for latency work only, never to be served"
 PARTS = 4  # of the calibration images, with a role each (calib/images/batches.py)
 CHANCE = 3  # times one in so many classes: as good as guessing
 RESULTS = "benchmarks/results"  # what benchmarks write, in the checkout
+OUT_OF_RANGE = 0.01  # of the values of pictures: more is no overshoot of edges
 FEW_IMAGES = 300  # below this, scales usually still move
 
 
@@ -66,6 +67,11 @@ def warnings(run: "Run") -> list[str]:
         found.append(
             f"the float network itself reaches {top1:.1%} on these labels, no more than chance: class folders are numbered "
             f"by ImageNet's wnids, by their own numbers, or in alphabetic order, which may not be the network's order"
+        )
+    if (share := run.verdict.fidelity.out_of_range or 0) > OUT_OF_RANGE:
+        found.append(
+            f"{share:.0%} of the float network's values lie beyond 0..1, which PSNR and SSIM clip: both say little; "
+            f"expected a network that returns pictures in 0..1"
         )
     speed, served = run.speed.comparison, run.backend.NAME == ONNXRUNTIME
     if run.speed.integer_layers < len(run.planned):

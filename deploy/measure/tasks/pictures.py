@@ -10,6 +10,7 @@ from deploy.measure.outputs import Outputs, only
 points_lost = None  # nothing is counted
 WINDOW = 7  # pixels, of the structural similarity
 MOST_DB = 100.0  # of two equal pictures, whose PSNR is infinite
+MARGIN = 0.1  # beyond 0..1: as far as edges overshoot
 
 
 def psnr_db(reference: np.ndarray, output: np.ndarray) -> float:
@@ -30,6 +31,12 @@ def ssim(reference: np.ndarray, output: np.ndarray) -> float | None:
     return float(np.mean([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]))
 
 
+def out_of_range(pictures: np.ndarray) -> float:
+    """The share of values that lie further beyond 0..1 than edges overshoot: PSNR and SSIM, which clip them, miss these."""
+    return float(np.mean((pictures < -MARGIN) | (pictures > 1 + MARGIN)))
+
+
 def measures(reference: Outputs, output: Outputs, _task: Task, _labels: Any) -> dict[str, Any]:
     """Return how near the pictures of a network come to those of the float network."""
-    return {"psnr_db": psnr_db(only(reference), only(output)), "ssim": ssim(only(reference), only(output))}
+    exact, found = only(reference), only(output)
+    return {"psnr_db": psnr_db(exact, found), "ssim": ssim(exact, found), "out_of_range": out_of_range(exact)}

@@ -10,12 +10,13 @@ from deploy.recipe import recipe_names
 
 
 def test_the_command_that_is_shown_is_one_that_a_user_types():
-    assert shown_command("srvgg_x4", "int8") == (
+    assert shown_command("srvgg_x4.int8") == (
         "make engine MODEL=srvgg_x4 INPUT=64 CALIB=photographs/calib EVAL=photographs/eval RECIPE=int8"
     )
-    assert shown_command("minilm", "int8_erq") == (
+    assert shown_command("minilm.int8_erq") == (
         "make engine MODULE=docs/examples/minilm.py:Sentence CALIB=sentences.npz EVAL=others.npz RECIPE=int8_erq"
     )
+    assert shown_command("rrdb6_x4.int8_erq.42dB").endswith(" EVAL=photographs/eval RECIPE=int8_erq MAX_DROP=42dB")
 
 
 def test_every_run_is_written_with_its_name_and_command(tmp_path, monkeypatch):
@@ -29,9 +30,10 @@ def test_every_run_is_written_with_its_name_and_command(tmp_path, monkeypatch):
     assert task_engines.main([]) == 0
     assert {path.stem for path in (tmp_path / "tasks").iterdir()} == {*RUNS}
     report = json.loads((tmp_path / "tasks/nanodet.int8.json").read_text())
-    assert report == {"commit": "1", "network": "nanodet", "command": shown_command("nanodet", "int8")}
+    assert report == {"commit": "1", "network": "nanodet", "command": shown_command("nanodet.int8")}
     first = NETWORKS["srvgg_x4"] | {"recipe": "int8_plain"}
     assert asked[0] == first
+    assert [each["max-drop"] for each in asked if "max-drop" in each] == ["42dB"]
     of_sentences = next(each for each in asked if "module" in each)
     assert of_sentences["calib"].endswith("/sentences.npz")
     assert len(written) == sum(run.split(".")[0] in EXAMPLES for run in RUNS)

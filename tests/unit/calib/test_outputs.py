@@ -125,6 +125,16 @@ def test_what_a_network_says_of_its_outputs_has_to_fit_them(attribute, make, exp
         task_of(net, outputs)
 
 
+@pytest.mark.parametrize("said", ["no", 1, "True"])
+def test_what_a_network_says_of_its_outputs_is_true_or_false(said):
+    net = Returning(lambda x: x)
+    net.returns_pictures = said
+    with pytest.raises(UserError, match=f"returns_pictures is {said!r}: expected True or False"):
+        task_of(net, outputs_of(net, IMAGES))
+    net.returns_pictures = False
+    assert task_of(net, outputs_of(net, IMAGES)).name == "values"
+
+
 def test_a_network_with_one_row_per_image_stays_as_it_is():
     net = Returning(lambda x: x.flatten(1))
     join_outputs(net, IMAGES)

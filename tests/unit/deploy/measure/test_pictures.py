@@ -5,7 +5,7 @@ import pytest
 
 from calib.task import Task
 from deploy.measure.accuracy import fidelity
-from deploy.measure.tasks.pictures import MOST_DB, psnr_db, ssim
+from deploy.measure.tasks.pictures import MOST_DB, out_of_range, psnr_db, ssim
 
 
 def test_the_psnr_is_the_mean_over_pictures_of_what_lies_in_range():
@@ -38,3 +38,8 @@ def test_pictures_smaller_than_the_window_have_no_structural_similarity():
     found = fidelity({"output": small}, {"output": small}, Task("pictures"))
     assert found.ssim is None
     assert found.psnr_db == 100
+
+
+def test_values_beyond_the_range_of_pictures_are_counted():
+    pictures = np.array([-0.2, -0.05, 0, 0.5, 1, 1.05, 1.2, 255], np.float32)
+    assert out_of_range(pictures) == 3 / 8

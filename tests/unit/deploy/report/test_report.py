@@ -60,7 +60,15 @@ SOUND_SPEED = SimpleNamespace(ratio=1.0, low=0.9, high=1.1)
 
 
 def said(
-    factory="", classifier=True, backend="tensorrt", planned=0, speed=SOUND_SPEED, recipe=None, half=True, **images
+    factory="",
+    classifier=True,
+    backend="tensorrt",
+    planned=0,
+    speed=SOUND_SPEED,
+    recipe=None,
+    half=True,
+    beyond=None,
+    **images,
 ):
     """The warnings of a run with such sets of images; everything else of it is sound."""
     plain = Preprocessing(8, 8, 8, 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -72,7 +80,7 @@ def said(
             outputs=(Output("output", (5,)),), task=Task("classifier" if classifier else "features"),
             planned=("layer",) * planned, backend=SimpleNamespace(NAME=backend), fp16_range=sound, coverage=sound,
             recipe=recipe or load_recipe("int8"), options=SimpleNamespace(half=half),
-            verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None)),
+            verdict=SimpleNamespace(fidelity=SimpleNamespace(reference_top1=None, out_of_range=beyond)),
             speed=SimpleNamespace(integer_layers=0, comparison=speed, warnings=lambda: []), built=SimpleNamespace(notes=()),
         )
     )  # fmt: skip
@@ -99,6 +107,11 @@ def test_a_package_of_the_same_name_and_other_content_is_told_before_it_goes(tmp
     write_json(tmp_path / MANIFEST, {"weights": []})
     assert replaced(tmp_path, new) == ()
     assert replaced(tmp_path / "none", new) == ()
+
+
+@pytest.mark.parametrize(("beyond", "warned"), [(None, False), (0.005, False), (0.4, True)])
+def test_pictures_beyond_their_range_are_a_warning(beyond, warned):
+    assert any("lie beyond 0..1" in each for each in said(beyond=beyond)) is warned
 
 
 @pytest.mark.parametrize(("backend", "words"), [("onnxruntime", "the others cost time"), ("tensorrt", "says nothing")])
