@@ -113,6 +113,7 @@ def measure(folder: Path, how: How) -> list[dict[str, Any]]:
                     "notes": {name: runners[name].note for name in peers if runners[name].note},
                     "integer_layers": {PLAIN: integer_layers(graphs[PLAIN]), INTEGER: integer_layers(integer)},
                     "sqnr_db": {name: mean_sqnr_db(outputs[FLOAT], outputs[name]) for name in (PLAIN, INTEGER)},
+                    "agreement_db": mean_sqnr_db(outputs[PLAIN], outputs[INTEGER]),
                     "ratios": ratios(dict(zip(runners, found.T, strict=True))),
                 }
             )  # fmt: skip

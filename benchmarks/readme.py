@@ -260,13 +260,14 @@ def cpu_speed_table(found: Reports) -> str:
         order = [*ours, *(pair for pair in pairs if pair not in ours)]
         published = any(row["published"] for row in result["rows"])
         head = ["network", "recipe", "threads", "batch", *(["published"] if published else [])]
-        head += [ours.get(pair, pair.removeprefix("float/")) for pair in order]
+        head += [*(ours.get(pair, pair.removeprefix("float/")) for pair in order), "agreement of our graphs"]
         rows = []
         for row in result["rows"]:
             about = [row["model"].removesuffix(RANDOM), f"`{row['recipe']}`", str(row["threads"]), str(row["batch"])]
             about += [f"{row['published']:.2f}" if row["published"] else ""] if published else []
             times = [row["ratios"][pair] for pair in order]
-            rows.append([*about, *(f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in times)])
+            about += [f"{each['ratio']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in times]
+            rows.append([*about, f"{row['agreement_db']:.0f} dB"])
         where = f"{result['machine']['cores']} cores ({result['machine']['processor']})"
         source = f"Measured by `{result['command']}` at commit {result['commit']} on {where}."
         tables.append(f"{_table(head, rows)}\n\n{source}")
