@@ -166,8 +166,10 @@ def test_a_row_is_judged_by_its_task(measured, expected):
 def test_the_table_of_tasks_names_its_command():
     report = copy.deepcopy(REPORTS[readme.SHOWN]) | {"network": "net", "commit": "1"}
     report["fidelity"] |= FIDELITY | {"cosine": 0.5}
-    text = tasks_table({"net.int8": report})
+    limit = {"acceptance": {"checks": [{"limit": "MAX_DROP=42dB"}]}}
+    text = tasks_table({"net.int8": report | {"acceptance": {"checks": []}}, "net.int8.42dB": report | limit})
     assert "| net | `int8` | " in text
+    assert "| net | `int8`, `MAX_DROP=42dB` | " in text
     assert "| cosine 0.5000 |" in text
     assert "Measured by `python -m benchmarks.task_engines` at commit 1 on" in text
 
@@ -175,15 +177,21 @@ def test_the_table_of_tasks_names_its_command():
 def test_the_tables_of_cpu_speed_have_published_ratios_where_there_are_some():
     pair = {"ratio": 2.104, "low": 2.0, "high": 2.2}
     row = {
-        "model": "net-random-weights", "recipe": "int8", "threads": 1, "batch": 1, "published": 1.5,
+        "model": "net-random-weights", "recipe": "int8", "threads": 1, "batch": 1, "published": 1.5, "agreement_db": 142.5,
         "ratios": {"float/plain": pair, "float/integer": pair | {"ratio": 2.5}, "float/other": pair, "other/integer": pair},
     }  # fmt: skip
     result = {"rows": [row], "machine": {"cores": 2, "processor": "P"}, "command": "c", "commit": "1"}
     first, second = cpu_speed_table({"a.json": result, "b.json": result | {"rows": [row | {"published": None}]}}).split(
         "Measured by `c` at commit 1 on 2 cores (P)."
     )[:2]
-    assert "| net | `int8` | 1 | 1 | 1.50 | 2.50 (2.00 to 2.20) | 2.10 (2.00 to 2.20) | 2.10 (2.00 to 2.20) |" in first
-    assert "| network | recipe | threads | batch | this tool | this tool, graph with Q/DQ | other |" in second
+    assert (
+        "| net | `int8` | 1 | 1 | 1.50 | 2.50 (2.00 to 2.20) | 2.10 (2.00 to 2.20) | 2.10 (2.00 to 2.20) | 142 dB |"
+        in first
+    )
+    assert (
+        "| network | recipe | threads | batch | this tool | this tool, graph with Q/DQ | other | agreement of our graphs |"
+        in second
+    )
 
 
 def test_no_table_mixes_commits_and_that_of_tasks_no_network_s(monkeypatch):
