@@ -149,7 +149,7 @@ def recipes_table(found: Reports) -> str:
     rows = [
         [
             report["model"],
-            ", ".join((f"`{report['recipe']}`", *(f"`{check['limit']}`" for check in report["acceptance"]["checks"]))),
+            f"`{report['recipe']}`",
             sqnr(fidelity := report["fidelity"]),
             judged_on(fidelity),
             f"{fidelity['top1_agreement']:.1%}",
