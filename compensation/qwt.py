@@ -39,6 +39,7 @@ from calib.quant_model import Branch, QuantModel
 from calib.quantizer import QParams
 from compensation.branch import BlockBranch, engine_bytes
 from compensation.carry import Call, Carry
+from compensation.fitted_on import samples_where
 from compensation.forms import FORMS, NoFitError, Place
 from compensation.leave_out import worth_keeping
 from compensation.moments import Moments, pooled, r2
@@ -59,6 +60,9 @@ class Config:
     min_r2_per_kernel: float = 0.05  # share of its block's error that a branch must remove for every kernel it adds
     max_extra_kernels: int = UNLIMITED  # of all branches together
     max_extra_bytes: int = UNLIMITED
+    # a named input of one number, and the value at which samples fit the branches: all samples judge; "": all fit, too
+    only_input: str = ""
+    only_value: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.ridges or min(self.ridges) < 0:
@@ -313,7 +317,9 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
 
     Branches that `model` has are replaced. Raises ValueError naming the block if one is not called, or edits its input.
     """
-    model, images = replace(model, branches={}, branch_figures={}), Joined(halves)
+    model = replace(model, branches={}, branch_figures={})
+    fitting = samples_where(model.net, halves, config.only_input, config.only_value) if config.only_input else halves
+    images = Joined(fitting)
     where = places(model, quantized_net(model), next(iter(images))[:1])
     kept, tried = _fit_blocks(model, where, images, config, dict.fromkeys(where.of, config.forms))
     options = [option(name, found) for name, several in tried.items() for found in several if found["kept"]]

@@ -62,6 +62,18 @@ def dit_file(tmp_path_factory):
     return smaller(tmp_path_factory.mktemp("dit"), "dit.py", DIT, ("Path(__file__).parents[2]", f"'{ROOT}'"))
 
 
+FITTED_AT_THE_LAST_STEP = """description = "int8_plain with branches as QwT fits them"
+[calibrate]
+observer = "percentile"
+[method]
+name = "rtn"
+[compensate]
+only_input = "timestep"
+only_value = 0
+min_r2_per_kernel = 0.0
+"""
+
+
 def test_dit_is_calibrated_over_its_steps_and_compared_by_step_and_sample(dit_file, tmp_path, capsys):
     dit = loaded(dit_file)
     assert dit.main(["write", "--samples", "10", "--steps", "5", "--to", str(tmp_path)]) == 0
@@ -69,12 +81,16 @@ def test_dit_is_calibrated_over_its_steps_and_compared_by_step_and_sample(dit_fi
         assert {*calib["timestep"]} == {0, 200, 400, 600, 800}
         assert not {*calib["groups"]} & {*judged["groups"]}
         assert 10 in calib["class_label"], "guidance asks for no class too"
-    files = ("--calib", tmp_path / "calib.npz", "--eval", tmp_path / "eval.npz", "--calib-images", 16)
-    package, report, manifest = engine(dit_file, "DiT", tmp_path, "--recipe", "int8_plain", *files)
+    files = ("--calib", tmp_path / "calib.npz", "--eval", tmp_path / "eval.npz")
+    (tmp_path / "last_step.toml").write_text(FITTED_AT_THE_LAST_STEP)
+    package, report, manifest = engine(dit_file, "DiT", tmp_path, "--recipe", tmp_path / "last_step.toml", *files)
     assert [(each["name"], each["dtype"]) for each in manifest["io"]["inputs"]] == [
         ("latent", "float16"), ("timestep", "int64"), ("class_label", "int64")
     ]  # fmt: skip
-    assert report["engine"]["int8_gemms"] == 8
+    assert report["engine"]["int8_gemms"] >= 8
+    (details,) = (stage["details"] for stage in report["history"] if stage["stage"] == "qwt")
+    samples = {each["samples"] for several in details["tried"].values() for each in several}
+    assert samples == {8 * 16}  # tokens of the latents that calibrate, at one step of five
     assert {"blocks.0.adaLN_modulation.1", "t_embedder.mlp.2"} <= {*report["float_layers"]}
     assert report["fidelity"]["sqnr_db"] > 30
     capsys.readouterr()
