@@ -24,18 +24,19 @@ class CrashError(Exception):
     """A process ended without an answer; the message is how: the name of a signal, or its exit code."""
 
 
-def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Send (whether it returned, what it returned or raised).
+def _answer(parent: Connection) -> None:
+    """Receive a function and its arguments, and send (whether it returned, what it returned or raised).
 
     What native code prints goes to stderr: stdout is the caller's, who may have promised JSON on it.
     """
     os.dup2(2, 1)
+    function, arguments = parent.recv()
     try:
         answer = (True, function(*arguments))
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))  # pickle drops the traceback
         answer = (False, error)
-    sender.send(answer)
+    parent.send(answer)
 
 
 @contextmanager
@@ -55,21 +56,23 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises what the function raises, and CrashError if the process ends without an answer.
     """
     context = multiprocessing.get_context("spawn")  # no copy of threads and of CUDA's state
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    own, others = context.Pipe()
+    # start() would wait for ever to write large arguments to a process that ends before it reads them
+    process = context.Process(target=_answer, args=(others,), daemon=True)
     with _deaf_children():
         process.start()
-    sender.close()
+    others.close()
     try:
-        returned, answer = receiver.recv()
-    except EOFError:
+        own.send((function, arguments))
+        returned, answer = own.recv()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         process.join()
         code = process.exitcode or 0
         raise CrashError(signal.Signals(-code).name if code < 0 else f"exit code {code}") from None
     finally:
         process.kill()
         process.join()
-        receiver.close()
+        own.close()
     if not returned:
         raise answer
     return answer

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from deploy.engine.backends import Built
 from deploy.engine.build import Profile
 from deploy.engine.builder import Builder
 from deploy.engine.isolated import CrashError, build_apart, isolated
+from tests.docs.pages import ROOT
 from tests.gpu.fake_cuda import printed
 from tests.unit.deploy.engine.test_runner import graph
 
@@ -53,6 +55,24 @@ def test_a_value_comes_back_from_another_process():
     assert value == 42
     assert process != os.getpid()
     assert not psutil.pid_exists(process)
+
+
+SCRIPT = """from deploy.engine.isolated import CrashError, isolated
+try:
+    isolated(len, b"0" * (1 << 22))
+except CrashError as crash:
+    print(crash)
+"""
+
+
+def test_a_script_that_starts_itself_again_is_a_crash_and_no_wait(tmp_path):
+    """Without `if __name__ == "__main__"` the new process runs the script too, and ends before it reads its arguments."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "exit code 1\n"
 
 
 @pytest.mark.parametrize("kind", [UserError, ZeroDivisionError])
