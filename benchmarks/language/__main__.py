@@ -57,7 +57,8 @@ def print_table(measured: Sequence[dict[str, Any]], random: bool, stream: TextIO
     texts = measured[0]["figures"]["texts"]
     console.print(f"of {texts} texts that calibrated nothing; losses in nats per token, ± standard error over texts")
     for one in measured:
-        for note in (note for stage in one["stages"] for note in stage["notes"] if note.startswith("dropped: ")):
+        notes = one["stages"][-1]["notes"] if one["stages"] else ()
+        for note in notes[:1]:  # whether what the last stage offered stays
             console.print(f"{one['row']}: {note}", markup=False, soft_wrap=True)
     if random:
         console.print(RANDOM)
