@@ -3,14 +3,16 @@
 Engines compute with one of them, `QParams` of 8 bits without a zero point; the others are for simulation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calib.precision import UNROUNDED
-from calib.quantizer import QParams, qparams_from_amax, qparams_from_range
+from calib.quantizer import QParams, channel_qparams, qparams_from_amax, qparams_from_range
 
 GELU_LEAST = -0.17  # the minimum of GELU is -0.16997, at -0.7518
 
@@ -80,6 +82,49 @@ class TwinUniform:
     def clip(self, x: Tensor) -> Tensor:
         """`x` clamped to the range of its half; same shape."""
         return torch.where(x < self.split, self.below.clip(x), self.above.clip(x))
+
+
+@dataclass(frozen=True)
+class WeightGroups:
+    """Grids of a weight (out, in, ...): every `group` input channels of each output channel have one of their own.
+
+    The grids are asymmetric, as in QwT's rows of language models (section 4.5) and GPTQ's code. `params`: scales and zero
+    points, (out * groups,) along axis 0, those of an output channel one behind the other. The last group of a channel may
+    be smaller than the others.
+    """
+
+    params: QParams
+    group: int
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The nearest values of the grids, in the shape and dtype of `x` (out, in, ...)."""
+        return self._by_group(x, self.params.fake_quantize)
+
+    def clip(self, x: Tensor) -> Tensor:
+        """`x` (out, in, ...) clamped to the ranges of its groups; same shape."""
+        return self._by_group(x, self.params.clip)
+
+    def _by_group(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = _group_rows(x, self.group)
+        return change(rows).reshape(len(x), -1, *x.shape[2:])[:, : x.shape[1]]
+
+
+def _group_rows(weight: Tensor, group: int) -> Tensor:
+    """`weight` (out, in, ...) as one row (out * groups, values) per group; zeros fill up the last group of a channel."""
+    after = [0, 0] * (weight.ndim - 2)
+    padded = F.pad(weight, (*after, 0, -weight.shape[1] % group))
+    return padded.reshape(len(weight) * (padded.shape[1] // group), -1)
+
+
+def weight_grid(weight: Tensor, bits: int, group: int | None = None) -> Grid:
+    """The grid of `weight` (out, in, ...): symmetric per output channel, or asymmetric per `group` input channels.
+
+    A range always includes 0, so that 0 stays on the grid and the zero point within the integers of `bits`.
+    """
+    if group is None:
+        return channel_qparams(weight, bits)
+    rows = _group_rows(weight.detach(), group)
+    return WeightGroups(qparams_from_range(rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0), 0, bits), group)
 
 
 def twin_softmax(split: float, bits: int) -> TwinUniform:

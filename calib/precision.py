@@ -18,7 +18,9 @@ class Precision:
     layers; 0 leaves these layers in float, as an engine leaves them in FP16. `zero_points`: whether inputs have
     asymmetric ranges. `attention`: the grid of softmax outputs in a simulation, one of ATTENTIONS; query, key and value
     then have the grid of layer inputs. (The engine's INT8 attention is the recipe's [attention].) `gelu`: the grid of
-    layer inputs behind a GELU, one of GELUS. Raises ValueError for any other value.
+    layer inputs behind a GELU, one of GELUS. `weight_group`: how many input channels of an output channel share a scale and
+    a zero point in its weight (calib/grids.py, WeightGroups); None: all of them share a scale. Raises ValueError for any
+    other value.
 
     QwT's figures for ResNets at "4/4" and "6/6" are weights = 4 or 6 with inputs = 8: its code forces the inputs of
     convolutions to 8 bits.
@@ -30,6 +32,7 @@ class Precision:
     zero_points: bool = False
     attention: str = "float"
     gelu: str = "uniform"
+    weight_group: int | None = None
 
     def __post_init__(self) -> None:
         for name, bits, others in (
@@ -42,6 +45,8 @@ class Precision:
         for name, grid, known in (("attention", self.attention, ATTENTIONS), ("gelu", self.gelu, GELUS)):
             if grid not in known:
                 raise ValueError(f"{name} '{grid}' is not one of {', '.join(known)}")
+        if self.weight_group is not None and self.weight_group < 1:
+            raise ValueError(f"weight_group {self.weight_group} is not a number of input channels of 1 or more")
         if self.gelu == "twin" and (self.zero_points or self.inputs == UNROUNDED):
             raise ValueError("gelu 'twin' is for inputs that round without zero points")
 

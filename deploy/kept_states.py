@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.grids import Grid, LogSqrt2, TwinUniform, Unrounded
+from calib.grids import Grid, LogSqrt2, TwinUniform, Unrounded, WeightGroups
 from calib.precision import Precision
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import QParams, dequantize, quantize
@@ -38,7 +38,7 @@ CODE = (
 MOST_BYTES = 10_000_000_000  # of all states; those that were used longest ago go first
 # Beside tensors and plain values a file may hold these and nothing else.
 CLASSES = (
-    QParams, LogSqrt2, TwinUniform, Unrounded, Moved, Precision, StageRecord,
+    QParams, LogSqrt2, TwinUniform, Unrounded, WeightGroups, Moved, Precision, StageRecord,
     DenseBranch, SharedBranch, ConvBranch,
 )  # fmt: skip
 GIVEN = ("name", "float_net", "structure")  # fields that no stage behind folding changes

@@ -36,7 +36,7 @@ from calib.learned.reconstruction import (
 from calib.learned.weight_scales import least_squares_qparams
 from calib.methods import rtn
 from calib.network.qdq import quantized_net
-from calib.network.rounded_layer import with_layers
+from calib.network.rounded_layer import require_whole_channels, with_layers
 from calib.precision import UNROUNDED
 from calib.quant_model import QuantModel
 from calib.quantizer import QParams, largest_integer
@@ -104,7 +104,11 @@ class Config:
 
 
 def least_squares_quantizers(model: QuantModel) -> dict[str, QParams]:
-    """A `:weight` quantizer for every layer to be quantized, of the steps that learning starts from."""
+    """A `:weight` quantizer for every layer to be quantized, of the steps that learning starts from.
+
+    Raises UserError where weights round in groups.
+    """
+    require_whole_channels(model)
     return {
         f"{name}:weight": least_squares_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
         for name in model.layers

@@ -1,6 +1,7 @@
 """Round to nearest: the baseline that every other method is compared with.
 
-Each output channel gets the scale that maps its largest weight to the largest integer. With `bias_correction` the bias makes
+Each output channel gets the scale that maps its largest weight to the largest integer; where [precision] has a weight_group,
+each group of its input channels gets a scale and a zero point. With `bias_correction` the bias makes
 up for what rounding W to W^ does to the mean output (Nagel et al., "Data-Free Quantization Through Weight Equalization and
 Bias Correction", ICCV 2019, section 4.2):
 
@@ -16,12 +17,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from calib.grids import Grid, weight_grid
 from calib.images.batches import Half, spread_images
 from calib.judge.held_out import Candidate, Offer
 from calib.network.layer_rows import Means, look_at_inputs
 from calib.network.rounded_layer import with_biases
 from calib.quant_model import QuantModel
-from calib.quantizer import QParams, channel_qparams
 from calib.store.watch import UNWATCHED, Watch
 from calib.structure.moves import along_inputs
 
@@ -36,18 +37,19 @@ class Config:
     bias_correction: bool = False  # costs an engine nothing
 
 
-def weight_quantizers(model: QuantModel) -> dict[str, QParams]:
+def weight_quantizers(model: QuantModel) -> dict[str, Grid]:
     """A `:weight` quantizer for every layer of `model` to be quantized."""
+    group = model.precision.weight_group
     return {
-        f"{name}:weight": channel_qparams(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight)
+        f"{name}:weight": weight_grid(model.net.get_parameter(f"{name}.weight"), model.bits(name).weight, group)
         for name in model.layers
     }
 
 
-def mean_correction(layer: nn.Module, params: QParams, mean: Tensor) -> Tensor:
+def mean_correction(layer: nn.Module, grid: Grid, mean: Tensor) -> Tensor:
     """(W - W^) E[x] (out,) of a Linear or Conv2d whose input channels have the `mean` (C,)."""
     weight = layer.get_parameter("weight").detach()
-    return ((weight - params.fake_quantize(weight)) * along_inputs(layer, mean)).flatten(1).sum(1)
+    return ((weight - grid.fake_quantize(weight)) * along_inputs(layer, mean)).flatten(1).sum(1)
 
 
 def mean_inputs(model: QuantModel, halves: Sequence[Half]) -> list[dict[str, Tensor]]:
@@ -62,7 +64,7 @@ def mean_inputs(model: QuantModel, halves: Sequence[Half]) -> list[dict[str, Ten
 def with_corrected_biases(model: QuantModel, means: Mapping[str, Tensor]) -> QuantModel:
     """Return `model`, which has `:weight` quantizers, with biases corrected for weight rounding at these mean inputs."""
     changes = {
-        name: mean_correction(model.net.get_submodule(name), model.qparams(f"{name}:weight"), mean)
+        name: mean_correction(model.net.get_submodule(name), model.quantizers[f"{name}:weight"], mean)
         for name, mean in means.items()
     }
     return replace(model, net=with_biases(model.net, changes))

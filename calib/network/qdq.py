@@ -167,13 +167,13 @@ def rounding_module(quantizer: str, grid: Grid) -> nn.Module:
 
 
 class SimulatedLayer(nn.Module):
-    """A copy of `layer`, with nothing in front, whose weight is fake-quantized and whose input goes through `quantizer`."""
+    """A copy of `layer`, with nothing in front, whose weight `rounding` has quantized and whose input `quantizer` does."""
 
-    def __init__(self, layer: nn.Module, quantizer: nn.Module, weight_params: QParams) -> None:
+    def __init__(self, layer: nn.Module, quantizer: nn.Module, rounding: nn.Module) -> None:
         super().__init__()
-        self.quantizer, self.layer = quantizer, alone(layer)
+        self.quantizer, self.rounding, self.layer = quantizer, rounding, alone(layer)
         weight = self.layer.get_parameter("weight")
-        weight.data = weight_params.fake_quantize(weight.data)
+        weight.data = rounding(weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer for the fake-quantized `x`, in the shape of the layer's output."""
@@ -228,11 +228,10 @@ def quantized_net(model: QuantModel) -> nn.Module:
     net = copy.deepcopy(model.net).eval().requires_grad_(False)
     for name in model.quantized_layers:
         layer = net.get_submodule(name)
-        quantizer, weight = f"{name}:input", model.qparams(f"{name}:weight")
-        if why_not_int8(model.quantizers[quantizer]):
-            replace_layer(
-                net, name, SimulatedLayer(layer, rounding_module(quantizer, model.quantizers[quantizer]), weight)
-            )
+        quantizer, weight = f"{name}:input", model.quantizers[f"{name}:weight"]
+        if why_not_int8(model.quantizers[quantizer]) or not isinstance(weight, QParams):
+            read, rounding = (rounding_module(each, model.quantizers[each]) for each in (quantizer, f"{name}:weight"))
+            replace_layer(net, name, SimulatedLayer(layer, read, rounding))
         elif isinstance(layer, nn.Linear):
             output = model.quantizers.get(f"{name}:output")
             written = None if output is None else rounding_module(f"{name}:output", output)

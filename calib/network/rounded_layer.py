@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from calib.errors import UserError
 from calib.network.layer_rows import weight_matrix
 from calib.quant_model import QuantModel
 from calib.quantizer import QParams, channel_qparams, dequantize, fp16_scale, quantize
@@ -47,8 +48,21 @@ def rounded_layer(layer: nn.Module, params: QParams | None = None) -> RoundedLay
     return RoundedLayer(integers, params, augmented_weight(layer)[..., -1].float())
 
 
+def require_whole_channels(model: QuantModel) -> None:
+    """Raise UserError where weights round in groups: a `RoundedLayer` has one scale per output channel."""
+    if model.precision.weight_group is not None:
+        raise UserError(
+            f"[precision] weight_group = {model.precision.weight_group} is for [method] name = 'rtn' without [equalise]: "
+            f"all else needs one scale per output channel; leave weight_group out"
+        )
+
+
 def rounded_layers(model: QuantModel) -> dict[str, RoundedLayer]:
-    """Return the quantized layers of `model`, their weights on the grids of their `:weight` quantizers."""
+    """Return the quantized layers of `model`, their weights on the grids of their `:weight` quantizers.
+
+    Raises UserError where weights round in groups.
+    """
+    require_whole_channels(model)
     return {
         name: rounded_layer(model.net.get_submodule(name), model.qparams(f"{name}:weight"))
         for name in model.quantized_layers

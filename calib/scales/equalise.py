@@ -34,6 +34,7 @@ from calib.images.batches import Half, spread_images
 from calib.judge.first_order import Seen, output_gradients, output_noise
 from calib.network.fp16_range import FP16_MAX
 from calib.network.layer_rows import Extremes, Means, channel_axis, look_at_inputs, weight_matrix
+from calib.network.rounded_layer import require_whole_channels
 from calib.precision import UNROUNDED, LayerBits
 from calib.quant_model import QuantModel, StageRecord
 from calib.quantizer import channel_qparams
@@ -254,8 +255,9 @@ def _repq(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantMod
 def equalise(model: QuantModel, halves: Sequence[Half], config: Config) -> QuantModel:
     """`model` with channel scales (and shifts) moved; its float function is unchanged up to float rounding.
 
-    Raises UserError where `rule = "repq"` meets inputs that round without zero points.
+    Raises UserError where `rule = "repq"` meets inputs that round without zero points, and where weights round in groups.
     """
+    require_whole_channels(model)
     if config.rule == "repq":
         return _repq(model, halves, config)
     start = time.perf_counter()

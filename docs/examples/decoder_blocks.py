@@ -144,19 +144,6 @@ def write(args: argparse.Namespace) -> None:
         print(f"{args.to / name}.npz: {len(rows)} texts, {args.ids or 'random ids'}")
 
 
-def logarithms(logits: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the probabilities that `logits` (..., vocabulary) stand for."""
-    logits = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def perplexity(logits: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> float:
-    """Return exp of the mean loss of telling each of `ids` (N, T) by the `logits` (N, T, vocabulary) one place before it."""
-    told = np.take_along_axis(logarithms(logits[:, :-1]), ids[:, 1:, None], 2)[..., 0]
-    read = mask[:, 1:] != 0
-    return float(np.exp(-(told * read).sum() / read.sum()))
-
-
 def compare(args: argparse.Namespace) -> None:
     """Print how often a package's INT8 graph and the float network tell the same next token, and their perplexities."""
     from calib.errors import UserError
@@ -164,6 +151,7 @@ def compare(args: argparse.Namespace) -> None:
     from calib.weights.load import load_net
     from calib.weights.zoo import own_model
     from deploy.measure.onnx_runner import OnnxRunner
+    from deploy.measure.tasks.tokens import perplexity
     from deploy.package import MANIFEST, read_json
 
     manifest = read_json(args.package / MANIFEST)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import calib.methods
+from calib.errors import UserError
+from calib.grids import WeightGroups
 from calib.images.batches import ROTATIONS, Half, Part
 from calib.judge.held_out import Offer, challenge, choose
 from calib.methods import rtn
@@ -116,6 +118,19 @@ def test_every_candidate_rounds_every_layer_to_the_bits_asked_for(method):
                 integers = net.get_submodule(layer).get_buffer("integers")
                 assert integers.dtype == torch.int8
                 assert 1 < int(integers.abs().max()) < 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_in_groups_are_rounded_or_refused_in_one_line(method):
+    model, module = replace(calibrated("vit"), precision=Precision(4, 8, 8, weight_group=16)), method_module(method)
+    config = module.Config(**OPTIONS.get(method, {}))
+    if method == "rtn":
+        for candidate in module.candidates(model, rtn.nearest(model), correlated_halves(), config).candidates:
+            assert all(isinstance(candidate.whole.quantizers[f"{name}:weight"], WeightGroups) for name in model.layers)
+        return
+    with pytest.raises(UserError, match=r"^\[precision\] weight_group = 16 is for \[method\] name = 'rtn'") as caught:
+        module.candidates(model, rtn.nearest(model), correlated_halves(), config)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", METHODS)

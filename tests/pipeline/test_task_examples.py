@@ -250,19 +250,6 @@ def test_steps_behind_a_past_tell_what_the_whole_text_does(decoders_file, monkey
         torch.testing.assert_close(added, torch.from_numpy(longer[which]), atol=1e-5, rtol=1e-4)
 
 
-def test_perplexity_is_torchs_and_leaves_out_what_fills_up(decoders_file):
-    generator = np.random.default_rng(0)
-    logits, ids = generator.normal(size=(2, 5, 7)), generator.integers(0, 7, (2, 5))
-    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    losses = [
-        torch.nn.functional.cross_entropy(
-            torch.from_numpy(rows[: count - 1]), torch.from_numpy(row[1:count]), reduction="sum"
-        )
-        for rows, row, count in zip(logits, ids, mask.sum(1), strict=True)
-    ]
-    assert loaded(decoders_file).perplexity(logits, ids, mask) == pytest.approx(float(torch.exp(sum(losses) / 6)))
-
-
 BAD_IDS = {
     "no file": (None, "cannot be read"),
     "another type": (np.zeros((4, 12), np.int32), r"holds int32 \(4, 12\): expected int64 \(N, 12\)"),

@@ -51,7 +51,9 @@ def simulated(layer, rounded):
                         groups=plain.groups)  # fmt: skip
     put.weight.data = rounded.weight.reshape(plain.weight.shape)
     put.bias.data = rounded.bias.flatten()
-    return SimulatedLayer(put.requires_grad_(False), rounding_module("x", layer.reads.grid), rounded.params)
+    return SimulatedLayer(
+        put.requires_grad_(False), rounding_module("x", layer.reads.grid), rounding_module("w", rounded.params)
+    )
 
 
 def task_of(layer, x, target, held_out=None):

@@ -4,7 +4,7 @@ from torch import nn
 
 from calib.methods import rtn
 from calib.network.qdq import QuantConv2d, QuantLinear, quantized_net
-from calib.quantizer import qparams_from_amax
+from calib.quantizer import channel_qparams, qparams_from_amax
 from calib.scales.calibrate import Config, calibrate, observed_inputs
 from tests.tiny import TINY, tiny_batches, tiny_halves, tiny_model
 
@@ -17,7 +17,7 @@ def input_params(x):
 @pytest.mark.parametrize("shape", [(5, 16), (2, 7, 16)], ids=["2-D", "3-D"])
 def test_quant_linear_is_fake_quantization_of_input_and_weight(bias, shape):
     linear, x = nn.Linear(16, 8, bias=bias), torch.randn(shape)
-    weight_params = rtn.channel_qparams(linear.weight)
+    weight_params = channel_qparams(linear.weight)
     expected = nn.functional.linear(
         input_params(x).fake_quantize(x), weight_params.fake_quantize(linear.weight), linear.bias
     )
@@ -32,7 +32,7 @@ def test_quant_linear_is_fake_quantization_of_input_and_weight(bias, shape):
 )
 def test_quant_conv_is_fake_quantization_of_input_and_weight(options):
     conv, x = nn.Conv2d(4, 8, 3, **options), torch.randn(2, 4, 9, 9)
-    weight_params = rtn.channel_qparams(conv.weight)
+    weight_params = channel_qparams(conv.weight)
     reference = nn.Conv2d(4, 8, 3, **options)
     reference.weight.data, reference.bias.data = (
         weight_params.fake_quantize(conv.weight.detach()),
@@ -44,11 +44,11 @@ def test_quant_conv_is_fake_quantization_of_input_and_weight(options):
 
 def test_the_largest_weight_of_each_channel_becomes_127():
     weight = torch.randn(6, 10)
-    quantized = QuantLinear(nn.Linear(10, 6), input_params(torch.ones(1)), rtn.channel_qparams(weight)).integers
+    quantized = QuantLinear(nn.Linear(10, 6), input_params(torch.ones(1)), channel_qparams(weight)).integers
     assert quantized.dtype == torch.int8
     linear = nn.Linear(10, 6)
     linear.weight.data = weight
-    quantized = QuantLinear(linear, input_params(torch.ones(1)), rtn.channel_qparams(weight)).integers
+    quantized = QuantLinear(linear, input_params(torch.ones(1)), channel_qparams(weight)).integers
     assert quantized.shape == (10, 6)
     assert quantized.abs().amax(0).tolist() == [127] * 6
 
@@ -57,7 +57,7 @@ def test_the_largest_weight_of_each_channel_becomes_127():
     ("layer", "kind"), [(nn.Linear(6, 10), QuantLinear), (nn.Conv2d(4, 8, 3, groups=2), QuantConv2d)]
 )
 def test_code_that_reads_the_weight_of_a_layer_finds_it_in_float(layer, kind):
-    params = rtn.channel_qparams(layer.weight)
+    params = channel_qparams(layer.weight)
     found = kind(layer, input_params(torch.ones(1)), params)
     torch.testing.assert_close(found.weight, params.fake_quantize(layer.weight.detach()))
 

@@ -9,7 +9,7 @@ from torch import nn
 from calib.images.batches import Half
 from calib.judge.choice import output_terms
 from calib.methods import rtn
-from calib.network.qdq import QuantLinear, SimulatedLayer, quantized_net
+from calib.network.qdq import QuantLinear, SimulatedLayer, quantized_net, rounding_module
 from calib.network.unit_io import readers_and_sizes
 from calib.quant_model import QuantModel
 from calib.quantizer import channel_qparams, qparams_from_amax
@@ -82,7 +82,11 @@ def test_what_replaces_a_layer_rounds_what_stands_in_front_of_it(kind):
     )
     quantizer = nn.Module()
     quantizer.forward = grid.fake_quantize
-    new = QuantLinear(layer, grid, weight) if kind is QuantLinear else SimulatedLayer(layer, quantizer, weight)
+    new = (
+        QuantLinear(layer, grid, weight)
+        if kind is QuantLinear
+        else SimulatedLayer(layer, quantizer, rounding_module("weight", weight))
+    )
     replace_layer(net, "0", new)
     torch.testing.assert_close(net(x), expected)
 
