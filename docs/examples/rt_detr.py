@@ -44,11 +44,11 @@ JUDGED = 5  # of so many images one is for eval.npz
 
 
 def with_random_weights(config: RTDetrConfig, side: int) -> RTDetrForObjectDetection:
-    """Build the network with random weights, the same ones every time, whose features have the size of trained ones.
+    """Build the network with random weights, the same ones every time, that leave something to round.
 
-    transformers starts linear layers and the gains of BatchNorm near zero, boxes and sampling points at zero: nothing would
-    be left to round. Here linear layers keep the size of what they read, and gains are 1 behind the statistics of two
-    images of noise, `side` pixels wide, in whose octaves there is as much as in those of photographs: in each the same.
+    transformers starts linear layers and the gains of BatchNorm near zero, boxes and sampling points at zero. Here linear
+    layers keep the size of what they read, and gains are 1 behind the statistics of two images of noise, `side` pixels wide,
+    with equal parts of every octave as in photographs.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
