@@ -15,7 +15,7 @@ weights are random.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,15 +121,15 @@ def detect(
     return [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in every]
 
 
-def images_in(folder: Path, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Yield the images of a folder, (1, 3, H, W) each, as `Proposals` reads them."""
+def images_in(folder: Path, size: tuple[int, int], prepared: Mapping[str, Any] = IMAGES) -> Iterator[Tensor]:
+    """Yield the images of a folder, (1, 3, H, W) each of this `size`, `prepared` as `Proposals` reads them or otherwise."""
     from calib.errors import UserError
     from calib.images.folder import listed
     from calib.images.preprocess import array_from_image, preprocessing_from_config
 
     if not folder.is_dir() or not (names := listed(folder).images):
         raise UserError(f"'{folder}' holds no images: expected a folder of JPEG or PNG files")
-    preparation = preprocessing_from_config({**IMAGES, "input_size": (3, *size)})
+    preparation = preprocessing_from_config({**prepared, "input_size": (3, *size)})
     for name in names:
         try:
             with Image.open(folder / name) as image:
@@ -138,8 +138,8 @@ def images_in(folder: Path, size: tuple[int, int]) -> Iterator[Tensor]:
             raise UserError(f"'{folder / name}' cannot be read ({error}): expected an image") from error
 
 
-def graph_of(package: Path, name: str, part: nn.Module) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Return the INT8 graph of a package, as a function of its input `name`. Raises UserError for weights not of `part`."""
+def graph_of(package: Path, names: Sequence[str], part: nn.Module) -> Callable[..., dict[str, Tensor]]:
+    """Return the INT8 graph of a package, a function of its inputs `names`. Raises UserError for weights not of `part`."""
     from calib.errors import UserError
     from calib.weights.load import state_sha256
     from deploy.measure.onnx_runner import OnnxRunner
@@ -148,9 +148,12 @@ def graph_of(package: Path, name: str, part: nn.Module) -> Callable[[Tensor], di
     if read_json(package / MANIFEST)["weights"]["sha256"] != state_sha256(part):
         raise UserError(f"'{package}' was built from other weights than those that are given now")
     run = OnnxRunner(package / MODEL_FP32)
-    return lambda given: {
-        key: torch.from_numpy(value) for key, value in run.named_outputs({name: given.numpy()}).items()
-    }
+
+    def outputs(*given: Tensor) -> dict[str, Tensor]:
+        arrays = {name: each.numpy() for name, each in zip(names, given, strict=True)}
+        return {key: torch.from_numpy(value) for key, value in run.named_outputs(arrays).items()}
+
+    return outputs
 
 
 def size_of(package: Path) -> tuple[int, int]:
@@ -192,7 +195,7 @@ def compare(args: argparse.Namespace) -> None:
     from deploy.measure.boxes import Found
 
     net, exact = whole(), (Proposals().eval(), Regions().eval())
-    packages = zip((args.proposals, args.regions), ("input", "regions"), exact, strict=True)
+    packages = zip((args.proposals, args.regions), (("input",), ("regions",)), exact, strict=True)
     rounded = [graph_of(*each) for each in packages]
     truth, found = [], []
     with torch.inference_mode():

@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace) -> None:
     packages = (args.proposals, args.regions, args.masks)
     if size_of(args.proposals) != (SIDE, SIDE):
         raise UserError(f"'{args.proposals}' reads other images than {SIDE} x {SIDE}: build it without INPUT=")
-    rounded = [graph_of(*each) for each in zip(packages, ("input", "regions", "regions"), exact, strict=True)]
+    rounded = [graph_of(*each) for each in zip(packages, (("input",), ("regions",), ("regions",)), exact, strict=True)]
     heads = (exact[2], lambda regions: rounded[2](regions)["output"])
     truth, found, overlaps = [], [], []
     with torch.inference_mode():

@@ -1,12 +1,16 @@
 """Detectors by the commands of docs/models.md, at small sizes."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from calib.errors import UserError
 from deploy import cli
 from deploy.verify import verify_package
 from tests.docs.pages import ROOT
@@ -177,3 +181,104 @@ def test_faster_rcnn_becomes_two_engines_that_are_compared_together(faster, phot
     monkeypatch.delenv("FASTER_RCNN")
     assert example.main(["compare", str(first), str(second), str(photos)]) == 2
     assert "built from other weights" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def rt_detr(tmp_path_factory):
+    """The example at 64 x 64 pixels, and a folder with the weights of a small network of it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("rt_detr")
+    smaller(folder, "faster_rcnn.py")
+    path = smaller(
+        folder, "rt_detr.py", ("SIDE, SMALL_SIDE = 640, 64", "SIDE, SMALL_SIDE = 64, 64"),
+        ("Path(__file__).parents[2]", f"'{ROOT}'"),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        net = loaded(path).small()
+        torch.manual_seed(1)
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.bias, -1, 1)
+        net.config.freeze_backbone_batch_norms = True
+        transformers.RTDetrForObjectDetection.save_pretrained(net, folder / "weights")
+        yield path, folder / "weights"
+
+
+@pytest.mark.parametrize(("side", "border"), [(64, False), (416, False), (416, True)])
+def test_the_two_parts_of_rt_detr_are_transformers_network(rt_detr, side, border, monkeypatch):
+    """In the larger image anchors at the border are none; `border`: those are chosen all the same."""
+    import transformers
+
+    path, weights = rt_detr
+    monkeypatch.setenv("RT_DETR", str(weights))
+    example, images = loaded(path), torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    theirs, net = transformers.RTDetrForObjectDetection.from_pretrained(weights).eval(), example.whole()
+    for each in (theirs.model, net.model) if border else ():
+        each.enc_output[0].bias = torch.nn.Parameter(each.enc_score_head.weight[0].detach().clone())
+    first, second = example.Encoder(net, side).eval(), example.Decoder(net, side).eval()
+    with torch.no_grad():
+        expected = theirs(images)
+        candidates = first(images)
+        found = example.detect(images, first, second, 12)
+    assert any(type(module).__name__ == "RTDetrFrozenBatchNorm2d" for module in theirs.modules())
+    assert bool((first.valid == 0).any()) == (side == 416)
+    assert float(first.anchors.max()) < 65504
+    assert float((found["boxes"] - expected.pred_boxes).abs().max()) < 1e-5
+    torch.testing.assert_close(found["scores"], expected.logits, atol=1e-4, rtol=0)
+    assert bool((example.chosen(candidates, 12)["reference"] > 15).all()) == border
+    outside = candidates["boxes"][:, first.valid[0, :, 0] == 0]
+    assert torch.equal(outside, torch.ones_like(outside)), "as of transformers' anchors, which are infinite there"
+
+
+def test_rt_detr_becomes_two_engines_that_are_compared_together(rt_detr, photos, tmp_path, monkeypatch, capsys):
+    path, weights = rt_detr
+    monkeypatch.delenv("RT_DETR", raising=False)
+    example = loaded(path)
+    options = ("--recipe", "int8_plain")
+    first, report, manifest = engine(path, "small_encoder", tmp_path / "a", *options, "--calib", photos)
+    assert (manifest["task"], manifest["boxes"]["form"], report["engine"]["lost"]) == ("boxes", "centers", [])
+    assert {"classes", "corners.layers.2"} <= {*report["float_layers"]}
+    assert report["engine"]["fused_attention"] == 1
+    assert example.main(["write", str(photos), "--small", "--to", str(tmp_path)]) == 0
+    with np.load(tmp_path / "calib.npz") as calib, np.load(tmp_path / "eval.npz") as judged:
+        assert {name: each.shape[1:] for name, each in calib.items()} == {
+            "memory": (84, 32), "target": (12, 32), "reference": (12, 4), "groups": ()
+        }  # fmt: skip
+        assert not {*calib["groups"]} & {*judged["groups"]}
+        assert len(calib["groups"]) + len(judged["groups"]) == 16
+    files = ("--calib", tmp_path / "calib.npz", "--eval", tmp_path / "eval.npz")
+    second, report, manifest = engine(path, "small_decoder", tmp_path / "b", *options, *files)
+    assert (manifest["task"], manifest["boxes"]["image"], report["engine"]["lost"]) == ("boxes", [64, 64], [])
+    assert (report["engine"]["planned"], report["engine"]["fused_attention"]) == (26, 2)
+    assert {"classes", "corners.0.layers.2", "places.layers.0"} <= {*report["float_layers"]}
+    capsys.readouterr()
+    assert example.main(["compare", str(first), str(second), str(photos), "--small"]) == 0
+    said = capsys.readouterr().out
+    assert "RANDOM WEIGHTS" in said
+    assert float(re.search(r"boxes of the float network: AP 0\.\d+, at overlap \.5 ([\d.]+)", said)[1]) > 0.1
+    monkeypatch.setenv("RT_DETR", str(weights))
+    assert example.main(["compare", str(first), str(second), str(photos)]) == 2
+    assert "built from other weights" in capsys.readouterr().err
+
+
+def test_rt_detr_refuses_weights_and_sizes_that_do_not_fit_in_one_line(rt_detr, photos, tmp_path, monkeypatch, capsys):
+    path, weights = rt_detr
+    example = loaded(path)
+    lacking = tmp_path / "lacking"
+    shutil.copytree(weights, lacking)
+    state = load_file(lacking / "model.safetensors")
+    del state["model.enc_score_head.weight"]
+    save_file(state, lacking / "model.safetensors", {"format": "pt"})
+    for folder, expected in (
+        (tmp_path / "absent", "is no folder"),
+        (photos, "cannot be read"),
+        (lacking, "lacks 1 tensors, such as 'model.enc_score_head.weight'"),
+    ):
+        monkeypatch.setenv("RT_DETR", str(folder))
+        assert example.main(["write", str(photos), "--to", str(tmp_path)]) == 2
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error")]
+        assert expected in line
+        assert "expected a folder with config.json and model.safetensors" in line
+    with pytest.raises(UserError, match=r"images of 100 pixels, strides .* do not fit"):
+        example.Encoder(example.small(), 100)
