@@ -45,6 +45,7 @@ RECIPES = {
         "precision": {"weights": 6, "inputs": 6, "attention": "twin", "gelu": "twin"}, "calibrate": {"observer": "search"},
     }),
     "vit, weights alone": ("vit", {"precision": {"weights": 4, "inputs": 32}, **MAX}),
+    "vit, weights in groups": ("vit", {"precision": {"weights": 4, "inputs": 32, "weight_group": 8}, **MAX}),
 }  # fmt: skip
 
 
