@@ -25,7 +25,7 @@ def _where(net: nn.Module, rows: Tensor, name: str, value: float) -> Tensor:
     if name not in given:
         names = list(given)
         raise UserError(
-            f"[compensate] only_input = '{name}': expected one of {', '.join(names)}{suggestion(name, names)}"
+            f"[compensate] only_input = '{name}': expected one of {', '.join(names)}.{suggestion(name, names)}"
         )
     found = given[name].reshape(len(rows), -1)
     if found.shape[1] != 1:

@@ -65,6 +65,10 @@ class Config:
     only_value: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.only_value and not self.only_input:
+            raise ValueError(
+                f"only_value is {self.only_value:g} without only_input: expected the name of an input there"
+            )
         if not self.ridges or min(self.ridges) < 0:
             raise ValueError(f"ridges {self.ridges} are not numbers of at least 0")
         for form in self.forms:
@@ -402,5 +406,12 @@ def _notes(
     forms = [fitted.found["form"] for fitted in kept.values()]
     counts = ", ".join(f"{form} x{forms.count(form)}" for form in dict.fromkeys(forms)) or "none"
     scores = [fitted.found["r2_cv"] for fitted in kept.values()]
-    ranges = f", held-out R2 {min(scores):.2f} to {max(scores):.2f}" if scores else ""
-    return (f"{len(kept)} of {len(tried)} blocks compensated ({counts}){ranges}", *unused, *shown, *beyond, *dropped)
+    low, high = (f"{each:.2f}" for each in (min(scores, default=0), max(scores, default=0)))
+    ranges = f", held-out R2 {low}{f' to {high}' if high != low else ''}" if scores else ""
+    return (
+        f"branches fitted at {len(kept)} of {len(tried)} blocks ({counts}){ranges}",
+        *unused,
+        *shown,
+        *beyond,
+        *dropped,
+    )

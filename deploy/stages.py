@@ -95,16 +95,26 @@ def scale_stages(recipe: Recipe) -> Iterator[Stage]:
 
 
 def judged(
-    stage: str, options: Any, incumbent: Candidate, halves: Sequence[Half], offer: Callable[[], Offer]
-) -> QuantModel:
-    """Return the better of `incumbent` and what `offer` gives, fitted on all images, with a record of the decision."""
+    stage: str, options: Any, incumbent: Candidate, halves: Sequence[Half], offer: Callable[[], Offer],
+    before_it: Sequence[str] = (),
+) -> QuantModel:  # fmt: skip
+    """Return the better of `incumbent` and what `offer` gives, fitted on all images, with a record of the decision.
+
+    `before_it`: what is to be told of the incumbent.
+    """
     start = time.perf_counter()
     candidates, notes, details = offer()
     kept, gain, happened = challenge(incumbent, candidates, halves)
     before, after = (gain.before_db, gain.after_db) if gain else (None, None)
     happened_notes = (happened,) if happened else ()
     record = StageRecord(
-        stage, asdict(options), time.perf_counter() - start, before, after, (*happened_notes, *notes), details
+        stage,
+        asdict(options),
+        time.perf_counter() - start,
+        before,
+        after,
+        (*happened_notes, *before_it, *notes),
+        details,
     )
     return kept.whole.with_record(record)
 
@@ -114,12 +124,13 @@ def _round_weights(recipe: Recipe) -> Stage:
     method, options = method_module(recipe.method), recipe.method_config
 
     def run(model: QuantModel, images: CalibrationImages) -> QuantModel:
-        plain = rtn.nearest(model)
+        plain, told = rtn.nearest(model), ""
         if method is not rtn:
-            plain, _, _ = challenge(plain, [rtn.bias_corrected(plain.whole, images.halves)], images.halves)
+            plain, _, told = challenge(plain, [rtn.bias_corrected(plain.whole, images.halves)], images.halves)
         return judged(
             recipe.method, options, plain, images.halves,
             lambda: method.candidates(model, plain, images.halves, options, images.watch),
+            [f"before it: {told}"] if told else [],
         )  # fmt: skip
 
     return Stage(recipe.method, options, run)

@@ -42,6 +42,7 @@ from calib.store.user_cache import cache_folder
 from calib.store.watch import Watch
 from calib.task import CLASSIFIER
 from calib.weights.load import load_net
+from compensation.fitted_on import samples_where
 from deploy.acceptance import keeps
 from deploy.bridge.export import Example, export_float, export_pair, halved
 from deploy.bridge.parity import compare_with_onnx
@@ -285,6 +286,10 @@ def read_images(run: Run) -> Lines:
     join_outputs(run.loaded.net, torch.from_numpy(run.golden))
     run.model = QuantModel.of(run.name, run.loaded.net, precision=run.recipe.precision)
     halves = halves_of(run.calibration, lambda part: _batches(run, part, _to(run.device)))
+    if (fitted := run.recipe.compensate) is not None and fitted.only_input:
+        samples_where(
+            run.loaded.net, halves, fitted.only_input, fitted.only_value
+        )  # refused now, and not after minutes
     watch = Watch(folder=run.kept.folder and cache_folder("unfinished"))
     limit = options.limits.max_drop
     kept = None if limit is None else partial(keeps, limit, run.task)

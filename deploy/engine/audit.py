@@ -121,9 +121,8 @@ def planned_attention(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def _covered(kernels: Iterable[Kernel], *kinds: str) -> set[str]:
-    return {
-        layer for kernel in kernels if kernel.kind in kinds and kernel.precision == "int8" for layer in kernel.layers
-    }
+    whole = (kernel.layers for kernel in kernels if kernel.kind in kinds and kernel.precision == "int8")
+    return {layer for layers in whole for layer in layers}
 
 
 def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable[str] = ()) -> Audit:
@@ -133,11 +132,12 @@ def audit(kernels: Sequence[Kernel], planned: Iterable[str], attention: Iterable
     """
     unknown = [kernel for kernel in kernels if kernel.kind in ("gemm", "conv") and kernel.precision == "unknown"]
     covered, fused = _covered(kernels, "gemm", "conv"), _covered(kernels, "attention")
+    covered |= {layer for kernel in kernels for layer in kernel.int8_layers}
     planned = tuple(planned)
     wanted = {*planned}  # a layer that stays in float has the FP16 types of the graph, which is checked before
     return Audit(
         kernels=len(kernels),
-        int8_gemms=count_kernels(kernels, "gemm", "int8"),
+        int8_gemms=count_kernels(kernels, "gemm", "int8") + sum(bool(kernel.int8_layers) for kernel in kernels),
         fp16_gemms=count_kernels(kernels, "gemm", "fp16"),
         fp32_gemms=count_kernels(kernels, "gemm", "fp32"),
         int8_convs=count_kernels(kernels, "conv", "int8"),

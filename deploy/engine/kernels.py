@@ -58,7 +58,8 @@ class Kernel:
     `inputs`, `outputs`: types "int8", "fp16", "fp32", "int32", "int64", "bool", ... or "unknown". The factors come first:
     activation and weight of a gemm or conv; q, k and v of an attention. `layers`: names of the ONNX nodes it covers.
     `reads`, `writes`: its tensors, those of shape arithmetic left out. `macs`: multiply-adds per image of a gemm, conv or
-    attention; None if they cannot be read.
+    attention; None if they cannot be read. `int8_layers`: those of `layers` that it multiplies in INT8 whatever its own
+    factors are, as an attention in FP32 may do with the products of its q, k and v.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Kernel:
     reads: tuple[KernelTensor, ...] = ()
     writes: tuple[KernelTensor, ...] = ()
     macs: int | None = None
+    int8_layers: tuple[str, ...] = ()
 
     @property
     def precision(self) -> str:

@@ -55,7 +55,7 @@ def _tensor(plain: Mapping[str, Any]) -> KernelTensor:
 
 
 def _kernel(plain: Mapping[str, Any]) -> Kernel:
-    lists = {name: tuple(plain[name]) for name in ("inputs", "outputs", "layers")}
+    lists = {name: tuple(plain.get(name, ())) for name in ("inputs", "outputs", "layers", "int8_layers")}
     tensors = {name: tuple(_tensor(each) for each in plain[name]) for name in ("reads", "writes")}
     kernel = Kernel(**{**plain, **lists, **tensors})
     texts = (kernel.name, kernel.kind, *(text for texts in lists.values() for text in texts))

@@ -42,7 +42,10 @@ def optimized(model: Path | bytes) -> "onnx.ModelProto":
 
 
 def integer_layers(model: Path | bytes) -> int:
-    """The number of products and convolutions of `model` that ONNX Runtime computes in integers on this CPU."""
-    integers = INTEGER_PRODUCTS | INTEGER_CONVOLUTIONS | {ATTENTION}
-    nodes = [node for node in optimized(model).graph.node if node.op_type in integers]
+    """The number of layers of `model` that ONNX Runtime computes in integers on this CPU: products and convolutions with a
+    constant weight, not those of an attention.
+    """
+    integers, graph = INTEGER_PRODUCTS | INTEGER_CONVOLUTIONS | {ATTENTION}, optimized(model).graph
+    weights = {each.name for each in graph.initializer if len(each.dims) > 1}
+    nodes = [node for node in graph.node if node.op_type in integers and not weights.isdisjoint(node.input)]
     return sum(len(computed_nodes(node.name, node.op_type)) for node in nodes)

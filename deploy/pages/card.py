@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from deploy.engine.backends import ONNXRUNTIME
 from deploy.pages.contents import Contents
 from deploy.pages.html import TEMPLATES, title
 from deploy.pages.measured import calibration_rows, fidelity_rows, parity_rows, speed_rows
@@ -46,9 +47,10 @@ def _metadata(contents: Contents) -> str:
         for key, name in METRICS.items()
         if fidelity.holds(key)
     ]  # fmt: skip
+    backend = contents.report.part("engine").text("backend")
     return ModelCardData(
         model_name=title(contents),
-        tags=["int8", "quantized", "tensorrt", "onnx", "vision"],
+        tags=["int8", "quantized", ONNXRUNTIME if backend == ONNXRUNTIME else "tensorrt", "onnx", "vision"],
         pipeline_tag=task,
         eval_results=results,
     ).to_yaml()

@@ -157,11 +157,14 @@ def graph_of(package: Path, names: Sequence[str], part: nn.Module) -> Callable[.
 
 
 def size_of(package: Path) -> tuple[int, int]:
-    """Return height and width of the images that a package reads."""
+    """Return height and width of the images that a package reads. Raises UserError for one that reads something else."""
+    from calib.errors import UserError
     from deploy.package import MANIFEST, read_json
 
-    height, width = read_json(package / MANIFEST)["io"]["inputs"][0]["max"][2:]
-    return height, width
+    shape = read_json(package / MANIFEST)["io"]["inputs"][0]["max"]
+    if len(shape) != 4:
+        raise UserError(f"'{package}' reads no images: expected the package of the first engine")
+    return shape[2], shape[3]
 
 
 def told(truth: "list[Found]", found: "list[Found]") -> str:

@@ -260,7 +260,8 @@ def compare(args: argparse.Namespace) -> None:
     said = Boxes(**exact[1].boxes)
     if size_of(args.encoder) != said.image:
         raise UserError(
-            f"'{args.encoder}' reads other images than {said.image[0]} x {said.image[1]}: build it without INPUT="
+            f"'{args.encoder}' reads other images than {said.image[0]} x {said.image[1]}: expected the package of "
+            f"{'small_encoder' if args.small else 'Encoder, or --small'}, built without INPUT="
         )
     packages = zip((args.encoder, args.decoder), (("input",), CHOSEN), exact, strict=True)
     rounded = [graph_of(*each) for each in packages]
@@ -284,12 +285,13 @@ def main(argv: list[str] | None = None) -> int:
     writing = verbs.add_parser("write", help="write calib.npz and eval.npz, for the second engine")
     writing.add_argument("images", type=Path, help="a folder")
     writing.add_argument("--most", type=int, default=80, help="images that are read; 9 MB each (default 80)")
-    writing.add_argument("--to", type=Path, default=Path(), help="folder (default: this one)")
+    writing.add_argument("--to", type=Path, default=Path(), help="folder for both files (default: the current one)")
     comparing = verbs.add_parser("compare", help="compare both packages together with the float network")
-    for each in ("encoder", "decoder", "images"):
-        comparing.add_argument(each, type=Path)
+    for each in ("encoder", "decoder"):
+        comparing.add_argument(each, type=Path, help=f"the package of the {each}")
+    comparing.add_argument("images", type=Path, help="a folder")
     for verb, run in ((writing, write), (comparing, compare)):
-        verb.add_argument("--small", action="store_true", help="of small_encoder and small_decoder")
+        verb.add_argument("--small", action="store_true", help="the networks of small_encoder and small_decoder")
         verb.set_defaults(run=run)
     args = parser.parse_args(argv)
 

@@ -10,11 +10,15 @@ from calib.network.qdq import quantized_net
 from deploy.bridge.export import export_pair
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import audit, planned_attention, planned_layers, require_int8
+from deploy.engine.backends import onnxruntime
+from deploy.engine.build import Profile
 from deploy.errors import ContractError
 from deploy.graph.check import check_strongly_typed
 from deploy.graph.integer_kernels import integer_kernels
 from deploy.measure.accuracy import sqnr_db
+from deploy.measure.integer_graph import integer_layers
 from deploy.measure.onnx_runner import OnnxRunner
+from deploy.measure.ort_options import saturates
 from tests.tiny import SIZE, calibrated, rounded, tiny_batches, tiny_halves
 
 
@@ -60,11 +64,23 @@ def test_integer_kernels_go_beside_an_int8_attention():
     assert sqnr_db(exact, OnnxRunner(rewritten.SerializeToString())(images)) > 40
 
 
+@pytest.mark.skipif(saturates(), reason="no integer kernels on this processor")
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_an_engine_of_onnx_runtime_says_that_its_int8_attention_is_not_fused(blocks):
+    graph = exported(blocks)[2]
+    found = onnxruntime.build(graph, Profile(2, 4), None)
+    assert [each.partition(":")[0] for each in found.notes] == ["ONNX Runtime has no fused INT8 attention"] * bool(
+        blocks
+    )
+    told = audit(found.kernels, planned_layers(graph), planned_attention(graph))
+    assert (told.lost, told.fused_attention) == ((), 2 - blocks)
+    assert integer_layers(found.plan) == 8  # without the products of attention
+
+
 @functools.cache
 def built(blocks: int):
     pytest.importorskip("tensorrt_rtx")
     from deploy.engine.backends import tensorrt_rtx
-    from deploy.engine.build import Profile
 
     return tensorrt_rtx.build(exported(blocks)[1], Profile(2, 4), None).kernels
 

@@ -257,6 +257,8 @@ def test_rt_detr_becomes_two_engines_that_are_compared_together(rt_detr, photos,
     said = capsys.readouterr().out
     assert "RANDOM WEIGHTS" in said
     assert float(re.search(r"boxes of the float network: AP 0\.\d+, at overlap \.5 ([\d.]+)", said)[1]) > 0.1
+    assert example.main(["compare", str(second), str(first), str(photos), "--small"]) == 2
+    assert "reads no images: expected the package of the first engine" in capsys.readouterr().err
     monkeypatch.setenv("RT_DETR", str(weights))
     assert example.main(["compare", str(first), str(second), str(photos)]) == 2
     assert "built from other weights" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
+from deploy.engine.audit import planned_attention
 from deploy.engine.backends import ONNXRUNTIME, Built
 from deploy.engine.build import Profile
 from deploy.engine.builder import DEFAULT, Builder
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
 NAME = ONNXRUNTIME
 INSTALL = "make setup"
 FP16 = False  # its kernels multiply integers or FP32
+APART = (
+    "ONNX Runtime has no fused INT8 attention: its products run as kernels of their own, slower than attention in FP32, "
+    "which is fused with the products of q, k and v; a recipe without [attention] suits this target"
+)
 KINDS: dict[str, tuple[Kind, str]] = {  # by operator of the optimized graph: what it multiplies, and in which type
-    **dict.fromkeys(INTEGER_PRODUCTS | {ATTENTION}, ("gemm", "int8")),
+    **dict.fromkeys(INTEGER_PRODUCTS, ("gemm", "int8")),
     **dict.fromkeys(INTEGER_CONVOLUTIONS, ("conv", "int8")),
     **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "FusedGemm"), ("gemm", "fp32")),
     **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"), ("conv", "fp32")),
-    **dict.fromkeys(("Attention", "MultiHeadAttention"), ("attention", "fp32")),
+    **dict.fromkeys(("Attention", "MultiHeadAttention", ATTENTION), ("attention", "fp32")),
 }
 
 
@@ -76,17 +81,16 @@ def runner(plan: bytes, _gpu: Device | None = None, _kernels_file: Path | None =
 
 
 def kernels_of(optimized: "onnx.ModelProto") -> tuple[Kernel, ...]:
-    """One kernel per node of a graph as ONNX Runtime has optimized it; two for QAttention, its INT8 product and its FP32
-    attention.
+    """One kernel per node of a graph as ONNX Runtime has optimized it. QAttention is an attention in FP32 that multiplies
+    integers for its q, k and v.
     """
     found = []
     for node in optimized.graph.node:
         name, nodes = f"{node.name} ({node.op_type})", computed_nodes(node.name, node.op_type)
         kind, dtype = KINDS.get(node.op_type, ("cast" if node.op_type == "Cast" else "other", "unknown"))
         factors = 3 if kind == "attention" else 2
-        found.append(Kernel(name, kind, (dtype,) * factors, (), nodes))
-        if node.op_type == ATTENTION:
-            found.append(Kernel(f"{name}, attention", "attention", ("fp32",) * 3, (), (name,)))
+        integers = nodes if node.op_type == ATTENTION else ()
+        found.append(Kernel(name, kind, (dtype,) * factors, (), nodes, int8_layers=integers))
     return tuple(found)
 
 
@@ -109,4 +113,5 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
         kernels=kernels_of(computed),
         layers={"nodes": [{"name": node.name, "operator": node.op_type} for node in computed.graph.node]},
         settings={"profile": [1, profile.opt, profile.maximum], "integer_kernels": written},
+        notes=(APART,) if planned_attention(model) else (),
     )

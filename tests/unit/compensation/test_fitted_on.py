@@ -9,6 +9,7 @@ from calib.images.batches import Half, Part
 from calib.input_rows import join_inputs
 from calib.inputs import Input, Inputs
 from compensation.fitted_on import samples_where
+from compensation.qwt import Config
 
 INPUTS = Inputs((Input("latent", "float32", (3,)), Input("step", "int64", ())))
 
@@ -54,3 +55,8 @@ def test_what_no_sample_can_be_chosen_by_is_told(name, value, message):
 def test_a_network_of_images_has_no_input_to_choose_by():
     with pytest.raises(UserError, match="this one reads images"):
         samples_where(nn.Identity(), halves([0.0], [0.0], [0.0], [0.0]), "step", 0)
+
+
+def test_a_value_without_the_name_of_its_input_is_refused():
+    with pytest.raises(ValueError, match="only_value is 5 without only_input"):
+        Config(only_value=5.0)

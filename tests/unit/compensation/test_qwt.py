@@ -139,7 +139,7 @@ def test_planted_maps_are_returned():
             torch.testing.assert_close(quantized_net(found)(x), model.float_net(x), rtol=1e-5, atol=1e-5)
     assert all(detail["r2_cv"] == pytest.approx(1, abs=1e-9) for detail in tried(offer))
     assert every.whole.branch_figures == {str(name): detail for name, detail in enumerate(tried(offer))}
-    assert offer.notes[0] == "2 of 2 blocks compensated (dense x2), held-out R2 1.00 to 1.00"
+    assert offer.notes[0] == "branches fitted at 2 of 2 blocks (dense x2), held-out R2 1.00"
 
 
 class Sized(nn.Module):

@@ -43,7 +43,9 @@ def test_an_engine_computes_what_its_graph_does_with_every_layer_in_integers(fam
     assert found.lost == ()
     nodes = [node["operator"] for node in built.layers["nodes"]]
     assert nodes.count("QAttention") == (2 if family == "vit" else 0)  # one per block
-    assert len(built.kernels) == len(nodes) + nodes.count("QAttention")  # its attention is a kernel of FP32
+    assert len(built.kernels) == len(nodes)
+    assert found.fused_attention == nodes.count("QAttention")
+    assert found.int8_attention == 0
     with GraphRunner(built.plan) as run:
         (computed,) = run({INPUT: images(5)}).values()
     # the graph runs node by node; a bias of a convolution moves by half a step at most, which may change integers behind it
