@@ -80,7 +80,7 @@ def masks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks")
     smaller(folder, "faster_rcnn.py")
     path = smaller(
-        folder, "mask_rcnn.py", ("SIDE, CLASSES, WIDTH = 672, 91", "SIDE, CLASSES, WIDTH = 224, 5"),
+        folder, "mask_rcnn.py", ("SIDE, CLASSES, WIDTH = 672, 91, 256", "SIDE, CLASSES, WIDTH = 224, 5, 32"),
         ("img_size=SIDE)", "img_size=SIDE, depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))"),
         ("Path(__file__).parents[2]", f"'{ROOT}'"),
     )  # fmt: skip
