@@ -47,6 +47,6 @@ def samples_where(net: nn.Module, halves: Sequence[Half], name: str, value: floa
                 f"[compensate] only_input = '{name}', only_value = {value:g}: one of the four parts of the calibration "
                 f"samples has none with this value; expected some in each"
             )
-        return Part([torch.cat(kept)])
+        return Part(list(torch.cat(kept).split(max(len(rows) for rows in part))))
 
     return [Half((chosen(half.parts[0]), chosen(half.parts[1]))) for half in halves]

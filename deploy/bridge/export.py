@@ -86,12 +86,14 @@ def _write_attention(
 
 
 def _factors_of(scale: float) -> tuple[float, float]:
-    """Two factors of `scale` near its root: powers of two if it is one, so that no product with them is rounded."""
-    mantissa, exponent = math.frexp(scale)
+    """Two factors of `scale` near its root, the first with its sign: powers of two if it is one, so that no product with
+    them is rounded.
+    """
+    mantissa, exponent = math.frexp(abs(scale))
     if mantissa != 0.5:
-        return scale**0.5, scale**0.5
+        return math.copysign(abs(scale) ** 0.5, scale), abs(scale) ** 0.5
     half = (exponent - 1) // 2
-    return 2.0**half, 2.0 ** (exponent - 1 - half)
+    return math.copysign(2.0**half, scale), 2.0 ** (exponent - 1 - half)
 
 
 def _mask_to_add(mask: Any, like: Any) -> Any:

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,7 +37,24 @@ def _answer(parent: Connection) -> None:
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))  # pickle drops the traceback
         answer = (False, error)
-    parent.send(answer)
+    parent.send(answer if _comes_back(answer) else (False, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))
+
+
+def _signal(number: int) -> str:
+    """The name of a signal; real-time ones have none."""
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
+def _comes_back(answer: tuple[bool, Any]) -> bool:
+    """Whether `answer` can be pickled, and an exception made again from that."""
+    try:
+        found = pickle.dumps(answer)
+        if not answer[0]:
+            pickle.loads(found)
+    except Exception:  # whatever the classes of others raise
+        return False
+    return True
 
 
 @contextmanager
@@ -65,10 +83,10 @@ def isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         own.send((function, arguments))
         returned, answer = own.recv()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, OSError):  # the pipe ended, perhaps in the middle of the answer
         process.join()
         code = process.exitcode or 0
-        raise CrashError(signal.Signals(-code).name if code < 0 else f"exit code {code}") from None
+        raise CrashError(_signal(-code) if code < 0 else f"exit code {code}") from None
     finally:
         process.kill()
         process.join()

@@ -8,14 +8,16 @@ a mask or a bias, and queries that are normalized or rotated, stay as they are.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
 
-from deploy.graph.constants import constant
+from deploy.graph.constants import add_constant, constant
 from deploy.graph.integer_factors import Factors, factors, only_user, zero_point
 from deploy.graph.integer_operators import ATTENTION, BETWEEN, MICROSOFT
 from deploy.graph.moved_channels import SCALES, data_input, heads, heads_joined
+from deploy.graph.names import constant_name
 from deploy.graph.writer import Writer
 from deploy.graph.writer import replace as replace_value
 
@@ -109,18 +111,18 @@ def as_attention(softmax: ir.Node) -> bool:
     alike = (query.heads, query.width) == (key.heads, key.width) == (value.heads, value.width)
     if output is None or not alike or not all(_read_the_same(query.product, each.product) for each in (key, value)):
         return False
-    parts = (
-        query.times(found.scale * math.sqrt(query.width)),
-        key,
-        value,
-    )  # QAttention divides the scores by sqrt(width)
+    factor = found.scale * math.sqrt(query.width)  # QAttention divides the scores by sqrt(width)
+    parts = query.times(factor), key, value
     write = Writer(found.average, BETWEEN.join(dict.fromkeys(str(each.node.name) for each in parts)))
-    weight = np.concatenate([each.product.weight for each in parts], axis=1)
-    scale = np.concatenate([each.product.weight_scale for each in parts])
-    bias = np.concatenate([each.bias for each in parts])
-    inputs = [
-        query.product.x, write.constant("weight", weight), write.constant("bias", bias),
-        query.product.x_scale, write.constant("weight_scale", scale), None, zero_point(write.graph),
-    ]  # fmt: skip
-    replace_value(output, write.node(ATTENTION, inputs, MICROSOFT, num_heads=query.heads))
+    others = {node.name for node in write.graph if node.op_type == ATTENTION}  # several may read one projection
+    name = next(each for index in count() if (each := write.name_of(ATTENTION, index)) not in others)
+    # constants of its own: a product that is left of the same projection has the scales and the order of the graph
+    own = {
+        "weight": np.concatenate([each.product.weight for each in parts], axis=1),
+        "bias": np.concatenate([each.bias for each in parts]),
+        "weight_scale": np.concatenate([each.product.weight_scale for each in parts]),
+    }
+    weight, bias, scale = (add_constant(write.graph, constant_name(name, role), array) for role, array in own.items())
+    inputs = [query.product.x, weight, bias, query.product.x_scale, scale, None, zero_point(write.graph)]
+    replace_value(output, write.node(ATTENTION, inputs, MICROSOFT, name, num_heads=query.heads))
     return True

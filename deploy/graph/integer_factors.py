@@ -77,6 +77,13 @@ def _with_bias(node: ir.Node, channels: int) -> tuple[np.ndarray | None, ir.Valu
     return bias.ravel(), add.outputs[0]
 
 
+def _zero_point_is(dequantize: ir.Node, expected: int) -> bool:
+    """Whether the zero point of a DequantizeLinear, 0 where it has none, is this number in every channel."""
+    given = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
+    found = np.zeros(1) if given is None else constant(given)
+    return found is not None and bool((found == expected).all())
+
+
 def factors(node: ir.Node) -> Factors | None:
     """What the MatMul or Conv `node` reads, if these are quantized activations and INT8 weights; None otherwise.
 
@@ -86,7 +93,9 @@ def factors(node: ir.Node) -> Factors | None:
     if x is None or weight is None or x.op_type != DEQUANTIZE or weight.op_type != DEQUANTIZE:
         return None
     integers, scale = constant(weight.inputs[0]), constant(weight.inputs[1])
-    if integers is None or scale is None or integers.dtype != np.int8:
+    if integers is None or scale is None or integers.dtype != np.int8 or not _zero_point_is(weight, 0):
+        return None
+    if not _zero_point_is(x, OFFSET if x.inputs[0] is not None and x.inputs[0].dtype is ir.DataType.UINT8 else 0):
         return None
     axis = 0 if node.op_type == "Conv" else 1
     along = "axis" in weight.attributes and weight.attributes["axis"].as_int() % integers.ndim == axis

@@ -24,9 +24,15 @@ class Writer:
         """The initializer `<layer>/<role>` with the numbers of `array`."""
         return add_constant(self.graph, constant_name(self.layer, role), array)
 
-    def node(self, operator: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
-        """The output of a new node."""
-        name = node_name(self.layer, operator, self.written[operator])
+    def name_of(self, operator: str, repeat: int) -> str:
+        """The name of node number `repeat` (from 0) with this operator."""
+        return node_name(self.layer, operator, repeat)
+
+    def node(
+        self, operator: str, inputs: Sequence[ir.Value | None], domain: str = "", name: str = "", **attributes: Any
+    ) -> ir.Value:
+        """The output of a new node, called `name` or by default the next of its operator."""
+        name = name or self.name_of(operator, self.written[operator])
         self.written[operator] += 1
         output = ir.Value(name=name)
         node = ir.node(operator, inputs, attributes or None, domain=domain, outputs=[output], name=name)

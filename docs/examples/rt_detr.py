@@ -233,6 +233,8 @@ def write(args: argparse.Namespace) -> None:
     """Write what the float network chooses in the images of a folder, calib.npz and of every fifth image eval.npz."""
     from calib.errors import UserError
 
+    if args.most < 2:
+        raise UserError(f"--most {args.most}: expected 2 or more, one to calibrate on and one to judge")
     first, _, queries = networks(args)
     side = first.boxes["image"]
     rows: list[dict[str, np.ndarray]] = []

@@ -282,5 +282,7 @@ def test_rt_detr_refuses_weights_and_sizes_that_do_not_fit_in_one_line(rt_detr, 
         (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error")]
         assert expected in line
         assert "expected a folder with config.json and model.safetensors" in line
+    assert example.main(["write", str(photos), "--most", "-1", "--small"]) == 2
+    assert "--most -1: expected 2 or more" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"images of 100 pixels, strides .* do not fit"):
         example.Encoder(example.small(), 100)

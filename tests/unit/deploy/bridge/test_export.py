@@ -176,3 +176,14 @@ def test_the_scale_of_scores_is_split_into_powers_of_two_where_it_is_one(width, 
     factors = [constants[node.input[1]].item() for node in model.graph.node if node.op_type == "Mul"]
     assert np.prod(factors) == pytest.approx(width**-0.5, rel=1e-6)
     assert all(np.frexp(each)[0] == 0.5 for each in factors) == exact  # the mantissa of a power of two
+
+
+@pytest.mark.parametrize("scale", [-0.3, -0.25, 0.0])
+def test_any_scale_of_scores_is_exported(scale):
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x + 1, x, scale=scale)
+
+    x = torch.randn(2, 2, 5, 4)
+    found = OnnxRunner(export_float(Scaled().eval(), x).SerializeToString(), fused=False)(x.numpy())
+    np.testing.assert_allclose(found, Scaled()(x).numpy(), atol=1e-6)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import time
@@ -46,6 +48,30 @@ def prints(text):
     os.write(1, text)
 
 
+class TwoError(Exception):
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+def fails_with_two():
+    raise TwoError("this", "that")
+
+
+def gives_a_lambda():
+    return lambda: 1
+
+
+def half_an_answer():
+    """Write the length of an answer, as Connection does, and end."""
+    for number in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, struct.pack("!i", 1000) + b"0")
+        except OSError:
+            continue
+    os._exit(3)
+
+
 def waits():
     time.sleep(600)
 
@@ -55,6 +81,19 @@ def test_a_value_comes_back_from_another_process():
     assert value == 42
     assert process != os.getpid()
     assert not psutil.pid_exists(process)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"), [(fails_with_two, "TwoError: this and that"), (gives_a_lambda, "function: <function")]
+)
+def test_what_cannot_come_back_is_told_in_words(function, message):
+    with pytest.raises(RuntimeError, match=message):
+        isolated(function)
+
+
+def test_an_answer_that_ends_in_the_middle_is_a_crash():
+    with pytest.raises(CrashError, match="exit code 3"):
+        isolated(half_an_answer)
 
 
 SCRIPT = """from deploy.engine.isolated import CrashError, isolated

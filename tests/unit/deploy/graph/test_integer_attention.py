@@ -116,6 +116,30 @@ def test_other_attention_stays_and_computes_the_same(body):
     assert sqnr_db(run(model, tokens()), run(rewritten, tokens())) > EXACT_DB
 
 
+HEADS_FIRST = f"{INNERMOST}  {SCORES}  {JOINED}"
+READ_TWICE = {
+    "a product of the same projection is left": (
+        HEADS_FIRST.replace("y0 =", "yt =") + "  q1, k1, v1 = Split<axis = 2, num_outputs = 3>(qkv)  y0 = Add(yt, v1)",
+        {"QAttention": 1, "MatMulIntegerToFloat": 1},
+    ),
+    "two attentions of one projection": (
+        f"{PACKED}  {SCORES}  {JOINED}".replace("y0 =", "yt =")
+        + "  sc = MatMul(q, kt)  s3 = Mul(sc, third)  a3 = Softmax(s3)  o3 = MatMul(a3, v)"
+        "  ot3 = Transpose<perm = [0, 2, 1, 3]>(o3)  y3 = Reshape(ot3, joined)  y0 = Add(yt, y3)", {"QAttention": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "expected"), READ_TWICE.values(), ids=READ_TWICE)
+def test_what_else_reads_the_projection_computes_the_same(body, expected):
+    model = network(body)
+    rewritten, written = integer_kernels(model)
+    assert written == expected
+    exact = run(model, tokens())
+    for found in (run(rewritten, tokens()), run_whole(rewritten, tokens())):
+        assert sqnr_db(exact, found) > EXACT_DB
+
+
 def test_the_kernel_names_every_product_that_it_computes():
     three, packed = (
         [node for node in integer_kernels(network(WRITTEN[which]))[0].graph.node if node.op_type == "QAttention"]

@@ -186,3 +186,16 @@ def test_steps_that_change_no_integer_are_left_out():
         "Max",
         "Min",
     ]
+
+
+@pytest.mark.parametrize("which", ["zero", "weight_zero"])
+def test_other_zero_points_are_left_alone(which):
+    weight = np.ascontiguousarray(codes(np.random.default_rng(1), CHANNELS, CHANNELS))
+    text = """q = QuantizeLinear(x, s, zero)  dq = DequantizeLinear(q, s, zero)
+        W = DequantizeLinear<axis = 1>(w, ws, weight_zero)  y = MatMul(dq, W)"""
+    given = tensors(weight) | {"weight_zero": np.zeros(CHANNELS, np.int8)}
+    given[which] = given[which] + np.int8(3)
+    shape = f"FLOAT[B,{SIZE},{CHANNELS}]"
+    rewritten, written = integer_kernels(model_from_text(np.float32, f"{shape} x", f"{shape} y", text, given))
+    assert written == {}
+    assert "MatMul" in operators(rewritten)
