@@ -70,16 +70,16 @@ class Cascade(nn.Module):
             sizes: height and width of every image.
             heads: compute of regions (N, WIDTH, 7, 7) "scores" (N, classes) and "boxes", offsets (N, 4).
         """
-        scores, read, offsets = [], boxes, boxes[0]
+        scores = []
         for stage, head in zip(self.stages, heads, strict=True):
             read = boxes
             judged = head(self.box_roi_pool(features, read, sizes))
             scores.append(judged["scores"])
-            offsets = judged["boxes"]
-            moved = stage.box_coder.decode(offsets, read)[:, 0].split([len(each) for each in read])
+            moved = stage.box_coder.decode(judged["boxes"], read)[:, 0].split([len(each) for each in read])
             boxes = [clip_boxes_to_image(*each) for each in zip(moved, sizes, strict=True)]
         mean = torch.stack(scores).mean(0)
-        every = self.stages[-1].postprocess_detections(mean, offsets.repeat(1, mean.shape[1]), read, sizes)
+        offsets = judged["boxes"].repeat(1, mean.shape[1])  # torchvision has them for each class
+        every = self.stages[-1].postprocess_detections(mean, offsets, read, sizes)
         return [dict(zip(("boxes", "scores", "labels"), each, strict=True)) for each in zip(*every, strict=True)]
 
     def forward(
