@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
 
 if TYPE_CHECKING:
     from deploy.measure.boxes import Found
@@ -78,15 +79,15 @@ class Proposals(nn.Module):
 
 
 class Regions(nn.Module):
-    """The head that judges regions of the feature maps: the second engine, with one sample per region."""
+    """The head of `heads`, else of `whole()`, that judges regions: the second engine, with one sample per region."""
 
-    def __init__(self, net: FasterRCNN | None = None) -> None:
+    def __init__(self, heads: RoIHeads | None = None) -> None:
         super().__init__()
-        heads = (net or whole()).roi_heads
+        heads = heads or whole().roi_heads
         self.head, self.predictor = heads.box_head, heads.box_predictor
 
     def forward(self, regions: Tensor) -> dict[str, Tensor]:
-        """Compute of regions (N, 256, 7, 7) scores (N, classes) and offsets of their boxes (N, 4 classes)."""
+        """Compute of regions (N, 256, 7, 7) scores (N, classes) and offsets of their boxes (N, 4 classes or 4)."""
         scores, boxes = self.predictor(self.head(regions))
         return {"scores": scores, "boxes": boxes}
 
@@ -96,16 +97,21 @@ def maps_of(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {level: found[f"features_{level}"] for level in LEVELS[:-1]}
 
 
-def regions_of(net: FasterRCNN, found: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
-    """Return (the proposals of every image, (n, 4) in pixels, their regions (N, 256, 7, 7)) of what `Proposals` returned."""
+def proposals_of(net: FasterRCNN, found: Mapping[str, Tensor], size: tuple[int, int]) -> list[Tensor]:
+    """Return the proposals of every image, (n, 4) in pixels, of what `Proposals` returned."""
     features = maps_of(found)
     maps = [*features.values(), nn.functional.max_pool2d(features[LEVELS[-2]], 1, 2)]
     count = len(found["scores"])
     anchors = net.rpn.anchor_generator(ImageList(found["scores"].new_zeros(count, 3, *size), [size] * count), maps)
     each = [len(RATIOS) * maps[level].shape[2] * maps[level].shape[3] for level in range(len(maps))]
     boxes = net.rpn.box_coder.decode(found["boxes"].reshape(-1, 4), anchors).view(count, -1, 4)
-    kept, _ = net.rpn.filter_proposals(boxes, found["scores"].reshape(-1, 1), [size] * count, each)
-    return kept, net.roi_heads.box_roi_pool(features, kept, [size] * count)
+    return net.rpn.filter_proposals(boxes, found["scores"].reshape(-1, 1), [size] * count, each)[0]
+
+
+def regions_of(net: FasterRCNN, found: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+    """Return (the proposals of every image, (n, 4) in pixels, their regions (N, 256, 7, 7)) of what `Proposals` returned."""
+    kept = proposals_of(net, found, size)
+    return kept, net.roi_heads.box_roi_pool(maps_of(found), kept, [size] * len(kept))
 
 
 def detect(

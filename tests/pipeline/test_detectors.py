@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -78,7 +79,7 @@ def faster(tmp_path_factory):
 def masks(tmp_path_factory):
     """The example with a Swin transformer at 224 x 224, and the file of its weights."""
     folder = tmp_path_factory.mktemp("masks")
-    smaller(folder, "faster_rcnn.py")
+    smaller(folder, "faster_rcnn.py", ("REGIONS = 100", "REGIONS = 16"))
     path = smaller(
         folder, "mask_rcnn.py", ("SIDE, CLASSES, WIDTH = 672, 91, 256", "SIDE, CLASSES, WIDTH = 224, 5, 32"),
         ("img_size=SIDE)", "img_size=SIDE, depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))"),
@@ -93,15 +94,29 @@ def masks(tmp_path_factory):
         yield path, folder / "weights.pth"
 
 
+def reading_as_is(net):
+    """`net` without torchvision's own preparation of the images, and with the masks that its heads draw, not pasted."""
+    net.transform.min_size, net.transform.max_size = (224,), 224
+    net.transform.image_mean, net.transform.image_std = [0, 0, 0], [1, 1, 1]
+    net.transform.postprocess = lambda result, *_: result
+    return net
+
+
+@pytest.fixture(scope="module")
+def mask_proposals(masks, photos, tmp_path_factory):
+    """(package, report, manifest) of the first engine of `masks`."""
+    path, weights = masks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASK_RCNN", str(weights))
+        options = ("--weights", "auto", "--recipe", "int8_plain", "--calib", photos)
+        return engine(path, "Proposals", tmp_path_factory.mktemp("proposals"), *options)
+
+
 def test_the_parts_of_mask_rcnn_are_torchvisions_network(masks, monkeypatch):
     path, weights = masks
     monkeypatch.setenv("MASK_RCNN", str(weights))
     example, image = loaded(path), torch.rand(1, 3, 224, 224)
-    net = example.whole()
-    net.transform.min_size, net.transform.max_size = (224,), 224
-    net.transform.image_mean, net.transform.image_std = [0, 0, 0], [1, 1, 1]
-    # whole masks are pasted into the image; those of the heads are compared here
-    monkeypatch.setattr(net.transform, "postprocess", lambda result, *_: result)
+    net = reading_as_is(example.whole())
     with torch.no_grad():
         (expected,) = net(list(image))
         first = example.Proposals().eval()
@@ -113,13 +128,15 @@ def test_the_parts_of_mask_rcnn_are_torchvisions_network(masks, monkeypatch):
     assert torch.equal(drawn, expected["masks"][:, 0] > 0.5)
 
 
-def test_mask_rcnn_becomes_three_engines_that_are_compared_together(masks, photos, tmp_path, monkeypatch, capsys):
+def test_mask_rcnn_becomes_three_engines_that_are_compared_together(
+    masks, mask_proposals, photos, tmp_path, monkeypatch, capsys
+):
     path, weights = masks
     monkeypatch.setenv("MASK_RCNN", str(weights))
     example, options = loaded(path), ("--weights", "auto", "--recipe", "int8_plain")
-    first, report, manifest = engine(path, "Proposals", tmp_path / "a", *options, "--calib", photos)
+    first, report, manifest = mask_proposals
     assert (manifest["task"], manifest["boxes"]["classes"], report["engine"]["lost"]) == ("boxes", 1, [])
-    assert example.main(["write", str(photos), "--to", str(tmp_path)]) == 0
+    assert example.main(["write", str(photos), "--regions", "2", "--to", str(tmp_path)]) == 0
     second, report, _ = engine(path, "Regions", tmp_path / "b", *options, "--calib", tmp_path / "regions.npz")
     assert report["engine"]["int8_gemms"] == 2
     third, report, _ = engine(path, "Masks", tmp_path / "c", *options, "--calib", tmp_path / "masks.npz")
@@ -129,6 +146,126 @@ def test_mask_rcnn_becomes_three_engines_that_are_compared_together(masks, photo
     said = capsys.readouterr().out
     assert "boxes of the float network: AP 0." in said
     assert "boxes of the float network: overlap 0." in said
+
+
+@pytest.fixture(scope="module")
+def cascade(masks):
+    """The example with the backbone of `masks`, and the file of its weights: those of `masks` and others in the heads."""
+    path, weights = masks
+    path = smaller(path.parent, "cascade_rcnn.py", ("HIDDEN = 1024", "HIDDEN = 64"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CASCADE_RCNN", raising=False)
+        net = loaded(path).whole()
+    shared = {name: each for name, each in torch.load(weights).items() if not name.startswith("roi_heads.")}
+    assert not net.load_state_dict(shared, strict=False).unexpected_keys
+    torch.save(net.state_dict(), path.parent / "cascade.pth")
+    return path, path.parent / "cascade.pth"
+
+
+def as_mmdetection_computes(net, features, boxes):
+    """(boxes (n, 4), scores, labels) in an image of 224 x 224, from the proposals, by the formulas of its CascadeRoIHead."""
+    spreads = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+    logits = 0
+    for stage, spread in zip(net.roi_heads.stages, spreads, strict=True):
+        regions = stage.box_roi_pool(features, [boxes], [(224, 224)])
+        scores, offsets = stage.box_predictor(stage.box_head(regions))
+        assert offsets.shape == (len(boxes), 4)
+        logits = logits + scores / 3
+        offsets = offsets * torch.tensor(spread)
+        size = boxes[:, 2:] - boxes[:, :2]
+        centre, size = boxes[:, :2] + size / 2 + offsets[:, :2] * size, size * offsets[:, 2:].exp()
+        boxes = torch.cat([centre - size / 2, centre + size / 2], 1).clamp(0, 224)
+    scores = logits.softmax(1)[:, 1:]
+    rows, classes = (scores > 0.05).nonzero().T
+    kept = torchvision.ops.batched_nms(boxes[rows], scores[rows, classes], classes, 0.5)[:100]
+    return boxes[rows][kept], scores[rows, classes][kept], classes[kept] + 1
+
+
+def test_the_parts_of_cascade_rcnn_are_its_whole_network(cascade, monkeypatch):
+    path, weights = cascade
+    monkeypatch.setenv("CASCADE_RCNN", str(weights))
+    example, image = loaded(path), torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    net = reading_as_is(example.whole())
+    parts = [getattr(example, name)().eval() for name in ("Proposals", "First", "Second", "Third", "Masks")]
+    with torch.no_grad():
+        (expected,) = net(list(image))
+        proposed = parts[0](image)
+        found = example.detect(net, proposed, parts[1:4])
+        maps, proposals = example.maps_of(proposed), example.proposals_of(net, proposed, (224, 224))
+        regions = net.roi_heads.mask_roi_pool(maps, [found["boxes"]], [(224, 224)])
+        drawn = parts[4](regions)[torch.arange(len(regions)), found["labels"]]
+        stages = [torch.sigmoid(each.mask_predictor(each.mask_head(regions))) for each in net.roi_heads.stages]
+        written = as_mmdetection_computes(net, maps, proposals[0])
+    assert len(expected["scores"]) > 5
+    for name, by_hand in zip(("boxes", "scores", "labels"), written, strict=True):
+        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(found[name], by_hand, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(drawn, expected["masks"][:, 0])
+    torch.testing.assert_close(drawn, (sum(stages) / 3)[torch.arange(len(drawn)), found["labels"]])
+
+
+def test_cascade_rcnn_becomes_five_engines_that_are_compared_together(
+    cascade, mask_proposals, photos, tmp_path, monkeypatch, capsys
+):
+    """Its first engine is that of mask_rcnn.py: `compare` finds that it has the weights of this network, too."""
+    path, weights = cascade
+    monkeypatch.setenv("CASCADE_RCNN", str(weights))
+    example, two = loaded(path), tmp_path / "two"
+    two.mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copy(photos / name, two)
+    assert example.main(["write", str(photos), "--regions", "1", "--to", str(tmp_path)]) == 0
+    packages = [mask_proposals[0]]
+    for name, layers in (("First", 5), ("Second", 5), ("Third", 5), ("Masks", 12)):
+        calib, judged = (tmp_path / f"{name.lower()}_{use}.npz" for use in ("calib", "eval"))
+        with np.load(calib) as one, np.load(judged) as other:
+            assert one["regions"].shape[1:] == ((32, 14, 14) if name == "Masks" else (32, 7, 7))
+            assert {*one["groups"]} | {*other["groups"]} == {*range(16)}
+            assert {*other["groups"]} == {0, 5, 10, 15}
+        options = ("--weights", "auto", "--recipe", "int8_plain", "--calib", calib, "--eval", judged)
+        package, report, manifest = engine(path, name, tmp_path / name, *options)
+        assert (report["engine"]["planned"], report["engine"]["lost"]) == (layers, [])
+        assert [each["name"] for each in manifest["io"]["inputs"]] == ["regions"]
+        packages.append(package)
+    capsys.readouterr()
+    assert example.main(["compare", *map(str, packages), str(two)]) == 0
+    said = capsys.readouterr().out
+    assert float(re.search(r"boxes of the float network: AP 0\.\d+, at overlap \.5 ([\d.]+)", said)[1]) > 0.5
+    assert float(re.search(r"boxes of the float network: overlap ([\d.]+)", said)[1]) > 0.9
+    assert "RANDOM" not in said
+    monkeypatch.delenv("CASCADE_RCNN")
+    assert example.main(["compare", *map(str, packages), str(two)]) == 2
+    said = capsys.readouterr()
+    assert "RANDOM WEIGHTS" in said.out
+    assert "built from other weights" in said.err
+
+
+@pytest.mark.parametrize("variable", ["MASK_RCNN", "CASCADE_RCNN"])
+def test_weights_that_do_not_fit_are_refused_in_one_line(
+    masks, cascade, photos, tmp_path, monkeypatch, capsys, variable
+):
+    path = (masks if variable == "MASK_RCNN" else cascade)[0]
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "empty.pth").touch()
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    example = loaded(path)
+    for name in ("absent.pth", "text.pth", "empty.pth", "other.pth"):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+        assert example.main(["write", str(photos), "--to", str(tmp_path)]) == 2
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if each.strip()]
+        assert f"{variable}={tmp_path / name} cannot be read" in line
+        assert "expected a file with the state dict of the example's whole()" in line
+
+
+def test_cascade_rcnn_says_which_file_would_be_empty(cascade, photos, tmp_path, monkeypatch, capsys):
+    path, weights = cascade
+    monkeypatch.setenv("CASCADE_RCNN", str(weights))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(photos / "0.png", alone)
+    assert loaded(path).main(["write", str(alone), "--to", str(tmp_path)]) == 2
+    assert "0 images of" in (said := capsys.readouterr().err)
+    assert "are for first_calib.npz" in said
 
 
 def test_the_two_parts_of_faster_rcnn_are_torchvisions_network(faster, monkeypatch):
