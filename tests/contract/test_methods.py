@@ -193,7 +193,8 @@ def test_what_is_dropped_is_said(monkeypatch):
     found = rounded(model, halves, "gptq")
     record = found.history[-1]
     assert record.notes[0].startswith("dropped: worse: output SQNR ")
-    assert record.notes[1] == "made"
+    assert record.notes[1].startswith("before it: bias correction: output SQNR ")
+    assert record.notes[2] == "made"
     assert record.sqnr_after_db == record.sqnr_before_db
     assert (
         f"{judged_db([bad] * 2, itertools.product((0, 1), (0, 1))):.2f} dB against {record.sqnr_before_db:.2f} dB"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import UserError
-from deploy.engine.audit import planned_attention
 from deploy.engine.backends import ONNXRUNTIME, Built
 from deploy.engine.build import Profile
 from deploy.engine.builder import DEFAULT, Builder
@@ -99,6 +98,7 @@ def build(model: "onnx.ModelProto", profile: Profile, sms: tuple[int, ...] | Non
 
     Raises UserError for any GPU architecture in `sms`.
     """
+    from deploy.engine.audit import planned_attention  # needs onnx, which a server has not
     from deploy.graph.integer_kernels import integer_kernels
 
     require_target(sms, builder)
