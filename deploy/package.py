@@ -18,6 +18,7 @@ from calib.weights.own import name_of
 from deploy.lock import HeldError, locked
 
 MODEL, MODEL_FP32, ENGINE = "model.onnx", "model.fp32.onnx", "model.engine"
+WEIGHTS = ".weights"  # behind the name of a graph: the file of weights that are too large for it
 MANIFEST, REPORT, GOLDEN, KERNELS = "manifest.json", "report.json", "golden.npz", "kernels.json"
 LAYERS = "engine_layers.json"  # what the engine tells of its kernels, in its own words
 GOLDEN_ONLY = "images"  # the name of the only input in golden.npz
@@ -200,3 +201,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds a {type(content).__name__}, expected an object: build the package again")
     return content
+
+
+def stored_bytes(graph: Path) -> int:
+    """The size of a graph in files: its own, and where it is larger than protobuf holds that of its weights beside it."""
+    return sum(each.stat().st_size for each in (graph, graph.with_name(graph.name + WEIGHTS)) if each.exists())

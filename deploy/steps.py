@@ -44,7 +44,7 @@ from calib.task import CLASSIFIER
 from calib.weights.load import load_net
 from compensation.fitted_on import samples_where
 from deploy.acceptance import keeps
-from deploy.bridge.export import Example, export_float, export_pair, halved
+from deploy.bridge.export import Example, export_float, export_pair, halved, save
 from deploy.bridge.parity import compare_with_onnx
 from deploy.engine.audit import planned_attention, planned_layers
 from deploy.engine.backends import Built
@@ -68,6 +68,7 @@ from deploy.package import (
     MODEL,
     MODEL_FP32,
     REPORT,
+    stored_bytes,
     write_json,
 )
 from deploy.progress import Progress
@@ -374,8 +375,8 @@ def export(run: Run) -> Lines:
     run.float_model = run.scratch / "float.onnx"
     onnx.save(run.graph, run.folder / MODEL)
     onnx.save(run.fp32, run.folder / MODEL_FP32)
-    onnx.save(export_float(run.model.float_net, example), run.float_model)
-    mb, float_mb = (path.stat().st_size / 1e6 for path in (run.folder / MODEL, run.float_model))
+    save(export_float(run.model.float_net, example), run.float_model)
+    mb, float_mb = (run.folder / MODEL).stat().st_size / 1e6, stored_bytes(run.float_model) / 1e6
     return (f"{MODEL} {mb:.1f} MB, float {float_mb:.1f} MB",)
 
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,12 @@ from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.requantize import read_the_same_integers
 from deploy.graph.separate_biases import separate_biases
 from deploy.graph.zero_points import with_zero_points
+from deploy.package import WEIGHTS
 
 OPSET = 21  # has int8 Q/DQ with FP16 scales and native LayerNormalization/Gelu; newer ones give fused Attention nodes
 op: Any = opset21  # its operators are typed for tracing functions, not for calls from translations
 MASKED = -3e4  # a score that FP16 can hold
+LARGEST_FILE = (1 << 31) - (1 << 24)  # bytes of weights: protobuf holds less than 2^31 with all else
 LARGEST_CONSTANT = 1 << 24  # elements of a tensor that is computed at export
 
 
@@ -322,6 +325,15 @@ def export_float(net: nn.Module, example: Example) -> onnx.ModelProto:
     samples = example if isinstance(example, Tensor) else torch.zeros(2, 3, *example)
     names = [output.name for output in outputs_of(net, samples)]
     return onnx_from_net(net, separate_inputs(net, samples), names)
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a float graph to `path`; the weights of one that is too large for a file of protobuf go to a file beside it."""
+    weights = sum(len(each.raw_data) for each in model.graph.initializer)
+    if weights < LARGEST_FILE:
+        onnx.save(model, path)
+    else:
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}{WEIGHTS}")
 
 
 def halved(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from calib.task import CLASSIFIER
 from deploy import host
 from deploy.engine.backends import ONNXRUNTIME
 from deploy.measure.onnx_runner import THREADS
-from deploy.package import ENGINE, MODEL, MODEL_FP32
+from deploy.package import ENGINE, MODEL, MODEL_FP32, stored_bytes
 
 if TYPE_CHECKING:
     from calib.images.image_set import ImageSet
@@ -211,7 +211,7 @@ def report_json(run: "Run") -> dict[str, Any]:
         },
         "speed": _speed_json(run.speed),
         "bytes": {
-            "float_onnx": run.float_model.stat().st_size,
+            "float_onnx": stored_bytes(run.float_model),
             **{name: (run.folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},
         },
         "engine": engine_figures(

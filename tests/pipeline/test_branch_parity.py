@@ -1,4 +1,7 @@
-"""Branches fitted on the real DINOv2 ViT-S: simulation and ONNX Runtime compute the same integers with them, too."""
+"""Branches fitted on the real DINOv2 ViT-S: simulation and ONNX Runtime compute the same integers with them, too.
+
+The branches are those in INT8; one in FP32 is a MatMul that rounds nothing (tests/contract/test_recipes.py).
+"""
 
 import pytest
 import torch
@@ -32,17 +35,16 @@ def calibrated():
     return model, halves, next(evaluation.subset(0, 2).batches(2)).copy()
 
 
-@pytest.mark.parametrize("forms", [("dense",), ("shared", "shared_mlp")], ids=str)
-def test_simulation_and_onnx_agree_with_fitted_branches(calibrated, forms):
+def test_simulation_and_onnx_agree_with_fitted_branches(calibrated):
     model, halves, images = calibrated
-    offer = candidates(model, halves, Config(forms=forms, min_r2_per_kernel=0.0))
+    offer = candidates(model, halves, Config(forms=("shared", "shared_mlp"), min_r2_per_kernel=0.0))
     found = offer.candidates[-1].whole
     assert len(found.branches) >= 3, offer.notes  # scales this plain leave much to mend
     net = quantized_net(found)
     _, fp32 = export_pair(net, images.shape[2:])
     layers = {name for name, module in net.named_modules() if isinstance(module, QuantLinear)}
     branches = {f"{block}.branch" for block in found.branches}
-    assert branches & layers == (branches if forms != ("dense",) else set())
+    assert branches <= layers
     assert f"{next(iter(found.branches))}.branch" in {node.name.rpartition("/")[0] for node in fp32.graph.node}
     parity = compare_with_onnx(net, fp32, images)
     assert parity.failure() is None

@@ -10,10 +10,12 @@ from calib.errors import UserError
 from calib.input_rows import join_inputs, separated
 from calib.inputs import Input, Inputs
 from calib.outputs import join_outputs
+from deploy.bridge import export
 from deploy.bridge.export import export_float, export_fp16, export_pair, halved
 from deploy.engine.backends import backends
 from deploy.engine.build import Profile
 from deploy.measure.onnx_runner import OnnxRunner
+from deploy.package import stored_bytes
 
 INPUTS = Inputs((Input("x", "float32", (3, 4)), Input("ids", "int64", ()), Input("kept", "bool", (4,))))
 
@@ -187,3 +189,16 @@ def test_any_scale_of_scores_is_exported(scale):
     x = torch.randn(2, 2, 5, 4)
     found = OnnxRunner(export_float(Scaled().eval(), x).SerializeToString(), fused=False)(x.numpy())
     np.testing.assert_allclose(found, Scaled()(x).numpy(), atol=1e-6)
+
+
+def test_a_graph_beyond_what_protobuf_holds_has_its_weights_beside_it(tmp_path, monkeypatch):
+    graph, x = export_float(nn.Linear(64, 64).eval(), torch.randn(2, 64)), np.ones((3, 64), np.float32)
+    export.save(graph, tmp_path / "whole.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.onnx"]
+    monkeypatch.setattr(export, "LARGEST_FILE", 0)
+    export.save(graph, tmp_path / "apart.onnx")
+    assert (tmp_path / "apart.onnx.weights").stat().st_size >= 4 * 64 * 64
+    assert stored_bytes(tmp_path / "apart.onnx") > (tmp_path / "apart.onnx").stat().st_size
+    expected, found = (OnnxRunner(tmp_path / name, fused=False)(x) for name in ("whole.onnx", "apart.onnx"))
+    np.testing.assert_array_equal(found, expected)
+    assert all(each.raw_data for each in onnx.load(tmp_path / "apart.onnx").graph.initializer)
