@@ -37,24 +37,20 @@ def _answer(parent: Connection) -> None:
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))  # pickle drops the traceback
         answer = (False, error)
-    parent.send(answer if _comes_back(answer) else (False, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))
+    try:
+        if not answer[0]:
+            pickle.loads(pickle.dumps(answer))  # an exception may not be made again from what is pickled
+        parent.send(answer)
+    except (BrokenPipeError, ConnectionResetError):  # who asked is gone
+        return
+    except Exception:  # whatever the classes of others raise
+        parent.send((False, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))
 
 
 def _signal(number: int) -> str:
     """The name of a signal; real-time ones have none."""
     names = {each.value: each.name for each in signal.Signals}
     return names.get(number, f"signal {number}")
-
-
-def _comes_back(answer: tuple[bool, Any]) -> bool:
-    """Whether `answer` can be pickled, and an exception made again from that."""
-    try:
-        found = pickle.dumps(answer)
-        if not answer[0]:
-            pickle.loads(found)
-    except Exception:  # whatever the classes of others raise
-        return False
-    return True
 
 
 @contextmanager
