@@ -4,12 +4,12 @@ QwT, section 4.5 and table 8: LLaMA3-8B with weights of 4 bits in groups of 128,
 starts from GPTQ with reordered columns; here from rounding to nearest.
 
 AdaQTransform, table 7: OPT with weights and inputs of 8 or 6 bits, on SmoothQuant's scales. The paper quantizes weights per
-channel and activations per layer, and says nothing else of these rows. So do we; on SmoothQuant's scales biases make up for
-the mean error of rounded weights, as they do under every learned or fitted row: the scale of a layer's input is that of the
-largest value that calibration saw, one per layer, as engines have it. Attention and the head stay in float. SmoothQuant's
-scales are of the inputs' ranges alone (exponent 0.5), where SmoothQuant divides by those of the weights too. They move at
-every place that the structure allows, not behind norms alone. `adaq` is the closed form of calib/methods/adaq.py;
-`adaqtransform` learns, 120 iterations a block of 8 texts, where the paper takes 20 000 of 32 images.
+channel and activations per layer, and says nothing else of these rows. So do we: the scale of a layer's input is that of the
+largest value that calibration saw, one per layer, as engines have it. On SmoothQuant's scales, biases make up for the mean
+error of rounded weights, as they do in front of `adaq` and `adaqtransform`. Attention and the head stay in float.
+SmoothQuant's scales are of the inputs' ranges alone (exponent 0.5), where SmoothQuant divides by those of the weights too.
+They move at every place that the structure allows, not behind norms alone. `adaq` is the closed form of
+calib/methods/adaq.py; `adaqtransform` learns, 120 iterations a block of 8 texts, where the paper takes 20 000 of 32 images.
 """
 
 from dataclasses import replace

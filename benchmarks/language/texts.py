@@ -11,7 +11,7 @@ from calib.errors import UNREADABLE_ARRAYS, UserError
 from calib.images.batches import Half, Part
 
 LEAST = 10  # texts: two judge, eight calibrate, two in each part of each half
-JUDGED = 5  # every so manieth text judges, the last ones of the file: neighbours are often from one document
+JUDGED = 5  # one of so many texts judges, the last ones of the file: neighbours are often from one document
 BATCH = 4  # texts per forward pass
 
 

@@ -123,9 +123,8 @@ def _resized_size(width: int, height: int, preprocessing: Preprocessing) -> tupl
     target_width, target_height = preprocessing.resize_width, preprocessing.resize_height
     if preprocessing.crop_mode == "squash":
         return target_width, target_height
-    if (
-        preprocessing.crop_mode == "border"
-    ):  # timm's ResizeKeepRatio by the longer edge; it fails where an edge rounds to 0
+    if preprocessing.crop_mode == "border":
+        # timm's ResizeKeepRatio by the longer edge, which fails where the other one rounds to 0
         ratio = max(height / target_height, width / target_width)
         return max(round(width / ratio), 1), max(round(height / ratio), 1)
     if target_width == target_height:  # torchvision's Resize: the shorter edge, longer one rounded down

@@ -215,11 +215,22 @@ def compare(args: argparse.Namespace) -> None:
     print(told(truth, found))
 
 
+def answer(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Run the command that `argv` names, the `run` of its options; returns the exit code."""
+    from deploy.cli import answered
+
+    args = parser.parse_args(argv)
+
+    def done() -> int:
+        args.run(args)
+        return 0
+
+    return answered(done)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one of the two commands; returns the exit code."""
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the tool itself
-    from deploy.cli import answered
-
     parser = argparse.ArgumentParser(description=main.__doc__)
     verbs = parser.add_subparsers(required=True)
     writing = verbs.add_parser("write", help="write regions.npz, which the second engine is calibrated on")
@@ -232,13 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         comparing.add_argument(each, type=Path)
     for verb, run in ((writing, write), (comparing, compare)):
         verb.set_defaults(run=run)
-    args = parser.parse_args(argv)
-
-    def answer() -> int:
-        args.run(args)
-        return 0
-
-    return answered(answer)
+    return answer(parser, argv)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,6 @@ def run(
 ) -> int:
     """Run one of the two commands of an example whose engines are named `parts`; returns the exit code."""
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the tool itself
-    from deploy.cli import answered
-
     parser = argparse.ArgumentParser(description="Run one of the two commands.")
     verbs = parser.add_subparsers(required=True)
     writing = verbs.add_parser("write", help="write the regions that the other engines are calibrated on")
@@ -212,13 +210,7 @@ def run(
         comparing.add_argument(each, type=Path)
     for verb, command in ((writing, write), (comparing, compare)):
         verb.set_defaults(run=command)
-    args = parser.parse_args(argv)
-
-    def answer() -> int:
-        args.run(args)
-        return 0
-
-    return answered(answer)
+    return faster_rcnn.answer(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from faster_rcnn import graph_of, images_in, size_of, told
+from faster_rcnn import answer, graph_of, images_in, size_of, told
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
@@ -280,8 +280,6 @@ def compare(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one of the two commands; returns the exit code."""
     sys.path.insert(0, str(Path(__file__).parents[2]))  # the tool itself
-    from deploy.cli import answered
-
     parser = argparse.ArgumentParser(description=main.__doc__)
     verbs = parser.add_subparsers(required=True)
     writing = verbs.add_parser("write", help="write calib.npz and eval.npz, for the second engine")
@@ -295,13 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     for verb, run in ((writing, write), (comparing, compare)):
         verb.add_argument("--small", action="store_true", help="the networks of small_encoder and small_decoder")
         verb.set_defaults(run=run)
-    args = parser.parse_args(argv)
-
-    def answer() -> int:
-        args.run(args)
-        return 0
-
-    return answered(answer)
+    return answer(parser, argv)
 
 
 if __name__ == "__main__":
