@@ -1,5 +1,6 @@
-"""What libraries write beside the errors that they raise, kept from the terminal."""
+"""What goes on beside the work of libraries: what they write, kept from the terminal, and the collection of garbage."""
 
+import gc
 import io
 import logging
 from collections.abc import Iterator
@@ -17,3 +18,15 @@ def quiet(logger: str) -> Iterator[None]:
             yield
     finally:
         log.setLevel(before)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Look for no garbage inside: a trace makes many objects that live, and each search goes through those of torch, too."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

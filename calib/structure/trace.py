@@ -17,7 +17,7 @@ from calib.hooks import removed
 from calib.input_rows import separate_inputs
 from calib.modules import first_names, without_call
 from calib.outputs import register_dataclasses, separate_outputs
-from calib.quiet import quiet
+from calib.quiet import no_collection, quiet
 
 aten = torch.ops.aten
 CONV1D = (aten.conv1d.default, aten.conv1d.padding)
@@ -118,7 +118,8 @@ class Trace:
                 warnings.simplefilter("ignore")  # of tables that a network keeps between runs
                 given = separate_inputs(net, example)
                 args, by_name = ((given,), None) if isinstance(given, Tensor) else ((), dict(given))
-                program = torch.export.export(net, args, by_name, strict=False)
+                with no_collection():
+                    program = torch.export.export(net, args, by_name, strict=False)
         except Exception as error:  # whatever the network's own code raises while it is traced
             expected = ONE_TYPE if of_types(error) else "expected a forward pass without branches that depend on values"
             raise UserError(

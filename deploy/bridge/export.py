@@ -30,6 +30,7 @@ from calib.network.fp16_range import require_fp16_weights
 from calib.network.qdq import SimulatedQuantizer  # the module defines the operators translated here, too
 from calib.outputs import OUTPUT, outputs_of, separate_outputs
 from calib.quiet import quiet
+from deploy.bridge.quick import quick_export
 from deploy.graph.half import no_fp32
 from deploy.graph.names import INPUT, node_name, value_name
 from deploy.graph.requantize import read_the_same_integers
@@ -271,6 +272,7 @@ def onnx_from_net(
         _said_in_one_line(type(net).__name__),
         separate_outputs(net),
         _len_that_varies(),
+        quick_export(),
     ):
         program = torch.onnx.export(
             net,
