@@ -40,7 +40,8 @@ RUN := $(VENV)/bin/python
 VENV_SERVE := .venv-serve
 VENV_TRITON := .venv-triton
 SIZE = $(if $(INPUT)$(IMG_SIZE),--input "$(if $(INPUT),$(INPUT),$(IMG_SIZE))")
-PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile
+# In the order of testpaths, which has the long files first: else xdist starts those of few tests last, and some take a minute.
+PYTEST_SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 # What to install: by the newest CUDA that the NVIDIA driver runs, which is asked each time, as a GPU may come later.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA [A-Za-z ]*Version: *([0-9]+).*/\1/p')
 REQUIREMENTS := $(if $(CUDA),$(if $(filter 12,$(CUDA)),requirements-gpu-cuda12.txt,requirements-gpu.txt),requirements.txt)
