@@ -16,7 +16,7 @@ from deploy.host import int8_instructions
 from deploy.verify import MAX_FP16_LOSS_DB
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx")
 
 
@@ -56,6 +56,11 @@ def float_pass(images: int) -> float:
     return (time.perf_counter() - start) / 64 * images
 
 
+# The time and the speed of the first run are judged, so nothing runs beside it; those of the second are not.
+ALONE = pytest.mark.alone
+BOTH = [pytest.param("dinov2", marks=ALONE), "mobilenet"]
+
+
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     return run(readme_commands()[0], tmp_path_factory.mktemp("dinov2"))
@@ -70,6 +75,7 @@ def test_the_first_screen_has_the_two_commands():
     assert readme_commands() == ["make engine", "make engine MODEL=mobilenetv2"]
 
 
+@ALONE
 def test_dinov2_keeps_its_features(dinov2):
     report, *_ = dinov2
     assert report["model"] == "dinov2_s"
@@ -79,6 +85,7 @@ def test_dinov2_keeps_its_features(dinov2):
     )  # 28 to 29 here, by the choice of images; another processor flips other ties
 
 
+@ALONE
 def test_dinov2_runs_all_linears_but_a_named_one_in_int8_and_fuses_every_attention(dinov2):
     engine = dinov2[0]["engine"]
     kept = dinov2[0]["kept_float"]
@@ -91,6 +98,7 @@ def test_dinov2_runs_all_linears_but_a_named_one_in_int8_and_fuses_every_attenti
     assert engine["kernels"] <= 161  # what a straightforward export of the same network takes
 
 
+@ALONE
 def test_dinov2_is_small_and_quick_to_build(dinov2):
     report, *_ = dinov2
     assert report["bytes"]["float_onnx"] > 86e6
@@ -100,6 +108,7 @@ def test_dinov2_is_small_and_quick_to_build(dinov2):
     assert report["peak_rss_mb"] <= 4000
 
 
+@ALONE
 def test_dinov2_is_faster_than_float_on_this_cpu(dinov2):
     report, *_ = dinov2
     if int8_instructions():
@@ -121,7 +130,7 @@ def test_a_cnn_on_rtx_says_that_tensorrt_is_the_backend_for_it(mobilenet):
     assert "TARGET=tensorrt" in shown
 
 
-@pytest.mark.parametrize("model", ["dinov2", "mobilenet"])
+@pytest.mark.parametrize("model", BOTH)
 def test_simulation_and_onnx_agree_and_fp16_costs_little(model, request):
     report, *_ = request.getfixturevalue(model)
     parity = report["parity"]
@@ -131,7 +140,7 @@ def test_simulation_and_onnx_agree_and_fp16_costs_little(model, request):
     assert parity["golden_fp16_sqnr_db"] > parity["golden_fp32_sqnr_db"] - MAX_FP16_LOSS_DB
 
 
-@pytest.mark.parametrize("model", ["dinov2", "mobilenet"])
+@pytest.mark.parametrize("model", BOTH)
 def test_the_table_shows_what_the_report_holds(model, request):
     report, _, shown = request.getfixturevalue(model)
     assert f"SQNR {report['fidelity']['sqnr_db']:.1f} dB" in shown
