@@ -22,7 +22,7 @@ from calib.store.user_cache import cache_folder
 from calib.weights.zoo import ModelSpec, spec_of
 from deploy import kept_engines, steps
 from deploy.engine.backends import choose_backend
-from deploy.host import return_memory
+from deploy.host import return_memory, reuse_memory
 from deploy.kept_engines import KeptEngines
 from deploy.kept_states import KeptStates
 from deploy.options import Options
@@ -129,6 +129,7 @@ def engine(options: Options) -> tuple[Path, dict[str, Any]] | str:
     kept, engines = _kept(options, spec, progress)
     if options.begin and kept.folder is None:
         raise UserError("--from goes on from kept states, and none are kept, as said above: run without --from")
+    reuse_memory()
     last = stages.index(plan[-1])
     whole = plan[-1] is stages[-1]
     run: Run

@@ -1,4 +1,9 @@
-"""What is said of a processor is what its kernel says."""
+"""What is said of a processor is what its kernel says; the memory of large tensors is used again."""
+
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -35,3 +40,31 @@ def test_a_machine_without_cpuinfo_has_a_name(monkeypatch):
     monkeypatch.setattr("builtins.open", missing)
     assert host.processor()
     assert host.int8_instructions() == ()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from deploy.host import return_memory, reuse_memory
+reuse_memory()
+def fill():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(64_000_000, 1, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fill()
+again = fill()
+return_memory()
+print(again, fill())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told so")
+@pytest.mark.parametrize("told", [False, True])
+def test_memory_is_used_again_until_it_is_returned_unless_the_environment_says_otherwise(told):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "33554432"} if told else {}
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    again, returned = map(int, done.stdout.split())
+    print(f"{again} new pages for a tensor behind another one, {returned} behind what was returned")
+    assert (again < returned / 2) == (not told)  # how many they are depends on the size of pages
