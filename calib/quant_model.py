@@ -117,6 +117,10 @@ class QuantModel:
         kept = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "structure"}
         return replace(self, **_on_device(copy.deepcopy(kept), device))
 
+    def without_networks(self) -> "QuantModel":
+        """A copy that tells what was decided and holds no weights, which are most of its memory."""
+        return replace(self, float_net=nn.Module(), net=nn.Module(), exact_net=nn.Module())
+
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":
         """A copy with `quantizers` added (same names replaced)."""
         return replace(self, quantizers={**self.quantizers, **quantizers})

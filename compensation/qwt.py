@@ -18,7 +18,7 @@ What differs from the reference code, and why:
    changed weights.
 6. The form is chosen per block by the error it removes and what it costs (compensation/select.py); shared forms cost no
    kernel. Without the branches that do not lower the network's output error is a candidate of its own
-   (compensation/leave_out.py).
+   (compensation/leave_out.py); of the two, the one with fewer kernels is the plainer, else the one with all branches.
 7. The images are those that scales and weights were fitted on; the paper takes 512 others.
 """
 
@@ -55,7 +55,7 @@ class Config:
     """How branches are fitted, and when one is kept."""
 
     forms: Forms = ("shared", "shared_mlp", "dense")  # tried at every block: see FORMS
-    rows: int = 16384  # samples per block and half; more tokens than that are thinned out evenly
+    rows: int = 65536  # samples per block and half; more tokens than that are thinned out evenly
     ridges: tuple[float, ...] = (0.0, 0.003, 0.03, 0.3, 3.0)  # tried, on channels of unit power; 0 is the paper's
     min_r2_per_kernel: float = 0.05  # share of its block's error that a branch must remove for every kernel it adds
     max_extra_kernels: int = UNLIMITED  # of all branches together
@@ -347,7 +347,10 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
     few, by_rotation = worth_keeping(every, halves, kernels, config.min_r2_per_kernel)
     if not 0 < len(few) < len(kept):
         return Offer([every], notes, details)
-    return Offer([_candidate(model, kept, few, by_rotation), every], notes, details)
+    offered = [_candidate(model, kept, few, by_rotation), every]
+    if not any(kernels[name] for name in kept if name not in few):
+        offered.reverse()  # leaving out what costs no kernel is one choice more that has to prove itself
+    return Offer(offered, notes, details)
 
 
 def _helpful(kept: Mapping[str, Fitted], config: Config, rotation: int) -> list[str]:

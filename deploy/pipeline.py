@@ -35,8 +35,9 @@ from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "annotations", "golden", "model", "images", "key")
-EXPORTED = ("simulation", "graph", "fp32", "float_model")
-BUILT_FROM = ("graph", "fp32", "float_model", "model", "loaded", "golden")
+EXPORTED = ("simulation", "graph", "fp32", "without_branches", "beyond_fp16", "float_model")
+COMPARED = ("parity", "golden_outputs", "model", "loaded")
+BUILT_FROM = ("graph", "fp32", "without_branches", "beyond_fp16", "float_model")
 JUDGED = ("float_model", "outputs", "evaluation", "annotations", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
@@ -62,7 +63,7 @@ def spine(recipe: Recipe, limit: str = "") -> tuple[Stage, ...]:
         *_deciding(repair_stages(recipe, limit)),  # the method that rounds weights, (attention), ...
         Stage("coverage", TORCH, ("model", "evaluation", "outputs"), ("coverage",), steps.covers),
         Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
-        Stage("parity", BRIDGE, ("simulation", "fp32", "golden"), ("parity",), steps.agrees),
+        Stage("parity", BRIDGE, ("simulation", "fp32", "golden", "model", "loaded"), COMPARED, steps.agrees),
         Stage("check", ENGINE, ("graph",), ("planned", "planned_attention"), steps.check),
         Stage("build", ENGINE, BUILT_FROM, ("built", "plain", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
@@ -70,7 +71,7 @@ def spine(recipe: Recipe, limit: str = "") -> tuple[Stage, ...]:
         Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),
         Stage("benchmark", ENGINE, ("float_model", "loaded", "golden"), ("speed",), steps.benchmark),
         Stage("accept", ENGINE, ("task", "verdict", "execution", "speed"), ("acceptance",), steps.accept),
-        Stage("package", ENGINE, ("golden", "simulation", *MEASURED), ("report",), steps.package),
+        Stage("package", ENGINE, ("golden", "golden_outputs", *MEASURED), ("report",), steps.package),
     )  # fmt: skip
 
 

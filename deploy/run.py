@@ -72,8 +72,15 @@ class Run:
     simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch
     graph: "onnx.ModelProto" = field(init=False)  # model.onnx
     fp32: "onnx.ModelProto" = field(init=False)
+    without_branches: "onnx.ModelProto | None" = field(
+        init=False
+    )  # what the engine is built from, without its branches
+    beyond_fp16: str = field(init=False)  # why the float network does not fit FP16 types; "": it does
     float_model: Path = field(init=False)  # the network before quantization, as ONNX
     parity: "Parity" = field(init=False)
+    golden_outputs: "dict[str, np.ndarray]" = field(
+        init=False
+    )  # of float network and simulation, as the package has them
     planned: tuple[str, ...] = field(init=False)  # ONNX nodes of INT8 layers
     planned_attention: tuple[str, ...] = field(init=False)  # ... and of products inside INT8 attentions
     built: "Built" = field(init=False)

@@ -372,6 +372,11 @@ def export(run: Run) -> Lines:
     run.simulation = quantized_net(run.model)
     example = _example(run)
     run.graph, run.fp32 = export_pair(run.simulation, example, run.options.half)
+    run.without_branches = None
+    if run.model.branches:
+        net = quantized_net(replace(run.model, branches={}))
+        run.without_branches = export_pair(net, example, run.options.half)[0 if run.backend.FP16 else 1]
+    run.beyond_fp16 = _beyond_fp16(run.model.float_net)
     run.float_model = run.scratch / "float.onnx"
     onnx.save(run.graph, run.folder / MODEL)
     onnx.save(run.fp32, run.folder / MODEL_FP32)
@@ -380,10 +385,25 @@ def export(run: Run) -> Lines:
     return (f"{MODEL} {mb:.1f} MB, float {float_mb:.1f} MB",)
 
 
+def _beyond_fp16(net: nn.Module) -> str:
+    """Why the weights of `net` do not fit FP16 types; "" if they do."""
+    try:
+        require_fp16_weights(net)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def agrees(run: Run) -> Lines:
-    """Simulation and ONNX compute the same integers, or ContractError."""
+    """Simulation and ONNX compute the same integers, or ContractError. The networks in torch go: graphs take their place."""
     run.parity = compare_with_onnx(run.simulation, run.fp32, run.golden)
     _hold(run.parity)
+    run.golden_outputs = {
+        **_named(GOLDEN_FLOAT, run.model.float_net, run.golden),
+        **_named(GOLDEN_SIMULATED, run.simulation, run.golden),
+    }
+    run.model, run.loaded = run.model.without_networks(), replace(run.loaded, net=nn.Module())
+    del run.simulation
     return (f"simulation and ONNX agree to {run.parity.rel_l2:.0e}",)
 
 
@@ -411,8 +431,9 @@ def _kernel_lists(run: Run) -> KernelLists:
         return KernelLists(
             run.built.kernels, None, f"engines of {run.backend.NAME} have FP32 types beside their integers"
         )
+    if run.beyond_fp16:
+        return KernelLists(run.built.kernels, None, run.beyond_fp16)
     try:
-        require_fp16_weights(run.model.float_net)
         twin, _, _ = _built(run, halved(onnx.load(run.float_model)))
     except UserError as error:
         return KernelLists(run.built.kernels, None, str(error))
@@ -433,10 +454,8 @@ def build(run: Run) -> Lines:
     if run.kernels.fp16 is not None:
         twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
     lines.append(twin)
-    if run.model.branches:
-        net, example = quantized_net(replace(run.model, branches={})), _example(run)
-        without = export_pair(net, example, run.options.half)
-        run.plain, _, _ = _built(run, without[0 if run.backend.FP16 else 1])
+    if run.without_branches is not None:
+        run.plain, _, _ = _built(run, run.without_branches)
         lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
     return lines
 
@@ -504,12 +523,7 @@ def accept(run: Run) -> Lines:
 
 def package(run: Run) -> Lines:
     """What ships beside the engine: golden images with their outputs, report and manifest."""
-    arrays = {
-        **_golden_inputs(run),
-        **_named(GOLDEN_FLOAT, run.model.float_net, run.golden),
-        **_named(GOLDEN_SIMULATED, run.simulation, run.golden),
-    }
-    np.savez(run.folder / GOLDEN, **arrays)  # type: ignore[arg-type]
+    np.savez(run.folder / GOLDEN, **_golden_inputs(run), **run.golden_outputs)  # type: ignore[arg-type]
     write_json(run.folder / KERNELS, lists_to_json(run.kernels))
     run.report = report_json(run)
     write_json(run.folder / REPORT, run.report)

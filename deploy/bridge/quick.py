@@ -2,14 +2,21 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.onnx._internal.exporter import _registration
 
 from calib.quiet import no_collection
+
+try:
+    from torch.onnx._internal.exporter._registration import onnxscript_apis as library
+except ImportError:  # torch's own name: in a version without it exports take longer
+    library = None
+
+READ = "get_torchlib_ops"  # a function of it, called at every export
 
 
 @functools.cache
@@ -33,11 +40,8 @@ def _hardtanh(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @contextmanager
 def quick_export() -> Iterator[None]:
     """Exports inside read the operators that they know once in a process, which parses the source of 500 functions."""
-    library, plain = _registration.onnxscript_apis, F.hardtanh
-    read = library.get_torchlib_ops
-    F.hardtanh, library.get_torchlib_ops = _hardtanh(plain), lambda: _read_once(read)
-    try:
-        with no_collection():
-            yield
-    finally:
-        F.hardtanh, library.get_torchlib_ops = plain, read
+    once: AbstractContextManager[Any] = nullcontext()
+    if read := getattr(library, READ, None):
+        once = patch.object(library, READ, lambda: _read_once(read))
+    with once, patch.object(F, "hardtanh", _hardtanh(F.hardtanh)), no_collection():
+        yield

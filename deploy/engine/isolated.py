@@ -19,6 +19,7 @@ from calib.errors import UserError
 from deploy.engine.backends import Built
 from deploy.engine.build import Profile
 from deploy.engine.builder import DEFAULT, Builder
+from deploy.host import return_memory
 
 
 class CrashError(Exception):
@@ -104,6 +105,7 @@ def build_apart(
     builder: Builder = DEFAULT,
 ) -> Built:
     """What `backend.build` returns, from a process of its own. Raises UserError also if that process crashes."""
+    return_memory()  # a builder takes several times the size of its graph
     try:
         return isolated(_build, backend.__name__, model.SerializeToString(), profile, sms, builder)
     except CrashError as crash:

@@ -24,7 +24,8 @@ def used(function):
     reads, writes = set(), set()
     for node in ast.walk(ast.parse(inspect.getsource(function))):
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "run":
-            (reads if isinstance(node.ctx, ast.Load) else writes).add(node.attr)
+            if not isinstance(node.ctx, ast.Del):  # what no later stage reads may go
+                (reads if isinstance(node.ctx, ast.Load) else writes).add(node.attr)
         elif isinstance(node, ast.Call) and any(getattr(argument, "id", "") == "run" for argument in node.args):
             name = getattr(node.func, "id", "")
             for module in MODULES:

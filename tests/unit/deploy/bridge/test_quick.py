@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.onnx._internal.exporter import _registration
 
-from deploy.bridge import export
+from deploy.bridge import export, quick
 from deploy.bridge.export import export_float
 from deploy.bridge.quick import quick_export
 from deploy.measure.onnx_runner import OnnxRunner
@@ -41,7 +40,7 @@ def test_a_graph_is_the_same_byte_for_byte_and_computes_what_the_network_does(in
 
 
 def test_everything_is_as_before_behind_an_export_even_one_that_fails():
-    before = F.hardtanh, _registration.onnxscript_apis.get_torchlib_ops
+    before = F.hardtanh, quick.library.get_torchlib_ops
 
     def fails():
         with quick_export():
@@ -51,13 +50,20 @@ def test_everything_is_as_before_behind_an_export_even_one_that_fails():
     with pytest.raises(ZeroDivisionError):
         fails()
     assert gc.isenabled()
-    assert (F.hardtanh, _registration.onnxscript_apis.get_torchlib_ops) == before
+    assert (F.hardtanh, quick.library.get_torchlib_ops) == before
 
 
 def test_operators_are_read_once(monkeypatch):
     read = []
-    monkeypatch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", lambda: read.append(1))
+    monkeypatch.setattr(quick.library, quick.READ, lambda: read.append(1))
     for _ in range(2):
         with quick_export():
-            _registration.onnxscript_apis.get_torchlib_ops()
+            quick.library.get_torchlib_ops()
     assert read == [1]
+
+
+def test_a_torch_without_that_function_exports_as_well(monkeypatch):
+    monkeypatch.setattr(quick, "library", None)
+    net = Edited().eval()
+    found = OnnxRunner(export_float(net, (8, 8)).SerializeToString())(torch.ones(2, 3, 8, 8).numpy())
+    torch.testing.assert_close(torch.from_numpy(found), net(torch.ones(2, 3, 8, 8)).detach(), rtol=1e-4, atol=1e-5)
