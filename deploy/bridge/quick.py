@@ -14,7 +14,7 @@ from calib.quiet import no_collection
 try:
     from torch.onnx._internal.exporter._registration import onnxscript_apis as library
 except ImportError:  # torch's own name: in a version without it exports take longer
-    library = None
+    library = None  # type: ignore[assignment]
 
 READ = "get_torchlib_ops"  # a function of it, called at every export
 
