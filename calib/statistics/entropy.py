@@ -22,7 +22,7 @@ def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins
     """
     points = torch.stack([lower, upper.clamp(max=amax)], dim=1).flatten()
     below = torch.stack([count.cumsum(0) - count, count.cumsum(0)], dim=1).flatten()
-    edges = torch.linspace(0, amax, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, amax, bins + 1, dtype=torch.float64, device=points.device)
     index = torch.searchsorted(points, edges, right=True).clamp(1, len(points) - 1)
     left, right = points[index - 1], points[index]
     share = torch.where(right > left, (edges - left) / (right - left).clamp(min=1e-300), 1.0).clamp(0, 1)
@@ -31,7 +31,7 @@ def linear_counts(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bins
 
 def relative_entropies(counts: Tensor, kept: Tensor, levels: int = 128) -> Tensor:
     """KL(P || Q) in nats (n,) of `counts` (bins,) clipped to their first `kept` (n,) bins and rounded to `levels` levels."""
-    bins = torch.arange(len(counts))
+    bins = torch.arange(len(counts), device=counts.device)
     inside = bins < kept[:, None]
     last = bins == kept[:, None] - 1
     clipped = torch.where(inside, counts, 0.0)
@@ -55,5 +55,5 @@ def entropy_amax(lower: Tensor, upper: Tensor, count: Tensor, amax: float, bits:
     counts = linear_counts(lower, upper, count, amax)
     counts[0] = counts[1]  # exact zeros would outweigh everything: they round to 0 at any scale
     levels = largest_integer(bits) + 1
-    kept = torch.arange(BINS, levels - 1, -BINS_BETWEEN_THRESHOLDS)
+    kept = torch.arange(BINS, levels - 1, -BINS_BETWEEN_THRESHOLDS, device=counts.device)
     return amax * int(kept[relative_entropies(counts, kept, levels).argmin()]) / BINS

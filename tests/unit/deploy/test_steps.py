@@ -43,7 +43,7 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
     monkeypatch.setattr(steps, "halved", lambda graph: graph)
     twin = SimpleNamespace(kernels=(kernel, kernel))
     run = SimpleNamespace(
-        model=SimpleNamespace(float_net=net),
+        beyond_fp16=steps._beyond_fp16(net),
         float_model="float.onnx",
         backend=SimpleNamespace(FP16=True),
         built=SimpleNamespace(kernels=(kernel,)),
@@ -55,6 +55,7 @@ def test_a_float_network_that_does_not_fit_fp16_has_no_twin_and_says_why(monkeyp
     assert (lists.int8, lists.fp16, lists.why_no_twin) == ((kernel,), (kernel, kernel), "")
 
     net[0].weight.data[0] = 1e6
+    run.beyond_fp16 = steps._beyond_fp16(net)
     lists = steps._kernel_lists(run)
     assert (lists.int8, lists.fp16) == ((kernel,), None)
     assert "FP16" in lists.why_no_twin
