@@ -118,7 +118,7 @@ class QuantModel:
         return replace(self, **_on_device(copy.deepcopy(kept), device))
 
     def without_networks(self) -> "QuantModel":
-        """A copy that tells what was decided and holds no weights, which are most of its memory."""
+        """A copy without the three networks, which are most of its memory: empty modules stand in their place."""
         return replace(self, float_net=nn.Module(), net=nn.Module(), exact_net=nn.Module())
 
     def with_quantizers(self, quantizers: Mapping[str, Grid]) -> "QuantModel":

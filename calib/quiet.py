@@ -22,7 +22,7 @@ def quiet(logger: str) -> Iterator[None]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Look for no garbage inside: a trace makes many objects that live, and each search goes through those of torch, too."""
+    """Look for no garbage inside: a trace makes many objects that stay, and every search would walk all of them."""
     running = gc.isenabled()
     gc.disable()
     try:

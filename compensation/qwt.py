@@ -317,7 +317,7 @@ def _fit_blocks(
 
 @torch.no_grad()
 def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Offer:
-    """Offer `model` with branches beside its blocks: those that lower the output error, then all that fit their block.
+    """Offer `model` with all branches that fit their block, and with those that lower the output error; the plainer first.
 
     Branches that `model` has are replaced. Raises ValueError naming the block if one is not called, or edits its input.
     """
@@ -349,7 +349,7 @@ def candidates(model: QuantModel, halves: Sequence[Half], config: Config) -> Off
         return Offer([every], notes, details)
     offered = [_candidate(model, kept, few, by_rotation), every]
     if not any(kernels[name] for name in kept if name not in few):
-        offered.reverse()  # leaving out what costs no kernel is one choice more that has to prove itself
+        offered.reverse()  # leaving out what costs no kernel is one choice more, which has to gain clearly
     return Offer(offered, notes, details)
 
 

@@ -35,13 +35,13 @@ from deploy.stages import Stage as ModelStage
 from deploy.stages import repair_stages, scale_stages
 
 IMAGES = ("calibration", "evaluation", "annotations", "golden", "model", "images", "key")
-EXPORTED = ("simulation", "graph", "fp32", "without_branches", "beyond_fp16", "float_model")
+EXPORTED = ("simulation", "graph", "fp32", "graph_without_branches", "beyond_fp16", "float_model")
 COMPARED = ("parity", "golden_outputs", "model", "loaded")
-BUILT_FROM = ("graph", "fp32", "without_branches", "beyond_fp16", "float_model")
+BUILT_FROM = ("graph", "fp32", "graph_without_branches", "beyond_fp16", "float_model")
 JUDGED = ("float_model", "outputs", "evaluation", "annotations", "golden", "loaded", "task")
 MEASURED = (
     "loaded", "outputs", "task", "model", "calibration", "evaluation", "fp16_range", "coverage", "parity", "planned",
-    "built", "plain", "kernels", "audit", "verdict", "execution", "speed", "acceptance", "float_model",
+    "built", "engine_without_branches", "kernels", "audit", "verdict", "execution", "speed", "acceptance", "float_model",
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def spine(recipe: Recipe, limit: str = "") -> tuple[Stage, ...]:
         Stage("export", BRIDGE, ("model", "loaded", "golden"), ("model", *EXPORTED), steps.export),
         Stage("parity", BRIDGE, ("simulation", "fp32", "golden", "model", "loaded"), COMPARED, steps.agrees),
         Stage("check", ENGINE, ("graph",), ("planned", "planned_attention"), steps.check),
-        Stage("build", ENGINE, BUILT_FROM, ("built", "plain", "kernels"), steps.build),
+        Stage("build", ENGINE, BUILT_FROM, ("built", "engine_without_branches", "kernels"), steps.build),
         Stage("audit", ENGINE, ("built", "planned", "planned_attention"), ("audit",), steps.prove),
         Stage("verify", ENGINE, JUDGED, ("reference", "verdict"), steps.verify),
         Stage("run", ENGINE, ("built", "reference", "verdict"), ("execution",), steps.execute),

@@ -57,6 +57,7 @@ class Run:
     anew: bool = False  # the stage that --from names has been reached: nothing is taken from earlier runs any more
     taken: dict[str, str] = field(default_factory=dict)  # stage -> key of what was taken
 
+    # behind `parity` the networks of `loaded` and `model` are empty modules: graphs have taken their place
     loaded: "LoadedNet" = field(init=False)
     outputs: "tuple[Output, ...]" = field(init=False)
     task: "Task" = field(init=False)  # what the outputs are
@@ -69,22 +70,20 @@ class Run:
     key: str = field(init=False)  # of the state of `model`
     fp16_range: "Fp16Range" = field(init=False)
     coverage: "Coverage" = field(init=False)
-    simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch
+    simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch; gone behind `parity`
     graph: "onnx.ModelProto" = field(init=False)  # model.onnx
     fp32: "onnx.ModelProto" = field(init=False)
-    without_branches: "onnx.ModelProto | None" = field(
-        init=False
-    )  # what the engine is built from, without its branches
+    # what the engine is built from, without its branches; None: it has none
+    graph_without_branches: "onnx.ModelProto | None" = field(init=False)
     beyond_fp16: str = field(init=False)  # why the float network does not fit FP16 types; "": it does
     float_model: Path = field(init=False)  # the network before quantization, as ONNX
     parity: "Parity" = field(init=False)
-    golden_outputs: "dict[str, np.ndarray]" = field(
-        init=False
-    )  # of float network and simulation, as the package has them
+    # what float network and simulation make of the golden images, as the package has it
+    golden_outputs: "dict[str, np.ndarray]" = field(init=False)
     planned: tuple[str, ...] = field(init=False)  # ONNX nodes of INT8 layers
     planned_attention: tuple[str, ...] = field(init=False)  # ... and of products inside INT8 attentions
     built: "Built" = field(init=False)
-    plain: "Built | None" = field(init=False)  # the engine without branches, if there are any
+    engine_without_branches: "Built | None" = field(init=False)  # if there are any
     kernels: "KernelLists" = field(init=False)  # of the engine and of its FP16 twin
     audit: "Audit" = field(init=False)
     reference: "Reference" = field(init=False)  # the images that judge, and what the float network computes of them

@@ -372,10 +372,10 @@ def export(run: Run) -> Lines:
     run.simulation = quantized_net(run.model)
     example = _example(run)
     run.graph, run.fp32 = export_pair(run.simulation, example, run.options.half)
-    run.without_branches = None
+    run.graph_without_branches = None
     if run.model.branches:
         net = quantized_net(replace(run.model, branches={}))
-        run.without_branches = export_pair(net, example, run.options.half)[0 if run.backend.FP16 else 1]
+        run.graph_without_branches = export_pair(net, example, run.options.half)[0 if run.backend.FP16 else 1]
     run.beyond_fp16 = _beyond_fp16(run.model.float_net)
     run.float_model = run.scratch / "float.onnx"
     onnx.save(run.graph, run.folder / MODEL)
@@ -443,7 +443,7 @@ def _kernel_lists(run: Run) -> KernelLists:
 def build(run: Run) -> Lines:
     """The engine; to tell what INT8 and branches cost, one in FP16 and one without branches."""
     run.built, kept, said = _built(run, run.graph if run.backend.FP16 else run.fp32)
-    run.plain = None
+    run.engine_without_branches = None
     if kept:
         run.taken["build"] = kept
     (run.folder / ENGINE).write_bytes(run.built.plan)
@@ -454,9 +454,11 @@ def build(run: Run) -> Lines:
     if run.kernels.fp16 is not None:
         twin = f"{len(run.built.kernels)} kernels, {len(run.kernels.fp16)} in FP16"
     lines.append(twin)
-    if run.without_branches is not None:
-        run.plain, _, _ = _built(run, run.without_branches)
-        lines.append(f"{len(run.built.kernels)} kernels with branches, {len(run.plain.kernels)} without")
+    if run.graph_without_branches is not None:
+        run.engine_without_branches, _, _ = _built(run, run.graph_without_branches)
+        lines.append(
+            f"{len(run.built.kernels)} kernels with branches, {len(run.engine_without_branches.kernels)} without"
+        )
     return lines
 
 

@@ -272,7 +272,7 @@ def onnx_from_net(
         _said_in_one_line(type(net).__name__),
         separate_outputs(net),
         _len_that_varies(),
-        quick_export(),
+        quick_export() as weights,
     ):
         program = torch.onnx.export(
             net,
@@ -284,12 +284,9 @@ def onnx_from_net(
             output_names=list(outputs),
             dynamic_shapes=(each,) if named is None else dict.fromkeys(named, each),
             custom_translation_table=TRANSLATION,
-            optimize=False,
             verbose=False,
         )
-        assert program is not None
-        weights = {*program.model.graph.initializers.values()}
-        program.optimize()
+    assert program is not None
     _require_any_number(program.model, type(net).__name__)
     fold_constants(program.model)
     read_the_same_integers(program.model)
@@ -298,8 +295,8 @@ def onnx_from_net(
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]
-    for value in weights | {*program.model.graph.initializers.values()}:
-        value.const_value = None  # the rewriter in `optimize` keeps the graph that it saw last, with its weights
+    for value in [*weights, *program.model.graph.initializers.values()]:
+        value.const_value = None  # the exporter's rewriter keeps the graph that it saw last
     return proto
 
 

@@ -215,7 +215,11 @@ def report_json(run: "Run") -> dict[str, Any]:
             **{name: (run.folder / name).stat().st_size for name in (MODEL, MODEL_FP32, ENGINE)},
         },
         "engine": engine_figures(
-            run.built, run.audit, run.kernels.traffic(run.options.profile.opt), run.execution, run.plain
+            run.built,
+            run.audit,
+            run.kernels.traffic(run.options.profile.opt),
+            run.execution,
+            run.engine_without_branches,
         ),
         "acceptance": run.acceptance.to_json(),
         "branches": branch_figures(run.model),

@@ -58,7 +58,7 @@ print(again, fill())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told so")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such thresholds")
 @pytest.mark.parametrize("told", [False, True])
 def test_memory_is_used_again_until_it_is_returned_unless_the_environment_says_otherwise(told):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

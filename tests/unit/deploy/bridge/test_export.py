@@ -72,6 +72,31 @@ def test_a_graph_has_the_inputs_and_outputs_of_the_network(mixed, exported, kind
             np.testing.assert_allclose(value, expected[name][:count], atol=tolerance)
 
 
+class Twice(nn.Module):
+    """Returns one tensor under two names, and what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        y = self.layer(x).mean((2, 3))
+        return {"last": y, "state": y, "seen": x}
+
+
+def test_a_tensor_that_is_returned_twice_and_one_that_is_given_back_keep_their_names():
+    net, images = Twice().eval(), torch.randn(2, 3, 8, 8)
+    join_outputs(net, images)
+    graph = export_float(net, (8, 8))
+    assert [each.name for each in graph.graph.input] == ["input"]
+    found = OnnxRunner(graph.SerializeToString()).named_outputs(images.numpy())
+    assert list(found) == ["last", "state", "seen"]
+    with torch.no_grad():
+        expected = net.layer(images).mean((2, 3)).numpy()
+    for name, array in {"last": expected, "state": expected, "seen": images.numpy()}.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-5)
+
+
 def test_both_graphs_come_of_one_trace(mixed, monkeypatch):
     net, rows, _ = mixed
     traced, export_of = [], torch.onnx.export

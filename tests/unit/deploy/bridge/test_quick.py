@@ -33,14 +33,14 @@ def test_a_graph_is_the_same_byte_for_byte_and_computes_what_the_network_does(in
     torch.manual_seed(0)
     net, images = Edited(inplace).eval(), torch.randn(2, 3, 8, 8)
     quick = export_float(net, (8, 8)).SerializeToString(deterministic=True)
-    monkeypatch.setattr(export, "quick_export", nullcontext)
+    monkeypatch.setattr(export, "quick_export", lambda: nullcontext([]))
     assert quick == export_float(net, (8, 8)).SerializeToString(deterministic=True)
     found = OnnxRunner(quick)(images.numpy())
     torch.testing.assert_close(torch.from_numpy(found), net(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_everything_is_as_before_behind_an_export_even_one_that_fails():
-    before = F.hardtanh, quick.library.get_torchlib_ops
+    before = F.hardtanh, quick.onnxscript_apis.get_torchlib_ops, quick.onnxscript_apis.optimize
 
     def fails():
         with quick_export():
@@ -50,20 +50,20 @@ def test_everything_is_as_before_behind_an_export_even_one_that_fails():
     with pytest.raises(ZeroDivisionError):
         fails()
     assert gc.isenabled()
-    assert (F.hardtanh, quick.library.get_torchlib_ops) == before
+    assert (F.hardtanh, quick.onnxscript_apis.get_torchlib_ops, quick.onnxscript_apis.optimize) == before
 
 
 def test_operators_are_read_once(monkeypatch):
     read = []
-    monkeypatch.setattr(quick.library, quick.READ, lambda: read.append(1))
+    monkeypatch.setattr(quick.onnxscript_apis, quick.OPERATORS, lambda: read.append(1))
     for _ in range(2):
         with quick_export():
-            quick.library.get_torchlib_ops()
+            quick.onnxscript_apis.get_torchlib_ops()
     assert read == [1]
 
 
-def test_a_torch_without_that_function_exports_as_well(monkeypatch):
-    monkeypatch.setattr(quick, "library", None)
+def test_a_torch_without_these_functions_exports_as_well(monkeypatch):
+    monkeypatch.setattr(quick, "onnxscript_apis", None)
     net = Edited().eval()
     found = OnnxRunner(export_float(net, (8, 8)).SerializeToString())(torch.ones(2, 3, 8, 8).numpy())
     torch.testing.assert_close(torch.from_numpy(found), net(torch.ones(2, 3, 8, 8)).detach(), rtol=1e-4, atol=1e-5)
