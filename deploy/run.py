@@ -57,7 +57,7 @@ class Run:
     anew: bool = False  # the stage that --from names has been reached: nothing is taken from earlier runs any more
     taken: dict[str, str] = field(default_factory=dict)  # stage -> key of what was taken
 
-    # behind `parity` the networks of `loaded` and `model` are empty modules: graphs have taken their place
+    # after stage `parity` the networks of `loaded` and `model` are empty modules: later stages read the graphs
     loaded: "LoadedNet" = field(init=False)
     outputs: "tuple[Output, ...]" = field(init=False)
     task: "Task" = field(init=False)  # what the outputs are
@@ -70,7 +70,7 @@ class Run:
     key: str = field(init=False)  # of the state of `model`
     fp16_range: "Fp16Range" = field(init=False)
     coverage: "Coverage" = field(init=False)
-    simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch; gone behind `parity`
+    simulation: "nn.Module" = field(init=False)  # `model` with its rounding, in torch; deleted after stage `parity`
     graph: "onnx.ModelProto" = field(init=False)  # model.onnx
     fp32: "onnx.ModelProto" = field(init=False)
     # what the engine is built from, without its branches; None: it has none

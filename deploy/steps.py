@@ -395,7 +395,7 @@ def _beyond_fp16(net: nn.Module) -> str:
 
 
 def agrees(run: Run) -> Lines:
-    """Simulation and ONNX compute the same integers, or ContractError. The networks in torch go: graphs take their place."""
+    """Simulation and ONNX compute the same integers, or ContractError; frees the torch networks: the graphs remain."""
     run.parity = compare_with_onnx(run.simulation, run.fp32, run.golden)
     _hold(run.parity)
     run.golden_outputs = {
